@@ -1,0 +1,89 @@
+// ExpertWeights: the weights of a layer's experts in whatever layout the backend likes best. Opaque on purpose:
+// what goes in are ordinary tensors, and only ops read what is inside.
+import type { Context } from './context.js';
+import { MoeError } from './errors.js';
+import { constructionKey, type FloatDType, type Handle } from './tensor.js';
+
+/** The activation of one fused layer: (u + beta) * g * sigmoid(alpha * g), g and u clamped by `limit` where given. */
+export interface SwiGLU {
+  /** Slope inside the sigmoid. Default 1, which with beta 0 is silu(g) * u. */
+  readonly alpha?: number;
+  /** Added to the up half: 1 in gpt-oss. Default 0. */
+  readonly beta?: number;
+  /** g is cut at +limit and u at +-limit before anything else. Default: no clamping. */
+  readonly limit?: number;
+}
+
+/** What a backend needs to know to hold a layer's experts. */
+export interface ExpertsLayout {
+  readonly slots: number;
+  readonly hidden: number;
+  readonly intermediate: number;
+  readonly dtype: FloatDType;
+  readonly biases: boolean;
+  readonly swiglu: Required<SwiGLU>;
+}
+
+/**
+ * The packed weights of `slots` experts. Made by `packExperts` or `allocateExperts`; slots can be overwritten later
+ * with `packExperts({ w13, w2 }, { into, firstSlot })`.
+ */
+export class ExpertWeights implements ExpertsLayout {
+  readonly context: Context;
+  readonly slots: number;
+  readonly hidden: number;
+  readonly intermediate: number;
+  readonly dtype: FloatDType;
+  readonly biases: boolean;
+  readonly swiglu: Required<SwiGLU>;
+  /** Bytes held on the device. */
+  readonly bytes: number;
+  #handle: Handle;
+  #disposed = false;
+
+  /** @internal Made by contexts. */
+  constructor(secret: symbol, context: Context, layout: ExpertsLayout, handle: Handle, bytes: number) {
+    if (secret !== constructionKey) {
+      throw new MoeError('ERR_MOE_INVALID_ARG', 'expert weights are made by packExperts or allocateExperts', {
+        op: 'ExpertWeights',
+      });
+    }
+    this.context = context;
+    this.slots = layout.slots;
+    this.hidden = layout.hidden;
+    this.intermediate = layout.intermediate;
+    this.dtype = layout.dtype;
+    this.biases = layout.biases;
+    this.swiglu = Object.freeze({ ...layout.swiglu });
+    this.bytes = bytes;
+    this.#handle = handle;
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  /** @internal The backend's handle; throws when there is none any more. */
+  handle(op: string, arg: string): Handle {
+    if (this.#disposed) {
+      throw new MoeError('ERR_MOE_DISPOSED', `expected ${arg} to be live but it was disposed`, { op, arg });
+    }
+    return this.#handle;
+  }
+
+  /** Gives the memory back once the work in flight is done. Disposing twice is harmless. */
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.context.releaseExperts(this, this.#handle);
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+
+  /** `experts bf16[257, 7168, 2048]`: slots, hidden, intermediate. */
+  toString(): string {
+    return `experts ${this.dtype}[${this.slots}, ${this.hidden}, ${this.intermediate}]`;
+  }
+}

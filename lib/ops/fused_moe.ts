@@ -1,0 +1,59 @@
+import type { ExpertWeights } from '../experts.js';
+import { defineOp } from '../op.js';
+import { flag, integer, real } from '../options.js';
+import { fused_moe } from '../oracle/fused_moe.js';
+import type { FloatDType, Tensor } from '../tensor.js';
+
+export interface FusedMoeInputs {
+  /** Hidden states [tokens, hidden]. */
+  hidden: Tensor<FloatDType>;
+  /** The gate's ids i32 [tokens, columns]; shared experts are ordinary columns, -1 is skipped. */
+  ids: Tensor<'i32'>;
+  /** The gate's weights f32 [tokens, columns]. */
+  weights: Tensor<'f32'>;
+  /** Packed weights of the local experts. */
+  experts: ExpertWeights;
+}
+
+export interface FusedMoeOptions {
+  /** Multiplies the sum: the scaling factor under scalePlacement 'onOutput'. Default 1. */
+  outputScale?: number;
+  /** Id of the first local expert. Default 0. */
+  firstExpert?: number;
+  /** Zero (identity) experts: ids firstZeroExpert .. firstZeroExpert + zeroExperts - 1 add weight x hidden. */
+  zeroExperts?: number;
+  /** Default: the first id after the local experts. */
+  firstZeroExpert?: number;
+  /** Multiply the experts' input by the weight instead of their output (Llama 4). Default false. */
+  weightsOnInput?: boolean;
+}
+
+/**
+ * moeDispatch, moeExperts and moeCombine in one call, without materialising gathered rows:
+ * `out[t] = outputScale * sum over columns c of weights[t, c] * expert_ids[t, c](hidden[t])`, [tokens, hidden] in the
+ * dtype of `hidden`. Accumulation is f32; a token's columns are summed in column order.
+ * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option.
+ */
+export const fusedMoe = defineOp<FusedMoeInputs, FusedMoeOptions, Tensor<FloatDType>>({
+  name: 'fused_moe',
+  inputs: {
+    hidden: 'f32|bf16|f16[tokens, hidden]',
+    ids: 'i32[tokens, columns]',
+    weights: 'f32[tokens, columns]',
+    experts: 'experts[slots, hidden, intermediate]',
+  },
+  options: {
+    outputScale: real({ default: 1 }),
+    firstExpert: integer({ min: 0, max: 0x7fffffff, default: 0 }),
+    zeroExperts: integer({ min: 0, max: 65536, default: 0 }),
+    firstZeroExpert: integer({
+      min: 0,
+      max: 0x7fffffff,
+      default: ({ options, dim }) => (options.firstExpert as number) + dim('slots'),
+    }),
+    weightsOnInput: flag(false),
+  },
+  outputs: { output: '=hidden[tokens, hidden]' },
+  returns: 'tensor',
+  oracle: fused_moe,
+});

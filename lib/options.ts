@@ -1,0 +1,122 @@
+// The kinds of options an op can have: closed, each with one number that stands for it in native calls.
+import { MoeError } from './errors.js';
+
+/** What is known when a default is computed: earlier options, which inputs are present, bound dimensions. */
+export interface OptionScope {
+  readonly options: Readonly<Record<string, unknown>>;
+  readonly given: ReadonlySet<string>;
+  dim(name: string): number;
+}
+
+export interface OptionKind<T = unknown> {
+  /** `enum halves|interleaved`, `integer`, `real`, `flag`: what the native side describes for the same field. */
+  readonly native: string;
+  readonly expected: string;
+  readonly default: T | ((scope: OptionScope) => T) | undefined;
+  accepts(value: unknown): value is T;
+  encode(value: T): number;
+}
+
+type Default<T> = T | ((scope: OptionScope) => T);
+
+/** One of a closed set of names; the native side numbers them in this order. */
+export function choice<const T extends string>(names: readonly T[], fallback: Default<NoInfer<T>>): OptionKind<T> {
+  return {
+    native: `enum ${names.join('|')}`,
+    expected: `one of ${names.map((name) => `'${name}'`).join(', ')}`,
+    default: fallback,
+    accepts: (value): value is T => names.includes(value as T),
+    encode: (value) => names.indexOf(value),
+  };
+}
+
+/** An integer in [min, max]; without a fallback it must be given. */
+export function integer(range: { min: number; max: number; default?: Default<number> }): OptionKind<number> {
+  return {
+    native: 'integer',
+    expected: `an integer from ${range.min} to ${range.max}`,
+    default: range.default,
+    accepts: (value): value is number =>
+      Number.isInteger(value) && (value as number) >= range.min && (value as number) <= range.max,
+    encode: (value) => value,
+  };
+}
+
+/** A finite number, optionally above a bound. */
+export function real(range: { above?: number; default?: Default<number> }): OptionKind<number> {
+  return {
+    native: 'real',
+    expected: range.above === undefined ? 'a finite number' : `a finite number above ${range.above}`,
+    default: range.default,
+    accepts: (value): value is number =>
+      Number.isFinite(value) && (range.above === undefined || (value as number) > range.above),
+    encode: (value) => value,
+  };
+}
+
+export function flag(fallback: Default<boolean>): OptionKind<boolean> {
+  return {
+    native: 'flag',
+    expected: 'true or false',
+    default: fallback,
+    accepts: (value): value is boolean => typeof value === 'boolean',
+    encode: Number,
+  };
+}
+
+// biome-ignore lint/suspicious/noExplicitAny: a kind is contravariant in the value it encodes
+export type OptionKinds = Readonly<Record<string, OptionKind<any>>>;
+
+/** Checks options against their kinds and fills in the defaults, in the order of the kinds. */
+export function resolveOptions(
+  op: string,
+  kinds: OptionKinds,
+  given: unknown,
+  scope: Omit<OptionScope, 'options'>,
+): Record<string, unknown> {
+  if (given !== undefined && (typeof given !== 'object' || given === null || Array.isArray(given))) {
+    throw new MoeError('ERR_MOE_INVALID_ARG', `expected options: an object but received ${describeValue(given)}`, {
+      op,
+      arg: 'options',
+    });
+  }
+  const source = (given ?? {}) as Record<string, unknown>;
+  for (const name of Object.keys(source)) {
+    if (!Object.hasOwn(kinds, name)) {
+      const known = Object.keys(kinds).join(', ') || 'none';
+      throw new MoeError('ERR_MOE_INVALID_ARG', `unknown option '${name}'; the options are: ${known}`, {
+        op,
+        arg: name,
+      });
+    }
+  }
+  const options: Record<string, unknown> = {};
+  for (const [name, kind] of Object.entries(kinds)) {
+    let value = source[name];
+    if (value === undefined) {
+      value = typeof kind.default === 'function' ? kind.default({ ...scope, options }) : kind.default;
+    }
+    if (!kind.accepts(value)) {
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected ${name}: ${kind.expected} but received ${describeValue(value)}`,
+        { op, arg: name },
+      );
+    }
+    options[name] = value;
+  }
+  return options;
+}
+
+/** A value as an error message shows it: short, and never by running code of the value's own. */
+export function describeValue(value: unknown): string {
+  if (value === null) return 'null';
+  if (typeof value === 'string') return `'${value.length > 60 ? `${value.slice(0, 60)}...` : value}'`;
+  if (typeof value === 'bigint') return `${value}n`;
+  if (typeof value === 'function') return 'a function';
+  if (typeof value === 'symbol') return 'a symbol';
+  if (Array.isArray(value)) return `an array of ${value.length}`;
+  if (ArrayBuffer.isView(value)) return `${Object.prototype.toString.call(value).slice(8, -1)}(${value.byteLength} bytes)`;
+  if (typeof value === 'object') return 'an object';
+  return String(value);
+}

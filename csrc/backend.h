@@ -52,6 +52,8 @@ class Backend {
   // Abandons queued work, waits for what is running, and ends the backend's threads. Nothing may be submitted after.
   virtual void stop() = 0;
 
+  // Whether memory from allocate() is ordinary host memory, so that a new tensor can be filled without staging.
+  virtual bool is_host_memory() const { return false; }
   // Copies between host memory and memory from allocate(); called inside submitted work.
   virtual Status copy_in(void* device, const void* host, size_t bytes) = 0;
   virtual Status copy_out(void* host, const void* device, size_t bytes) = 0;

@@ -13,6 +13,11 @@ namespace moe {
 
 class Backend;
 
+// Limits that kernels may rely on; lib/ops refuses more, and so does the binding.
+inline constexpr int kMaxExperts = 1024;
+inline constexpr int kMaxTopK = 32;
+inline constexpr int kMaxShared = 8;
+
 // A view of a tensor's memory; `data` is null where an optional argument was left out.
 struct Tensor {
   void* data = nullptr;

@@ -4,15 +4,16 @@ import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { ExpertWeights } from './experts.js';
 import { describeValue, type OptionKinds, type OptionScope, resolveOptions } from './options.js';
-import { type Dim, evaluateDim, formatDim, parseSignature, type Signature, solveDim } from './signature.js';
+import { evaluateDim, formatDim, parseSignature, type Signature, solveDim } from './signature.js';
 import { type DType, describeTensor, elementsOf, Tensor } from './tensor.js';
 
 /** What rules, computed dimensions and output conditions may look at. */
 export interface CallScope extends OptionScope {
-  dim(name: string): number;
+  input(name: string): Tensor | ExpertWeights | undefined;
 }
 
-export type Rule = (scope: CallScope) => true | string;
+/** The argument a rule is about, and the rule: true, or the sentence of the error. */
+export type Rule = readonly [arg: string, check: (scope: CallScope) => true | string];
 
 export interface OutputSpec {
   readonly type: string;
@@ -71,9 +72,8 @@ export interface CompiledOp {
   readonly fields: readonly string[];
 }
 
-export type OpArguments<I, O> = Record<never, never> extends O
-  ? [inputs: I, options?: O]
-  : [inputs: I, options: O];
+export type OpArguments<I, O> =
+  Record<never, never> extends O ? [inputs: I, options?: O] : [inputs: I, options: O];
 
 export interface Op<I, O, R> {
   (...args: OpArguments<I, O>): R;
@@ -93,7 +93,10 @@ export function isOp(value: unknown): value is Op<object, object, unknown> {
 
 function compile(spec: OpSpec): CompiledOp {
   const options = spec.options ?? {};
-  const inputs = Object.entries(spec.inputs).map(([name, text]) => ({ name, signature: parseSignature(text) }));
+  const inputs = Object.entries(spec.inputs).map(([name, text]) => ({
+    name,
+    signature: parseSignature(text),
+  }));
   const outputs = Object.entries(spec.outputs).map(([name, output]) =>
     typeof output === 'string'
       ? { name, signature: parseSignature(output) }
@@ -107,7 +110,8 @@ function compile(spec: OpSpec): CompiledOp {
     }
   }
   dims.push(...Object.keys(spec.computed ?? {}));
-  const dtype = ({ dtypeOf, dtypes }: Signature) => (dtypeOf === undefined ? dtypes.join('|') : `=${dtypeOf}`);
+  const dtype = ({ dtypeOf, dtypes }: Signature) =>
+    dtypeOf === undefined ? dtypes.join('|') : `=${dtypeOf}`;
   const fields = [
     ...dims.map((name) => `dim ${name}`),
     ...inputs.map(({ name, signature: s }) => {
@@ -115,7 +119,9 @@ function compile(spec: OpSpec): CompiledOp {
       if (s.kind === 'tensor') return `${s.inout ? 'inout' : 'in'}${optional} ${name} ${dtype(s)}`;
       return s.kind === 'experts' ? `${s.inout ? 'inout ' : ''}experts ${name}` : `count ${name}`;
     }),
-    ...outputs.map(({ name, signature: s, when }) => `out${when === undefined ? '' : '?'} ${name} ${dtype(s)}`),
+    ...outputs.map(
+      ({ name, signature: s, when }) => `out${when === undefined ? '' : '?'} ${name} ${dtype(s)}`,
+    ),
     ...Object.entries(options).map(([name, kind]) => `${name}: ${kind.native}`),
   ];
   return { spec, name: spec.name, inputs, outputs, dims, options, fields };
@@ -134,6 +140,7 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
     options: {},
     given: new Set(inputs.filter(({ value, count }) => value ?? count).map(({ name }) => name)),
     dim: (name) => bound.get(name) ?? 0,
+    input: (name) => inputs.find((input) => input.name === name)?.value,
   };
   const options = resolveOptions(opName, op.options, givenOptions, scope);
   (scope as { options: unknown }).options = options;
@@ -143,13 +150,12 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
 
   checkDtypes(opName, inputs);
   for (const input of inputs) checkShape(opName, input, bound, boundBy);
-  for (const rule of spec.rules ?? []) {
-    const verdict = rule(scope);
-    if (verdict !== true) throw new MoeError('ERR_MOE_INVALID_ARG', verdict, { op: opName });
+  for (const [arg, check] of spec.rules ?? []) {
+    const verdict = check(scope);
+    if (verdict !== true) throw new MoeError('ERR_MOE_INVALID_ARG', verdict, { op: opName, arg });
   }
   for (const [name, compute] of Object.entries(spec.computed ?? {})) bound.set(name, compute(scope));
 
-  const dtypeByInput = new Map(inputs.map(({ name, value }) => [name, value]));
   const outputs: CallTensor[] = [];
   try {
     for (const { name, signature, when } of op.outputs) {
@@ -158,7 +164,7 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
         continue;
       }
       const shape = signature.dims.map((dim) => evaluateDim(dim, bound) ?? 0);
-      const source = dtypeByInput.get(signature.dtypeOf ?? '') as Tensor | undefined;
+      const source = scope.input(signature.dtypeOf ?? '') as Tensor | undefined;
       const dtype = source?.dtype ?? signature.dtypes[0];
       outputs.push({ name, signature, value: context.allocate(opName, name, dtype, shape) });
     }
@@ -176,10 +182,14 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
 /** Reads every property once, so that a getter cannot answer differently later, and checks what kind of thing it is. */
 function readInputs(op: CompiledOp, given: object): CallTensor[] {
   if (typeof given !== 'object' || given === null) {
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected inputs: an object but received ${describeValue(given)}`, {
-      op: op.name,
-      arg: 'inputs',
-    });
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected inputs: an object but received ${describeValue(given)}`,
+      {
+        op: op.name,
+        arg: 'inputs',
+      },
+    );
   }
   for (const name of Object.keys(given)) {
     if (!op.inputs.some((input) => input.name === name)) {
@@ -205,10 +215,14 @@ function readInputs(op: CompiledOp, given: object): CallTensor[] {
         : signature.kind === 'count'
           ? 'a number or a tensor i32[1]'
           : `a tensor ${signature.text}`;
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${name}: ${expected} but received ${describeValue(value)}`, {
-      op: op.name,
-      arg: name,
-    });
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected ${name}: ${expected} but received ${describeValue(value)}`,
+      {
+        op: op.name,
+        arg: name,
+      },
+    );
   });
 }
 

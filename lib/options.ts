@@ -20,7 +20,10 @@ export interface OptionKind<T = unknown> {
 type Default<T> = T | ((scope: OptionScope) => T);
 
 /** One of a closed set of names; the native side numbers them in this order. */
-export function choice<const T extends string>(names: readonly T[], fallback: Default<NoInfer<T>>): OptionKind<T> {
+export function choice<const T extends string>(
+  names: readonly T[],
+  fallback: Default<NoInfer<T>>,
+): OptionKind<T> {
   return {
     native: `enum ${names.join('|')}`,
     expected: `one of ${names.map((name) => `'${name}'`).join(', ')}`,
@@ -75,10 +78,14 @@ export function resolveOptions(
   scope: Omit<OptionScope, 'options'>,
 ): Record<string, unknown> {
   if (given !== undefined && (typeof given !== 'object' || given === null || Array.isArray(given))) {
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected options: an object but received ${describeValue(given)}`, {
-      op,
-      arg: 'options',
-    });
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected options: an object but received ${describeValue(given)}`,
+      {
+        op,
+        arg: 'options',
+      },
+    );
   }
   const source = (given ?? {}) as Record<string, unknown>;
   for (const name of Object.keys(source)) {
@@ -116,7 +123,8 @@ export function describeValue(value: unknown): string {
   if (typeof value === 'function') return 'a function';
   if (typeof value === 'symbol') return 'a symbol';
   if (Array.isArray(value)) return `an array of ${value.length}`;
-  if (ArrayBuffer.isView(value)) return `${Object.prototype.toString.call(value).slice(8, -1)}(${value.byteLength} bytes)`;
+  if (ArrayBuffer.isView(value))
+    return `${Object.prototype.toString.call(value).slice(8, -1)}(${value.byteLength} bytes)`;
   if (typeof value === 'object') return 'an object';
   return String(value);
 }

@@ -1,16 +1,11 @@
 // Tensors and the one dtype table. A tensor is a handle to memory that its context owns: device memory on
 // native backends, a typed array on the oracle. Nothing here waits except read() and its synchronous twin.
-import { MoeError } from './errors.js';
-import { bf16, f16, f8e4m3, type FloatFormat } from './float_formats.js';
-import type { Context } from './context.js';
 
-export type RawArray =
-  | Float32Array
-  | Uint16Array
-  | Int32Array
-  | BigInt64Array
-  | Uint8Array
-  | Int8Array;
+import type { Context } from './context.js';
+import { MoeError } from './errors.js';
+import { bf16, type FloatFormat, f8e4m3, f16 } from './float_formats.js';
+
+export type RawArray = Float32Array | Uint16Array | Int32Array | BigInt64Array | Uint8Array | Int8Array;
 type RawArrayConstructor = {
   readonly name: string;
   readonly BYTES_PER_ELEMENT: number;
@@ -40,7 +35,14 @@ export const dtypes = {
   u8: { code: 5, bytes: 1, raw: Uint8Array, values: Uint8Array, safetensors: 'U8' },
   i8: { code: 6, bytes: 1, raw: Int8Array, values: Int8Array, safetensors: 'I8' },
   bool: { code: 7, bytes: 1, raw: Uint8Array, values: Uint8Array, safetensors: 'BOOL' },
-  f8_e4m3: { code: 8, bytes: 1, raw: Uint8Array, values: Float32Array, safetensors: 'F8_E4M3', format: f8e4m3 },
+  f8_e4m3: {
+    code: 8,
+    bytes: 1,
+    raw: Uint8Array,
+    values: Float32Array,
+    safetensors: 'F8_E4M3',
+    format: f8e4m3,
+  },
 } as const satisfies Record<string, DTypeRow>;
 
 export type DType = keyof typeof dtypes;

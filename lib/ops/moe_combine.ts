@@ -51,8 +51,13 @@ export const moeCombine = defineOp<MoeCombineInputs, MoeCombineOptions, Tensor<F
   outputs: { output: '=rows[tokens, hidden]' },
   returns: 'tensor',
   rules: [
-    ({ dim, given }) =>
-      dim('zeroExperts') === 0 || (given.has('ids') && given.has('hidden')) || 'expected ids and hidden with zeroExperts',
+    [
+      'zeroExperts',
+      ({ dim, given }) =>
+        dim('zeroExperts') === 0 ||
+        (given.has('ids') && given.has('hidden')) ||
+        'expected ids and hidden with zeroExperts',
+    ],
   ],
   oracle: moe_combine,
 });

@@ -73,10 +73,13 @@ export const moeDispatch = defineOp<MoeDispatchInputs, MoeDispatchOptions, MoeDi
   },
   returns: 'record',
   rules: [
-    (scope) =>
-      capacity(scope) <= 0x7fffffff ||
-      `expected at most 2147483647 dispatched rows but ids: i32[${scope.dim('tokens')}, ${scope.dim('columns')}] ` +
-        `need ${capacity(scope)}`,
+    [
+      'ids',
+      (scope) =>
+        capacity(scope) <= 0x7fffffff ||
+        `expected at most 2147483647 dispatched rows but ids: i32[${scope.dim('tokens')}, ${scope.dim('columns')}] ` +
+          `need ${capacity(scope)}`,
+    ],
   ],
   oracle: moe_dispatch,
 });

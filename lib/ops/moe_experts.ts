@@ -1,5 +1,5 @@
-import { defineOp } from '../op.js';
 import type { ExpertWeights } from '../experts.js';
+import { defineOp } from '../op.js';
 import { moe_experts } from '../oracle/moe_experts.js';
 import type { FloatDType, Tensor } from '../tensor.js';
 
@@ -39,8 +39,12 @@ export const moeExperts = defineOp<MoeExpertsInputs, Record<never, never>, Tenso
   outputs: { output: '=rows[capacity, hidden]' },
   returns: 'tensor',
   rules: [
-    ({ given }) =>
-      given.has('order') === given.has('weights') || 'expected order and weights together: order says whose weight is whose',
+    [
+      'order',
+      ({ given }) =>
+        given.has('order') === given.has('weights') ||
+        'expected order and weights together: order says whose weight is whose',
+    ],
   ],
   oracle: moe_experts,
 });

@@ -68,27 +68,57 @@ export interface MoeFusedGateOutputs {
 }
 
 const rules: Rule[] = [
-  ({ dim }) => dim('experts') <= MAX_EXPERTS || `expected at most ${MAX_EXPERTS} experts but received ${dim('experts')}`,
-  ({ dim }) => dim('experts') >= 1 || 'expected at least 1 expert but received 0',
-  ({ dim }) =>
-    dim('experts') % dim('groups') === 0 ||
-    `expected groups to divide experts = ${dim('experts')} but received ${dim('groups')}`,
-  ({ dim }) =>
-    dim('topGroups') <= dim('groups') ||
-    `expected topGroups <= groups = ${dim('groups')} but received ${dim('topGroups')}`,
-  ({ dim }) => {
-    const eligible = (dim('experts') / dim('groups')) * dim('topGroups');
-    const where = dim('topGroups') < dim('groups') ? 'experts in the chosen groups' : 'experts';
-    return dim('topK') <= eligible || `expected topK <= ${eligible} (${where}) but received ${dim('topK')}`;
-  },
-  ({ dim }) =>
-    dim('zeroExperts') < dim('experts') ||
-    `expected zeroExperts < experts = ${dim('experts')} (columns of logits) but received ${dim('zeroExperts')}`,
-  ({ options, given }) =>
-    options.selection === 'score' || !given.has('bias') || `expected no bias with selection '${options.selection}'`,
-  ({ options, dim }) =>
-    options.selection === 'score' || dim('groups') === 1 || `expected groups = 1 with selection '${options.selection}'`,
-  ({ dim, given }) => !given.has('idMap') || dim('rounds') >= 1 || 'expected idMap to have at least 1 round',
+  [
+    'logits',
+    ({ dim }) =>
+      (dim('experts') >= 1 && dim('experts') <= MAX_EXPERTS) ||
+      `expected logits of 1 to ${MAX_EXPERTS} experts but received ${dim('experts')}`,
+  ],
+  [
+    'groups',
+    ({ dim }) =>
+      dim('experts') % dim('groups') === 0 ||
+      `expected groups to divide experts = ${dim('experts')} but received ${dim('groups')}`,
+  ],
+  [
+    'topGroups',
+    ({ dim }) =>
+      dim('topGroups') <= dim('groups') ||
+      `expected topGroups <= groups = ${dim('groups')} but received ${dim('topGroups')}`,
+  ],
+  [
+    'topK',
+    ({ dim }) => {
+      const eligible = (dim('experts') / dim('groups')) * dim('topGroups');
+      const where = dim('topGroups') < dim('groups') ? 'experts in the chosen groups' : 'experts';
+      return dim('topK') <= eligible || `expected topK <= ${eligible} (${where}) but received ${dim('topK')}`;
+    },
+  ],
+  [
+    'zeroExperts',
+    ({ dim }) =>
+      dim('zeroExperts') < dim('experts') ||
+      `expected zeroExperts < experts = ${dim('experts')} (columns of logits) but received ${dim('zeroExperts')}`,
+  ],
+  [
+    'bias',
+    ({ options, given }) =>
+      options.selection === 'score' ||
+      !given.has('bias') ||
+      `expected no bias with selection '${options.selection}'`,
+  ],
+  [
+    'groups',
+    ({ options, dim }) =>
+      options.selection === 'score' ||
+      dim('groups') === 1 ||
+      `expected groups = 1 with selection '${options.selection}' but received ${dim('groups')}`,
+  ],
+  [
+    'idMap',
+    ({ dim, given }) =>
+      !given.has('idMap') || dim('rounds') >= 1 || 'expected idMap to have at least 1 round',
+  ],
 ];
 
 /**

@@ -1,6 +1,6 @@
 import type { Context } from '../context.js';
 import { MoeError } from '../errors.js';
-import { ExpertWeights, type ExpertsLayout, type SwiGLU } from '../experts.js';
+import { type ExpertsLayout, ExpertWeights, type SwiGLU } from '../experts.js';
 import { type CallScope, defineOp, type Rule } from '../op.js';
 import { choice, describeValue, flag, integer, resolveOptions } from '../options.js';
 import { pack_experts } from '../oracle/pack_experts.js';
@@ -33,8 +33,13 @@ export interface PackExpertsOptions {
 }
 
 const intermediate = ({ dim }: CallScope): number => dim('intermediate');
-const shapeRule =
-  (arg: string, rows: string, columns: string, expected: (scope: CallScope) => readonly [number, number]): Rule =>
+const shapeRule = (
+  arg: string,
+  rows: string,
+  columns: string,
+  expected: (scope: CallScope) => readonly [number, number],
+): Rule => [
+  arg,
   (scope) => {
     const [outer, inner] = scope.options.transposed ? [...expected(scope)].reverse() : expected(scope);
     return (
@@ -43,7 +48,8 @@ const shapeRule =
         `for experts of hidden ${scope.dim('hidden')} and intermediate ${intermediate(scope)} but received ` +
         `[${scope.dim('count')}, ${scope.dim(rows)}, ${scope.dim(columns)}]`
     );
-  };
+  },
+];
 
 /** The op behind packExperts: copies weights into slots of the backend's own layout, converting the dtype. */
 export const writeExperts = defineOp<
@@ -69,10 +75,20 @@ export const writeExperts = defineOp<
   rules: [
     shapeRule('w13', 'rows13', 'columns13', (scope) => [2 * intermediate(scope), scope.dim('hidden')]),
     shapeRule('w2', 'rows2', 'columns2', (scope) => [scope.dim('hidden'), intermediate(scope)]),
-    ({ dim }) =>
-      dim('firstSlot') + dim('count') <= dim('slots') ||
-      `expected slots ${dim('firstSlot')}..${dim('firstSlot') + dim('count') - 1} to be among the ${dim('slots')} ` +
-        'slots of experts',
+    [
+      'firstSlot',
+      ({ dim }) =>
+        dim('firstSlot') + dim('count') <= dim('slots') ||
+        `expected slots ${dim('firstSlot')}..${dim('firstSlot') + dim('count') - 1} to be among the ${dim('slots')} ` +
+          'slots of experts',
+    ],
+    [
+      'b13',
+      ({ given, input }) =>
+        (input('experts') as ExpertWeights).biases ||
+        !(given.has('b13') || given.has('b2')) ||
+        'expected no b13 and no b2: experts hold no biases',
+    ],
   ],
   oracle: pack_experts,
 });
@@ -120,16 +136,24 @@ export function packExperts(inputs: PackExpertsInputs, options: PackExpertsOptio
   const { into, swiglu, dtype, ...rest } = options;
   if (into !== undefined) {
     if (!(into instanceof ExpertWeights)) {
-      throw new MoeError('ERR_MOE_INVALID_ARG', `expected into: ExpertWeights but received ${describeValue(into)}`, {
-        op,
-        arg: 'into',
-      });
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected into: ExpertWeights but received ${describeValue(into)}`,
+        {
+          op,
+          arg: 'into',
+        },
+      );
     }
     if (swiglu !== undefined || dtype !== undefined) {
-      throw new MoeError('ERR_MOE_INVALID_ARG', 'expected no swiglu and no dtype with into: those weights have them', {
-        op,
-        arg: swiglu === undefined ? 'dtype' : 'swiglu',
-      });
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        'expected no swiglu and no dtype with into: those weights have them',
+        {
+          op,
+          arg: swiglu === undefined ? 'dtype' : 'swiglu',
+        },
+      );
     }
     writeExperts({ experts: into, ...inputs }, rest);
     return into;
@@ -170,10 +194,14 @@ function resolveSwiGLU(op: string, given: SwiGLU = {}): Required<SwiGLU> {
     const known = name === 'alpha' || name === 'beta' || name === 'limit';
     if (!known || !Number.isFinite(value) || (name === 'limit' && value < 0)) {
       const expected = known ? `swiglu.${name}: a finite number` : 'swiglu: { alpha, beta, limit }';
-      throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${expected} but received ${name} = ${describeValue(value)}`, {
-        op,
-        arg: 'swiglu',
-      });
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected ${expected} but received ${name} = ${describeValue(value)}`,
+        {
+          op,
+          arg: 'swiglu',
+        },
+      );
     }
   }
   return { alpha: given.alpha ?? 1, beta: given.beta ?? 0, limit: given.limit ?? 0 };

@@ -50,16 +50,26 @@ export const sharedExperts = defineOp<SharedExpertsInputs, SharedExpertsOptions,
   },
   returns: 'tensor',
   rules: [
-    ({ dim }) => dim('slots') === 1 || `expected experts: 1 slot (one dense MLP) but received ${dim('slots')}`,
-    ({ options, given }) =>
-      (options.part === 'down') === given.has('projected') ||
-      (options.part === 'down'
-        ? "expected projected (the result of part 'gateUp') with part 'down'"
-        : `expected no projected with part '${options.part}'`),
-    ({ options, given }) =>
-      options.part !== 'gateUp' ||
-      (!given.has('expertGate') && !given.has('routed')) ||
-      "expected no expertGate and no routed with part 'gateUp': they belong to part 'down'",
+    [
+      'experts',
+      ({ dim }) =>
+        dim('slots') === 1 || `expected experts: 1 slot (one dense MLP) but received ${dim('slots')}`,
+    ],
+    [
+      'projected',
+      ({ options, given }) =>
+        (options.part === 'down') === given.has('projected') ||
+        (options.part === 'down'
+          ? "expected projected (the result of part 'gateUp') with part 'down'"
+          : `expected no projected with part '${options.part}'`),
+    ],
+    [
+      'part',
+      ({ options, given }) =>
+        options.part !== 'gateUp' ||
+        (!given.has('expertGate') && !given.has('routed')) ||
+        "expected no expertGate and no routed with part 'gateUp': they belong to part 'down'",
+    ],
   ],
   oracle: shared_experts,
 });

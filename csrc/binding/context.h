@@ -1,0 +1,81 @@
+// The native side of a context: handles, the queue's front end, recordings and waits. Everything here runs on the JS
+// thread; what runs elsewhere is what it submits to the backend.
+#pragma once
+#include <napi.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "buffers.h"
+#include "task.h"
+
+namespace moe {
+
+// Per-environment state: one for the main thread and one for each worker.
+struct AddonData {
+  Napi::FunctionReference error_class;
+};
+
+// A MoeError for a status.
+Napi::Error make_error(Napi::Env env, const Status& status, const std::string& op);
+
+class NativeContext : public Napi::ObjectWrap<NativeContext> {
+ public:
+  static Napi::Function define(Napi::Env env);
+  explicit NativeContext(const Napi::CallbackInfo& info);
+  ~NativeContext() override;
+
+ private:
+  // A promise on its way: settled on the JS thread when the queue has come to it.
+  struct Wait;
+  // What the backend's threads and the JS thread share; outlives the context while either holds it.
+  struct Mailbox;
+  using Recording = std::vector<std::shared_ptr<const Task>>;
+
+  Napi::Value device(const Napi::CallbackInfo&);
+  Napi::Value allocate(const Napi::CallbackInfo&);
+  Napi::Value allocate_experts(const Napi::CallbackInfo&);
+  Napi::Value bytes(const Napi::CallbackInfo&);
+  void release(const Napi::CallbackInfo&);
+  void write(const Napi::CallbackInfo&);
+  Napi::Value read(const Napi::CallbackInfo&);
+  Napi::Value read_sync(const Napi::CallbackInfo&);
+  void enqueue(const Napi::CallbackInfo&);
+  Napi::Value synchronize(const Napi::CallbackInfo&);
+  void synchronize_sync(const Napi::CallbackInfo&);
+  void begin_capture(const Napi::CallbackInfo&);
+  Napi::Value end_capture(const Napi::CallbackInfo&);
+  void abort_capture(const Napi::CallbackInfo&);
+  void replay(const Napi::CallbackInfo&);
+  void release_capture(const Napi::CallbackInfo&);
+  Napi::Value memory(const Napi::CallbackInfo&);
+  Napi::Value paths(const Napi::CallbackInfo&);
+  Napi::Value close(const Napi::CallbackInfo&);
+
+  void assert_open(Napi::Env env, const char* op);
+  std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
+  double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,
+                    std::optional<ExpertsLayout> experts);
+  void submit(std::shared_ptr<const Task> task);
+  Napi::Promise wait_for(Napi::Env env, std::shared_ptr<Wait> wait);
+  void settle(Napi::Env env, Wait& wait);
+  void shut_down();
+  static void environment_ends(void* context);
+
+  static void deliver(napi_env env, napi_value callback, void* context, void* data);
+
+  std::shared_ptr<Backend> backend_;
+  std::shared_ptr<FaultLog> faults_ = std::make_shared<FaultLog>();
+  std::shared_ptr<Mailbox> mailbox_;
+  HandleTable<Buffer> buffers_;
+  HandleTable<Recording> captures_;
+  std::shared_ptr<Recording> recording_;
+  size_t pending_ = 0;
+  bool open_ = true;
+  bool hooked_ = false;
+  napi_env env_;
+};
+
+}  // namespace moe

@@ -1,0 +1,167 @@
+// The pure TypeScript backend: computes on the JS thread at the call. The last fallback, and what every other backend
+// is compared with, so it is plain rather than fast.
+import { MoeError } from '../errors.js';
+import type { ExpertsLayout } from '../experts.js';
+import type { Call, CallTensor } from '../op.js';
+import type { OracleExperts, OracleTensor } from '../oracle/values.js';
+import { type DType, decode, dtypeRow, encode, type Handle, type RawArray, Tensor } from '../tensor.js';
+import type { Backend, MemoryInfo, ReadAs } from './backend.js';
+
+interface Storage {
+  raw: RawArray;
+}
+
+export class OracleBackend implements Backend {
+  readonly name = 'oracle';
+  readonly device = 'JavaScript thread';
+  #recording: (() => void)[] | undefined;
+  #used = 0;
+  #paths: Record<string, string> = {};
+
+  allocate(dtype: DType, elements: number): Storage {
+    const raw = this.#array(dtypeRow(dtype).raw, elements);
+    this.#used += raw.byteLength;
+    return { raw };
+  }
+
+  allocateExperts(layout: ExpertsLayout): { handle: OracleExperts; bytes: number } {
+    const { slots, hidden, intermediate, dtype } = layout;
+    const { format } = dtypeRow(dtype);
+    const perSlot = (elements: number) =>
+      Array.from({ length: slots }, () => this.#array(Float32Array, elements) as Float32Array);
+    const handle: OracleExperts = {
+      slots,
+      hidden,
+      intermediate,
+      swiglu: layout.swiglu,
+      biases: layout.biases,
+      w13: perSlot(2 * intermediate * hidden),
+      w2: perSlot(hidden * intermediate),
+      b13: perSlot(2 * intermediate),
+      b2: perSlot(hidden),
+      round: format === undefined ? Math.fround : (value) => format.decode(format.encode(value)),
+    };
+    const bytes = 4 * slots * (3 * intermediate * hidden + 2 * intermediate + hidden);
+    this.#used += bytes;
+    return { handle, bytes };
+  }
+
+  release(handle: Handle): void {
+    if ((handle as Storage).raw !== undefined) this.#used -= (handle as Storage).raw.byteLength;
+    else this.#used -= 4 * expertElements(handle as OracleExperts);
+  }
+
+  write(handle: Handle, dtype: DType, data: RawArray | undefined): void {
+    const storage = handle as Storage;
+    const bits = data === undefined ? undefined : (encode(dtype, data as never) as RawArray);
+    this.#enqueue(() => {
+      if (bits === undefined) storage.raw.fill(0 as never);
+      else storage.raw.set(bits as never);
+    });
+  }
+
+  readSync(handle: Handle, dtype: DType, as: ReadAs): RawArray {
+    const { raw } = handle as Storage;
+    return as === 'raw' || dtypeRow(dtype).format === undefined ? raw.slice() : decode(dtype, raw as never);
+  }
+
+  async read(handle: Handle, dtype: DType, as: ReadAs): Promise<RawArray> {
+    return this.readSync(handle, dtype, as);
+  }
+
+  run(call: Call): void {
+    const { op, inputs, outputs, options, dims } = call;
+    // Handles are looked up now: tensors may be disposed while a recording still uses their memory.
+    const handles = new Map<CallTensor, Handle>();
+    for (const argument of [...inputs, ...outputs]) {
+      if (argument.value !== undefined) handles.set(argument, argument.value.handle(op.name, argument.name));
+    }
+    this.#enqueue(() => {
+      const given = Object.fromEntries(
+        inputs.map((input) => [input.name, this.#argument(input, handles.get(input), dims)]),
+      );
+      const results = outputs
+        .filter(({ value }) => value !== undefined)
+        .map((output) => {
+          const { dtype, shape, size } = output.value as Tensor;
+          return { output, dtype, tensor: { shape, data: this.#array(dtypeRow(dtype).values, size) } };
+        });
+      op.spec.oracle(
+        given,
+        options,
+        Object.fromEntries(results.map(({ output, tensor }) => [output.name, tensor])),
+      );
+      for (const { output, dtype, tensor } of results) {
+        (handles.get(output) as Storage).raw.set(encode(dtype, tensor.data as never) as never);
+      }
+      this.#paths[op.name] = 'typescript';
+    });
+  }
+
+  async synchronize(): Promise<void> {}
+  synchronizeSync(): void {}
+
+  beginCapture(): void {
+    this.#recording = [];
+  }
+  endCapture(): Handle {
+    const steps = this.#recording;
+    this.#recording = undefined;
+    return steps;
+  }
+  abortCapture(): void {
+    this.#recording = undefined;
+  }
+  replay(capture: Handle): void {
+    for (const step of capture as (() => void)[]) step();
+  }
+  releaseCapture(): void {}
+
+  memory(): MemoryInfo {
+    return { used: this.#used, reserved: this.#used };
+  }
+  paths(): Record<string, string> {
+    return { ...this.#paths };
+  }
+  async close(): Promise<void> {}
+
+  #enqueue(step: () => void): void {
+    if (this.#recording === undefined) step();
+    else this.#recording.push(step);
+  }
+
+  /** What an oracle gets for an argument: widened values, experts as they are, a count as a number. */
+  #argument(
+    { signature, value, count }: CallTensor,
+    handle: Handle,
+    dims: ReadonlyMap<string, number>,
+  ): unknown {
+    if (signature.kind === 'count') {
+      const limit = dims.get(signature.dims[0][0].name!) ?? 0;
+      const given = value === undefined ? (count ?? limit) : ((handle as Storage).raw as Int32Array)[0];
+      return Math.min(Math.max(given, 0), limit);
+    }
+    if (!(value instanceof Tensor)) return handle;
+    const { raw } = handle as Storage;
+    const data = signature.inout ? raw : (decode(value.dtype, raw as never) as RawArray);
+    return { shape: value.shape, data } satisfies OracleTensor<RawArray>;
+  }
+
+  #array(
+    type: { new (length: number): RawArray; readonly BYTES_PER_ELEMENT: number },
+    elements: number,
+  ): RawArray {
+    try {
+      return new type(elements);
+    } catch (cause) {
+      throw new MoeError(
+        'ERR_MOE_OOM',
+        `out of memory: requested ${elements * type.BYTES_PER_ELEMENT} bytes in one typed array, ${this.#used} in use`,
+        { op: 'oracle', cause },
+      );
+    }
+  }
+}
+
+const expertElements = ({ slots, hidden, intermediate }: OracleExperts): number =>
+  slots * (3 * intermediate * hidden + 2 * intermediate + hidden);

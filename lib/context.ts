@@ -1,0 +1,467 @@
+// A context: one backend, one in-order queue, the tensors on it. Ops find their backend through their tensors'
+// context, so this is the only place that makes one.
+import { availableParallelism } from 'node:os';
+import type { Backend, BackendName, MemoryInfo, ReadAs } from './backend/backend.js';
+import { NativeBackend } from './backend/native.js';
+import { OracleBackend } from './backend/oracle.js';
+import { env } from './env.js';
+import { MoeError } from './errors.js';
+import { type ExpertsLayout, ExpertWeights } from './experts.js';
+import { type BackendStatus, describeStatus, loadBackend, nativeBackends, requireBackend } from './native.js';
+import type { Call } from './op.js';
+import { choice, describeValue, integer, resolveOptions } from './options.js';
+import {
+  constructionKey,
+  type DType,
+  dtypes,
+  elementsOf,
+  type Handle,
+  type RawArray,
+  Tensor,
+  type TensorData,
+} from './tensor.js';
+
+const backendNames = [...nativeBackends, 'oracle'] as const;
+
+export interface ContextOptions {
+  /** 'auto' (default) takes the first of cuda, ascend, cpu that is ready, else the pure TypeScript oracle. */
+  backend?: 'auto' | BackendName;
+  /** Which device of the backend. Default 0. */
+  device?: number;
+  /** Threads of the CPU backend. Default: the parallelism available to the process. */
+  threads?: number;
+}
+
+export interface ContextDescription {
+  readonly backend: BackendName;
+  /** What was asked for. */
+  readonly requested: 'auto' | BackendName;
+  /** What the work runs on. */
+  readonly device: string;
+  /** Every backend that 'auto' passed over, and why. */
+  readonly passedOver: readonly { readonly backend: BackendName; readonly reason: string }[];
+  /** The kernel that each op took last. */
+  readonly paths: Readonly<Record<string, string>>;
+}
+
+/**
+ * Opens a context. Only here, and only for 'auto', may one backend stand in for another; `context.backend` and
+ * `context.describe()` say which was taken and why the others were not.
+ * @throws MoeError ERR_MOE_BACKEND where the backend asked for cannot be used, with everything that was tried.
+ */
+export async function createContext(options: ContextOptions = {}): Promise<Context> {
+  const op = 'createContext';
+  const threads = env.threads.read();
+  const resolved = resolveOptions(
+    op,
+    {
+      backend: choice(['auto', ...backendNames], 'auto'),
+      device: integer({ min: 0, max: 1023, default: 0 }),
+      threads: integer({
+        min: 1,
+        max: 1024,
+        default: threads === undefined ? availableParallelism() : Number(threads),
+      }),
+    },
+    options,
+    { given: new Set(), dim: () => 0 },
+  ) as Required<ContextOptions>;
+  const { backend: requested } = resolved;
+  const passedOver: { backend: BackendName; reason: string }[] = [];
+  const name = requested === 'auto' ? (preferred(op) ?? firstReady(passedOver)) : requested;
+  const backend =
+    name === 'oracle' ? new OracleBackend() : new NativeBackend(name, requireBackend(name), resolved);
+  return new Context(constructionKey, backend, requested, passedOver);
+}
+
+function preferred(op: string): BackendName | undefined {
+  const name = env.backend.read();
+  if (name === undefined || name === 'auto') return undefined;
+  if (!backendNames.includes(name as BackendName)) {
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected ${env.backend.name}: one of auto, ${backendNames.join(', ')} but received '${name}'`,
+      { op, arg: env.backend.name },
+    );
+  }
+  return name as BackendName;
+}
+
+function firstReady(passedOver: { backend: BackendName; reason: string }[]): BackendName {
+  for (const backend of nativeBackends) {
+    const { status } = loadBackend(backend);
+    if (status.state === 'ready') return backend;
+    passedOver.push({ backend, reason: describeStatus(status) });
+  }
+  return 'oracle';
+}
+
+/** The state of every backend on this machine; loads the addons to find out. */
+export function backendStatuses(): BackendStatus[] {
+  return nativeBackends.map((backend) => loadBackend(backend).status);
+}
+
+let contexts = 0;
+
+/**
+ * An in-order queue on one backend. Calling an op enqueues it and returns tensors at once; only `tensor.read()`,
+ * `synchronize()` and `close()` wait. The oracle is the exception: it computes at the call.
+ */
+export class Context {
+  readonly backend: BackendName;
+  readonly #backend: Backend;
+  readonly #requested: 'auto' | BackendName;
+  readonly #passedOver: ContextDescription['passedOver'];
+  readonly #id = ++contexts;
+  /** Gives back what was never disposed. A net only: it runs when the collector pleases. */
+  readonly #net: FinalizationRegistry<Handle>;
+  #state: 'open' | 'closed' | 'lost' = 'open';
+  #closing: Promise<void> | undefined;
+  /** Tensors made while a capture is being recorded; they live and die with it. */
+  #recorded: Set<{ dispose(): void }> | undefined;
+
+  /** @internal Contexts are made by createContext. */
+  constructor(
+    secret: symbol,
+    backend: Backend,
+    requested: 'auto' | BackendName,
+    passedOver: ContextDescription['passedOver'],
+  ) {
+    if (secret !== constructionKey) {
+      throw new MoeError('ERR_MOE_INVALID_ARG', 'contexts are made by createContext()', { op: 'Context' });
+    }
+    this.backend = backend.name;
+    this.#backend = backend;
+    this.#requested = requested;
+    this.#passedOver = passedOver;
+    this.#net = new FinalizationRegistry((handle) => {
+      if (this.#state === 'open') backend.release(handle);
+    });
+  }
+
+  get state(): 'open' | 'closed' | 'lost' {
+    return this.#state;
+  }
+
+  /**
+   * A tensor filled with `data` (zeros without): an array of the dtype, or for bf16 and f16 a Float32Array, rounded
+   * to nearest even, or a Uint16Array of bits. The data is copied before the call returns.
+   * @throws MoeError ERR_MOE_INVALID_ARG, ERR_MOE_OOM.
+   */
+  tensor<D extends DType>(dtype: D, shape: readonly number[], data?: TensorData<D>): Tensor<D> {
+    const op = 'tensor';
+    this.assertUsable(op);
+    checkShape(op, dtype, shape);
+    if (data !== undefined) checkData(op, dtype, elementsOf(shape), data as RawArray);
+    const tensor = this.allocate(op, 'tensor', dtype, shape);
+    try {
+      this.#backend.write(tensor.handle(op, 'tensor'), dtype, data as RawArray | undefined);
+    } catch (error) {
+      tensor.dispose();
+      throw error;
+    }
+    return tensor;
+  }
+
+  /** Waits until everything enqueued so far is done; rejects when any of it failed, naming the op. */
+  async synchronize(): Promise<void> {
+    this.#assertMayWait('synchronize');
+    await this.#watch(this.#backend.synchronize());
+  }
+
+  /** `synchronize` that blocks the thread. For benchmarks and scripts. */
+  synchronizeSync(): void {
+    this.#assertMayWait('synchronizeSync');
+    this.#backend.synchronizeSync();
+  }
+
+  /**
+   * Records the work that `record` enqueues, without running it, to be replayed at the cost of one call. Tensors
+   * made inside belong to the capture; new input enters through `tensor.write`; host numbers are frozen.
+   * @throws MoeError ERR_MOE_CAPTURE for reads, waits or another capture inside `record`, or an async `record`.
+   */
+  capture<T>(record: () => T): Capture<T> {
+    this.assertUsable('capture');
+    if (typeof record !== 'function') {
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected record: a function but received ${describeValue(record)}`,
+        { op: 'capture', arg: 'record' },
+      );
+    }
+    if (this.#recorded !== undefined) {
+      throw new MoeError('ERR_MOE_CAPTURE', 'a capture is being recorded already', { op: 'capture' });
+    }
+    this.#backend.beginCapture();
+    const recorded = new Set<{ dispose(): void }>();
+    this.#recorded = recorded;
+    let handle: Handle;
+    try {
+      const output = record();
+      if (output instanceof Promise) {
+        output.catch(() => {});
+        throw new MoeError(
+          'ERR_MOE_CAPTURE',
+          'expected a synchronous function: nothing can be awaited in a capture',
+          {
+            op: 'capture',
+            arg: 'record',
+          },
+        );
+      }
+      handle = this.#backend.endCapture();
+      this.#recorded = undefined;
+      return new Capture(constructionKey, output, {
+        replay: () => {
+          this.assertUsable('replay');
+          if (this.#recorded !== undefined) {
+            throw new MoeError('ERR_MOE_CAPTURE', 'a capture is being recorded', { op: 'replay' });
+          }
+          this.#backend.replay(handle);
+        },
+        dispose: () => {
+          for (const tensor of recorded) tensor.dispose();
+          if (this.#state === 'open') this.#backend.releaseCapture(handle);
+        },
+      });
+    } catch (error) {
+      if (this.#recorded !== undefined) this.#backend.abortCapture();
+      this.#recorded = undefined;
+      for (const tensor of recorded) tensor.dispose();
+      throw error;
+    }
+  }
+
+  /** Bytes in use and bytes taken from the system. */
+  memory(): MemoryInfo {
+    this.assertUsable('memory');
+    return this.#backend.memory();
+  }
+
+  /** Which backend this is, why it was taken, and which kernels ran. */
+  describe(): ContextDescription {
+    return {
+      backend: this.backend,
+      requested: this.#requested,
+      device: this.#backend.device,
+      passedOver: this.#passedOver,
+      paths: this.#state === 'open' ? this.#backend.paths() : {},
+    };
+  }
+
+  /** Finishes the work in flight and gives everything back; afterwards every call throws ERR_MOE_DISPOSED. */
+  close(): Promise<void> {
+    if (this.#closing === undefined) {
+      if (this.#recorded !== undefined) {
+        throw new MoeError(
+          'ERR_MOE_CAPTURE',
+          'a context cannot be closed while a capture is being recorded',
+          {
+            op: 'close',
+          },
+        );
+      }
+      if (this.#state === 'open') this.#state = 'closed';
+      this.#closing = this.#backend.close();
+    }
+    return this.#closing;
+  }
+
+  /** Starts `close()` without waiting for it. */
+  [Symbol.dispose](): void {
+    this.close().catch(() => {});
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  toString(): string {
+    return `${this.backend} context ${this.#id}`;
+  }
+
+  /** @internal */
+  assertUsable(op: string): void {
+    if (this.#state === 'open') return;
+    const lost = this.#state === 'lost';
+    throw new MoeError(
+      lost ? 'ERR_MOE_DEVICE_LOST' : 'ERR_MOE_DISPOSED',
+      lost
+        ? `the device of ${this} failed before; open a new context`
+        : `expected an open context but ${this} is closed`,
+      { op },
+    );
+  }
+
+  /** @internal */
+  allocate<D extends DType>(op: string, arg: string, dtype: D, shape: readonly number[]): Tensor<D> {
+    const elements = elementsOf(shape);
+    if (!Number.isSafeInteger(elements * dtypes[dtype].bytes)) {
+      throw new MoeError(
+        'ERR_MOE_OOM',
+        `out of memory: ${arg}: ${dtype}[${shape.join(', ')}] has too many elements`,
+        {
+          op,
+          arg,
+        },
+      );
+    }
+    const handle = this.#backend.allocate(dtype, elements);
+    return this.#own(new Tensor(constructionKey, this, dtype, shape, handle), handle);
+  }
+
+  /** @internal */
+  allocateExperts(layout: ExpertsLayout): ExpertWeights {
+    this.assertUsable('allocate_experts');
+    const { handle, bytes } = this.#backend.allocateExperts(layout);
+    return this.#own(new ExpertWeights(constructionKey, this, layout, handle, bytes), handle);
+  }
+
+  #own<T extends { dispose(): void }>(owner: T, handle: Handle): T {
+    this.#net.register(owner, handle, owner);
+    this.#recorded?.add(owner);
+    return owner;
+  }
+
+  /** @internal */
+  releaseTensor(owner: Tensor, handle: Handle): void {
+    this.#release(owner, handle);
+  }
+
+  /** @internal */
+  releaseExperts(owner: ExpertWeights, handle: Handle): void {
+    this.#release(owner, handle);
+  }
+
+  #release(owner: object, handle: Handle): void {
+    this.#net.unregister(owner);
+    if (this.#state === 'open') this.#backend.release(handle);
+  }
+
+  /** @internal */
+  run(call: Call): void {
+    this.#backend.run(call);
+  }
+
+  /** @internal */
+  writeTensor(tensor: Tensor, data: RawArray): void {
+    const op = 'write';
+    this.assertUsable(op);
+    const handle = tensor.handle(op, 'tensor');
+    checkData(op, tensor.dtype, tensor.size, data);
+    this.#backend.write(handle, tensor.dtype, data);
+  }
+
+  /** @internal */
+  async readTensor(tensor: Tensor, as: ReadAs): Promise<RawArray> {
+    this.#assertMayWait('read');
+    return this.#watch(this.#backend.read(tensor.handle('read', 'tensor'), tensor.dtype, as));
+  }
+
+  /** @internal */
+  readTensorSync(tensor: Tensor, as: ReadAs): RawArray {
+    this.#assertMayWait('readSync');
+    return this.#backend.readSync(tensor.handle('readSync', 'tensor'), tensor.dtype, as);
+  }
+
+  #assertMayWait(op: string): void {
+    this.assertUsable(op);
+    if (this.#recorded !== undefined) {
+      throw new MoeError(
+        'ERR_MOE_CAPTURE',
+        'nothing can be read or awaited while a capture is being recorded',
+        { op },
+      );
+    }
+  }
+
+  /** Notices a lost device, after which the context refuses everything. */
+  async #watch<T>(wait: Promise<T>): Promise<T> {
+    try {
+      return await wait;
+    } catch (error) {
+      if (error instanceof MoeError && error.code === 'ERR_MOE_DEVICE_LOST' && this.#state === 'open') {
+        this.#state = 'lost';
+      }
+      throw error;
+    }
+  }
+}
+
+/** A recorded sequence: `output` is what the recorded function returned; `replay()` enqueues the whole of it again. */
+export class Capture<T> {
+  readonly output: T;
+  readonly #actions: { replay(): void; dispose(): void };
+  #disposed = false;
+
+  /** @internal Captures are made by context.capture. */
+  constructor(secret: symbol, output: T, actions: { replay(): void; dispose(): void }) {
+    if (secret !== constructionKey) {
+      throw new MoeError('ERR_MOE_INVALID_ARG', 'captures are made by context.capture()', { op: 'Capture' });
+    }
+    this.output = output;
+    this.#actions = actions;
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  /** Enqueues the recorded work. The tensors of `output` hold its results from then on. */
+  replay(): void {
+    if (this.#disposed) {
+      throw new MoeError('ERR_MOE_DISPOSED', 'expected a live capture but it was disposed', { op: 'replay' });
+    }
+    this.#actions.replay();
+  }
+
+  /** Gives back the recording and every tensor made in it, once the replays in flight are done. */
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#actions.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+function checkShape(op: string, dtype: unknown, shape: unknown): void {
+  if (typeof dtype !== 'string' || !Object.hasOwn(dtypes, dtype)) {
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected dtype: one of ${Object.keys(dtypes).join(', ')} but received ${describeValue(dtype)}`,
+      { op, arg: 'dtype' },
+    );
+  }
+  const valid = Array.isArray(shape) && shape.every((dim) => Number.isSafeInteger(dim) && dim >= 0);
+  if (!valid || shape.length === 0 || shape.length > 8) {
+    const received = Array.isArray(shape)
+      ? `[${shape.slice(0, 9).map(describeValue).join(', ')}]`
+      : describeValue(shape);
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected shape: 1 to 8 integers >= 0 but received ${received}`,
+      { op, arg: 'shape' },
+    );
+  }
+}
+
+function checkData(op: string, dtype: DType, elements: number, data: RawArray): void {
+  const { raw, values } = dtypes[dtype];
+  const types = raw === (values as unknown) ? raw.name : `${values.name} or ${raw.name}`;
+  if (!(data instanceof raw || data instanceof values) || data.length !== elements) {
+    const received = ArrayBuffer.isView(data)
+      ? `${Object.prototype.toString.call(data).slice(8, -1)}(${(data as RawArray).length ?? data.byteLength})`
+      : describeValue(data);
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected data: ${types}(${elements}) for ${dtype} but received ${received}`,
+      {
+        op,
+        arg: 'data',
+      },
+    );
+  }
+}

@@ -1,0 +1,89 @@
+// Builds what npm does not ship: dist/ (tsc) and build/Release/moe_cpu.node (node-gyp).
+//
+//   node scripts/build.mjs                both; fails if either does
+//   node scripts/build.mjs --missing      only what is older than its sources; without a compiler the addon is
+//                                         skipped with a message, because the package works in TypeScript alone
+//   node scripts/build.mjs --typescript   dist/ only
+import { spawnSync } from 'node:child_process';
+import { existsSync, readdirSync, rmSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const addon = join(root, 'build', 'Release', 'moe_cpu.node');
+
+/** Newest change among files and folders. */
+function newest(...paths) {
+  let time = 0;
+  for (const path of paths.map((path) => join(root, path))) {
+    if (!existsSync(path)) continue;
+    const stat = statSync(path);
+    time = Math.max(time, stat.mtimeMs);
+    if (stat.isDirectory()) {
+      for (const name of readdirSync(path, { recursive: true })) {
+        time = Math.max(time, statSync(join(path, String(name))).mtimeMs);
+      }
+    }
+  }
+  return time;
+}
+
+const builtAt = (path) => (existsSync(path) ? statSync(path).mtimeMs : 0);
+const answers = (command, ...args) => spawnSync(command, args, { stdio: 'ignore' }).status === 0;
+
+/** What a native build lacks on this machine, for people; empty when nothing does. */
+export function missingTools() {
+  if (process.platform === 'win32') return []; // node-gyp finds Visual Studio by itself
+  const missing = [];
+  if (!answers(process.env.CXX ?? 'c++', '--version')) missing.push('a C++20 compiler (c++)');
+  if (!answers('make', '--version')) missing.push('make');
+  if (!answers(process.env.PYTHON ?? 'python3', '--version')) missing.push('python3');
+  return missing;
+}
+
+/** Compiles lib/ to dist/. */
+export function buildTypescript({ missingOnly = false } = {}) {
+  const stamp = join(root, 'dist', 'index.js');
+  if (missingOnly && builtAt(stamp) > newest('lib', 'tsconfig.json')) return true;
+  rmSync(join(root, 'dist'), { recursive: true, force: true }); // no output of a source that is gone
+  return run('TypeScript', [join(root, 'node_modules', 'typescript', 'bin', 'tsc'), '-p', root]);
+}
+
+/** Compiles csrc/ to the CPU addon; 'skipped' where the tools for it are not there. */
+export function buildAddon({ missingOnly = false } = {}) {
+  if (missingOnly && builtAt(addon) > newest('csrc', 'binding.gyp')) return true;
+  const missing = missingTools();
+  if (missing.length > 0) {
+    console.error(`The CPU addon is not built: this machine has no ${missing.join(', no ')}.`);
+    return 'skipped';
+  }
+  const nodeGyp = join(root, 'node_modules', 'node-gyp', 'bin', 'node-gyp.js');
+  return run('the CPU addon', [
+    nodeGyp,
+    'configure',
+    'build',
+    '--release',
+    '-j',
+    'max',
+    '--loglevel',
+    'error',
+  ]);
+}
+
+function run(what, command) {
+  const begun = Date.now();
+  process.stderr.write(`Building ${what} ... `);
+  const { status, stdout, stderr } = spawnSync(process.execPath, command, { cwd: root, encoding: 'utf8' });
+  process.stderr.write(status === 0 ? `${((Date.now() - begun) / 1000).toFixed(1)} s\n` : 'failed\n');
+  const output = `${stdout ?? ''}${stderr ?? ''}`;
+  if (status !== 0 || /warning:/i.test(output)) process.stderr.write(output);
+  return status === 0;
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const missingOnly = process.argv.includes('--missing');
+  const typescript = buildTypescript({ missingOnly });
+  const native = process.argv.includes('--typescript') || buildAddon({ missingOnly });
+  const failed = !typescript || !native || (native === 'skipped' && !missingOnly);
+  process.exit(failed ? 1 : 0);
+}

@@ -2,9 +2,10 @@
 // can say what was tried, what happened and what would help. Nothing is loaded before somebody asks.
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { fileURLToPath } from 'node:url';
+import { join } from 'node:path';
 import type { BackendName, MemoryInfo } from './backend/backend.js';
 import { MoeError } from './errors.js';
+import { packageRoot } from './package.js';
 
 /** What csrc/binding exports; numbers are handles, byte counts or codes. */
 export interface NativeContext {
@@ -79,21 +80,20 @@ interface Row {
 }
 
 const require = createRequire(import.meta.url);
-const root = fileURLToPath(new URL('..', import.meta.url));
 
 /** Backends that are addons, in the order that 'auto' tries them. */
 const rows: Record<Exclude<BackendName, 'oracle'>, Row> = {
   cuda: { find: () => inOut('cuda'), build: 'npm run build:cuda' },
   ascend: { find: () => inOut('ascend'), build: 'npm run build:ascend' },
   cpu: {
-    find: () => (require('node-gyp-build') as { resolve(root: string): string }).resolve(root),
+    find: () => (require('node-gyp-build') as { resolve(folder: string): string }).resolve(packageRoot),
     build: 'npm run build',
   },
 };
 
 /** CMake builds live outside build/, which node-gyp and prebuildify clear. */
 function inOut(backend: string): string {
-  const path = fileURLToPath(new URL(`../out/${backend}/moe_${backend}.node`, import.meta.url));
+  const path = join(packageRoot, 'out', backend, `moe_${backend}.node`);
   if (!existsSync(path)) throw new Error(`no such file: ${path}`);
   return path;
 }
@@ -124,7 +124,7 @@ function load(backend: keyof typeof rows): Loaded {
     path = find();
   } catch (error) {
     const detail = `no addon for ${process.platform}-${process.arch}; '${build}' makes one from source`;
-    const attempts = [{ path: root, error: (error as Error).message.split('\n')[0] }];
+    const attempts = [{ path: packageRoot, error: (error as Error).message.split('\n')[0] }];
     return { status: { ...none, backend, state: 'not built', detail, attempts } };
   }
   try {

@@ -53,7 +53,21 @@ export type Values<D extends DType> = InstanceType<(typeof dtypes)[D]['values']>
 /** What `readRaw()` gives for a dtype: the bits as stored. */
 export type Raw<D extends DType> = InstanceType<(typeof dtypes)[D]['raw']>;
 /** What a tensor can be filled from: its raw array, or for narrow floats a Float32Array, rounded to nearest even. */
-export type TensorData<D extends DType> = Values<D> | Raw<D>;
+export type TensorData<D extends DType> = OnAnyBuffer<Values<D> | Raw<D>>;
+/** The same kind of array on an ArrayBuffer or a SharedArrayBuffer. */
+type OnAnyBuffer<T> = T extends Float32Array
+  ? Float32Array
+  : T extends Uint16Array
+    ? Uint16Array
+    : T extends Int32Array
+      ? Int32Array
+      : T extends BigInt64Array
+        ? BigInt64Array
+        : T extends Uint8Array
+          ? Uint8Array
+          : T extends Int8Array
+            ? Int8Array
+            : never;
 
 export function dtypeRow(dtype: DType): DTypeRow {
   return dtypes[dtype];

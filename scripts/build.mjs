@@ -5,8 +5,8 @@
 //                                         skipped with a message, because the package works in TypeScript alone
 //   node scripts/build.mjs --typescript   dist/ only
 import { spawnSync } from 'node:child_process';
-import { existsSync, readdirSync, rmSync, statSync } from 'node:fs';
-import { join } from 'node:path';
+import { existsSync, readdirSync, realpathSync, rmSync, statSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -43,8 +43,8 @@ export function missingTools() {
 
 /** Compiles lib/ to dist/. */
 export function buildTypescript({ missingOnly = false } = {}) {
-  const stamp = join(root, 'dist', 'index.js');
-  if (missingOnly && builtAt(stamp) > newest('lib', 'tsconfig.json')) return true;
+  const stamp = join(root, 'dist', 'lib', 'index.js');
+  if (missingOnly && builtAt(stamp) > newest('lib', 'bench', 'test/cases', 'tsconfig.json')) return true;
   rmSync(join(root, 'dist'), { recursive: true, force: true }); // no output of a source that is gone
   return run('TypeScript', [join(root, 'node_modules', 'typescript', 'bin', 'tsc'), '-p', root]);
 }
@@ -58,16 +58,15 @@ export function buildAddon({ missingOnly = false } = {}) {
     return 'skipped';
   }
   const nodeGyp = join(root, 'node_modules', 'node-gyp', 'bin', 'node-gyp.js');
-  return run('the CPU addon', [
-    nodeGyp,
-    'configure',
-    'build',
-    '--release',
-    '-j',
-    'max',
-    '--loglevel',
-    'error',
-  ]);
+  const flags = ['--release', '-j', 'max', '--loglevel', 'error', ...installedHeaders()];
+  return run('the CPU addon', [nodeGyp, 'configure', 'build', ...flags]);
+}
+
+/** Node's own headers where they are installed beside it, so that node-gyp need not download them. */
+function installedHeaders() {
+  if (process.env.npm_config_nodedir) return [];
+  const prefix = join(dirname(realpathSync(process.execPath)), '..');
+  return existsSync(join(prefix, 'include', 'node', 'common.gypi')) ? [`--nodedir=${prefix}`] : [];
 }
 
 function run(what, command) {

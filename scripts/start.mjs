@@ -11,5 +11,5 @@ if (buildAddon({ missingOnly: true }) !== true) console.error('Going on in pure 
 
 const layer = join(root, 'test', 'fixtures', 'hf', 'deepseek_v3_256');
 const args = process.argv.slice(2);
-const command = [join(root, 'dist', 'cli', 'main.js'), ...(args.length > 0 ? args : ['run', layer])];
+const command = [join(root, 'dist', 'lib', 'cli', 'main.js'), ...(args.length > 0 ? args : ['run', layer])];
 process.exit(spawnSync(process.execPath, command, { stdio: 'inherit' }).status ?? 1);

@@ -202,7 +202,11 @@ class Describer {
   void choice(const char* name, Enum& out, std::initializer_list<const char*> names) {
     out = Enum{};
     std::string line = std::string(name) + ": enum ";
-    for (const char* each : names) line += (each == *names.begin() ? "" : "|") + std::string(each);
+    const char* separator = "";
+    for (const char* each : names) {
+      line.append(separator).append(each);
+      separator = "|";
+    }
     lines.push_back(std::move(line));
   }
   void same(const char*, const Tensor&, Shape) {}
@@ -219,7 +223,7 @@ class Describer {
     const char* separator = "";
     for (int code = 0; code < kDTypeCount; code++) {
       if (!has(dtypes, static_cast<DType>(code))) continue;
-      line += separator + std::string(kDTypes[code].name);
+      line.append(separator).append(kDTypes[code].name);
       separator = "|";
     }
     lines.push_back(std::move(line));

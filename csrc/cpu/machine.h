@@ -1,0 +1,25 @@
+// What this machine offers: processors, memory, names. Limits of the container count where there are any.
+#pragma once
+#include <cstddef>
+#include <string>
+
+namespace moe {
+
+// Threads that can run at once, at least 1: the affinity mask, cut by a cgroup's CPU quota.
+int usable_threads();
+
+// Bytes of memory that this process could ever have; never 0.
+size_t physical_memory();
+
+// Bytes that could be had now without being killed for it, swap included; physical_memory() where nobody knows.
+size_t available_memory();
+
+std::string cpu_name();
+
+// Vector extensions of the processor, e.g. "sse4.2 avx avx2 fma"; empty where it cannot be asked.
+std::string cpu_features();
+
+// The instruction set that the kernels were compiled for.
+const char* compiled_simd();
+
+}  // namespace moe

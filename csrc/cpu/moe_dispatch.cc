@@ -1,0 +1,101 @@
+// moe_dispatch: sorts the flat choices (token * C + column) by local expert and gathers their rows.
+//
+// Algorithm: a stable counting sort. Choices are cut into pieces (one, or up to 16 where there are many choices and
+// few experts); every piece is counted, the counts are turned into first places expert by expert and piece by piece,
+// and every piece places its choices. Threads share pieces and, for the gather, places. The result is the same for
+// any number of pieces: buckets by expert, choices ascending inside, T * C in empty places. Ids that are not local,
+// negative ones included, get inverse -1. Limits: 2^31 - 1 places. No arithmetic on values.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "expert_mlp.h"
+
+namespace moe {
+
+Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
+  const int64_t choices = p.T * p.C, experts = p.experts;
+  const int32_t* ids = p.ids.as<const int32_t>();
+  int32_t* order = p.order.as<int32_t>();
+  int32_t* inverse = p.inverse.as<int32_t>();
+  int32_t* counts = p.counts.as<int32_t>();
+  int32_t* offsets = p.offsets.as<int32_t>();
+  Workspace workspace(cpu(backend));
+  ThreadPool& pool = cpu(backend).pool();
+  const int64_t pieces = experts <= 4096 ? std::clamp(choices / 32768, int64_t{1}, int64_t{16}) : 1;
+  const int64_t piece = ceil_div(std::max(choices, int64_t{1}), pieces);
+  backend.note_path("moe_dispatch", pieces > 1 ? "counting sort, parallel" : "counting sort");
+  const auto local = [&](int64_t choice) {
+    const int64_t expert = int64_t{ids[choice]} - p.first_expert;
+    return ids[choice] >= 0 && expert >= 0 && expert < experts ? expert : -1;
+  };
+
+  // Count every piece
+  int32_t* next = nullptr;  // [pieces, experts]: counts, then the next place
+  MOE_RETURN_IF_ERROR(workspace.take(pieces * experts, &next));
+  pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
+    int32_t* mine = next + at * experts;
+    std::fill_n(mine, experts, 0);
+    for (int64_t choice = at * piece; choice < std::min(choices, (at + 1) * piece); choice++) {
+      const int64_t expert = local(choice);
+      if (expert >= 0) mine[expert]++;
+    }
+  });
+  MOE_RETURN_IF_ERROR(cpu(backend).finished());
+
+  // First places
+  int64_t place = 0;
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t first = place;
+    for (int64_t at = 0; at < pieces; at++) {
+      const int32_t count = next[at * experts + e];
+      next[at * experts + e] = static_cast<int32_t>(place);
+      place += count;
+    }
+    counts[e] = static_cast<int32_t>(place - first);
+    if (p.block_size > 0) place = ceil_div(place, p.block_size) * p.block_size;
+    if (place > p.P) {
+      return Status::Error(Code::kInvalidArg, "expected room for " + std::to_string(place) + " rows but capacity is " +
+                                                  std::to_string(p.P), "capacity");
+    }
+    offsets[e] = static_cast<int32_t>(first);
+    if (p.block_experts) {
+      std::fill(p.block_experts.as<int32_t>() + first / p.block_size,
+                p.block_experts.as<int32_t>() + place / p.block_size, static_cast<int32_t>(e));
+    }
+  }
+  offsets[experts] = static_cast<int32_t>(place);
+  if (p.block_experts) std::fill(p.block_experts.as<int32_t>() + place / p.block_size, p.block_experts.as<int32_t>() + p.blocks, -1);
+
+  // Place the choices
+  std::fill_n(order, p.P, static_cast<int32_t>(choices));
+  pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
+    int32_t* mine = next + at * experts;
+    for (int64_t choice = at * piece; choice < std::min(choices, (at + 1) * piece); choice++) {
+      const int64_t expert = local(choice);
+      inverse[choice] = expert < 0 ? -1 : mine[expert]++;
+      if (expert >= 0) order[inverse[choice]] = static_cast<int32_t>(choice);
+    }
+  });
+  if (!p.rows) return cpu(backend).finished();
+
+  // Gather
+  const size_t row_bytes = static_cast<size_t>(p.H) * size_of(p.rows.dtype);
+  const auto grain = static_cast<int64_t>(std::max<size_t>(1, 65536 / std::max<size_t>(row_bytes, 1)));
+  pool.parallel_for(p.P, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at++) {
+      void* row = element(p.rows.data, p.rows.dtype, at * p.H);
+      if (order[at] == choices) {
+        std::memset(row, 0, row_bytes);
+      } else {
+        std::memcpy(row, element(p.hidden.data, p.hidden.dtype, order[at] / p.C * p.H), row_bytes);
+      }
+    }
+  });
+  return cpu(backend).finished();
+}
+
+MOE_REGISTER(moe_dispatch, MoeDispatch);
+
+}  // namespace moe

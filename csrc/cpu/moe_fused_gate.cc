@@ -1,0 +1,229 @@
+// moe_fused_gate: scores, groups, the K best, weights, shared experts, mapping and load of every token.
+//
+// Algorithm: one thread per token, 16 tokens a task, all in arrays on its stack; groups are cut by selection, the K
+// best are kept in an insertion-sorted list. The load is counted afterwards on one thread. Limits: 1024 experts, 32
+// choices; any group count that divides the experts.
+//
+// Ranks are unsigned keys with the order of the floats, -0 equal to 0 and NaN below -inf; equal keys go to the lower
+// id, for experts and for groups. A NaN logit or bias, or a choice that became NaN (+inf score, -inf bias), has weight
+// 0. Order of accumulation: softmax sums run in id order, sums over chosen experts in slot order, everything in f32
+// with exp and log1p rounded from f64.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <string>
+
+#include "float_rows.h"
+
+namespace moe {
+
+namespace {
+
+constexpr int64_t kMostExperts = 1024;
+constexpr int kMostChoices = 32;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+uint32_t rank_key(float value) {
+  if (std::isnan(value)) return 0;
+  const uint32_t bits = std::bit_cast<uint32_t>(value + 0.0f);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+uint32_t mix(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+// Divides by the sum of what is not NaN, in order. A sum of 0 gives 0; infinite values share the whole equally.
+void divide_by_sum(float* values, int64_t n) {
+  int64_t infinite = 0;
+  float sum = 0;
+  for (int64_t i = 0; i < n; i++) {
+    infinite += values[i] == kInfinity;
+    if (!std::isnan(values[i])) sum += values[i];
+  }
+  for (int64_t i = 0; i < n; i++) {
+    if (std::isnan(values[i])) continue;
+    if (infinite > 0) {
+      values[i] = values[i] == kInfinity ? 1.0f / static_cast<float>(infinite) : 0.0f;
+    } else {
+      values[i] = sum == 0 ? 0.0f : values[i] / sum;
+    }
+  }
+}
+
+void softmax(const float* x, int64_t n, float* out) {
+  float most = -kInfinity;
+  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+  for (int64_t i = 0; i < n; i++) {
+    if (std::isnan(x[i])) {
+      out[i] = kNaN;
+    } else if (most == -kInfinity) {
+      out[i] = 0;
+    } else {
+      out[i] = x[i] == most ? 1.0f : static_cast<float>(std::exp(static_cast<double>(x[i] - most)));
+    }
+  }
+  if (most != -kInfinity) divide_by_sum(out, n);
+}
+
+// NaN stays NaN.
+void score(Scoring scoring, const float* x, int64_t n, float* out) {
+  if (scoring == Scoring::kSoftmax) return softmax(x, n, out);
+  for (int64_t i = 0; i < n; i++) {
+    if (scoring == Scoring::kSigmoid) {
+      out[i] = 1.0f / (1.0f + static_cast<float>(std::exp(-static_cast<double>(x[i]))));
+    } else {
+      const auto power = static_cast<float>(std::exp(static_cast<double>(std::min(x[i], 21.0f))));
+      const float softplus = x[i] > 20.0f ? x[i] : static_cast<float>(std::log1p(static_cast<double>(power)));
+      out[i] = std::isnan(x[i]) ? x[i] : std::sqrt(softplus);
+    }
+  }
+}
+
+struct Row {
+  float x[kMostExperts];       // logits; NaN where the bias is
+  float scores[kMostExperts];  // NaN where x is
+  float choices[kMostExperts];
+  uint32_t keys[kMostExperts];
+  bool kept[kMostExperts];  // per group
+};
+
+// Marks the groups whose experts are candidates.
+void keep_groups(const MoeFusedGate& p, Row& row) {
+  const int64_t groups = p.groups, size = p.E / groups;
+  std::fill(row.kept, row.kept + groups, true);
+  if (p.top_groups >= p.groups) return;
+  uint64_t ranks[kMostExperts];
+  for (int64_t g = 0; g < groups; g++) {
+    float first = kNaN, second = kNaN;
+    for (int64_t e = g * size; e < (g + 1) * size; e++) {
+      const float choice = row.choices[e];
+      if (choice > first || std::isnan(first)) {
+        second = first;
+        first = choice;
+      } else if (choice > second || std::isnan(second)) {
+        second = choice;
+      }
+    }
+    const bool sum = p.group_score == GroupScore::kTop2Sum && !std::isnan(second);
+    const uint64_t key = rank_key(sum ? first + second : first);
+    ranks[g] = key << 32 | static_cast<uint64_t>(groups - g);
+  }
+  uint64_t sorted[kMostExperts];
+  std::copy(ranks, ranks + groups, sorted);
+  std::nth_element(sorted, sorted + p.top_groups - 1, sorted + groups, std::greater<>());
+  for (int64_t g = 0; g < groups; g++) row.kept[g] = ranks[g] >= sorted[p.top_groups - 1];
+}
+
+// The K best candidates, best first.
+void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
+  const int64_t size = p.E / p.groups;
+  uint32_t keys[kMostChoices];
+  int count = 0;
+  for (int64_t g = 0; g < p.groups; g++) {
+    if (!row.kept[g]) continue;
+    for (int64_t e = g * size; e < (g + 1) * size; e++) {
+      const uint32_t key = row.keys[e];
+      if (count == p.K && key <= keys[count - 1]) continue;
+      int at = count < p.K ? count++ : count - 1;
+      for (; at > 0 && keys[at - 1] < key; at--) {
+        keys[at] = keys[at - 1];
+        chosen[at] = chosen[at - 1];
+      }
+      keys[at] = key;
+      chosen[at] = static_cast<int32_t>(e);
+    }
+  }
+}
+
+void route(const MoeFusedGate& p, int64_t t, Row& row) {
+  const int64_t E = p.E, columns = int64_t{p.K} + p.shared, routed = E - p.zero;
+  const float* bias = p.bias.as<const float>();
+  widen(element(p.logits.data, p.logits.dtype, t * E), p.logits.dtype, E, row.x);
+  for (int64_t e = 0; e < E && bias != nullptr; e++) {
+    if (std::isnan(bias[e])) row.x[e] = kNaN;
+  }
+
+  // Who is chosen
+  const bool by_logits = p.selection == Selection::kLogits;
+  if (!by_logits) score(p.scoring, row.x, E, row.scores);
+  if (p.selection == Selection::kUniform) {
+    const uint32_t h = mix(p.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
+    for (int64_t e = 0; e < E; e++) row.keys[e] = mix(h ^ (static_cast<uint32_t>(e) + 1) * 0x85ebca77u);
+    std::fill(row.kept, row.kept + p.groups, true);
+  } else {
+    for (int64_t e = 0; e < E; e++) {
+      row.choices[e] = by_logits ? row.x[e] : bias != nullptr ? row.scores[e] + bias[e] : row.scores[e];
+      row.keys[e] = rank_key(row.choices[e]);
+    }
+    keep_groups(p, row);
+  }
+  int32_t chosen[kMostChoices];
+  choose(p, row, chosen);
+
+  // What it weighs
+  float weights[kMostChoices];
+  if (by_logits) {
+    float logits[kMostChoices];
+    for (int c = 0; c < p.K; c++) logits[c] = row.x[chosen[c]];
+    score(p.scoring, logits, p.K, weights);
+  } else {
+    for (int c = 0; c < p.K; c++) weights[c] = row.scores[chosen[c]];
+  }
+  for (int c = 0; c < p.K; c++) {
+    const bool nan_choice = p.selection == Selection::kScore && std::isnan(row.choices[chosen[c]]);
+    if (nan_choice || std::isnan(weights[c])) weights[c] = 0;
+  }
+  if (p.renormalize) divide_by_sum(weights, p.K);
+  const bool in_weights = p.scale_placement == ScalePlacement::kInWeights;
+
+  // Columns of the row
+  const int32_t* map = p.id_map ? p.id_map.as<const int32_t>() + t % p.rounds * (E + p.shared) : nullptr;
+  for (int64_t c = 0; c < columns; c++) {
+    const bool shared = c >= p.K;
+    int64_t id = routed + c - p.K;
+    if (!shared) id = chosen[c] < routed ? chosen[c] : int64_t{chosen[c]} + p.shared;
+    if (!shared && p.logical_ids) p.logical_ids.as<int32_t>()[t * p.K + c] = static_cast<int32_t>(id);
+    p.ids.as<int32_t>()[t * columns + c] = map != nullptr ? map[id] : static_cast<int32_t>(id);
+    p.weights.as<float>()[t * columns + c] =
+        shared ? (in_weights ? 1.0f : 1.0f / p.scale) : (in_weights ? weights[c] * p.scale : weights[c]);
+  }
+}
+
+}  // namespace
+
+Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
+  if (p.E > kMostExperts || p.K > kMostChoices) {
+    return Status::Error(Code::kUnsupported, "expected at most 1024 experts and topK 32 but received " +
+                                                 std::to_string(p.E) + " and " + std::to_string(p.K));
+  }
+  backend.note_path("moe_fused_gate", "general");
+  const int64_t columns = int64_t{p.K} + p.shared;
+  const int64_t given = p.valid_tokens.device != nullptr ? *p.valid_tokens.device : p.valid_tokens.host;
+  const int64_t valid = std::clamp(given, int64_t{0}, p.T);
+  cpu(backend).pool().parallel_for(p.T, 16, [&](int64_t begin, int64_t end) {
+    Row row;
+    for (int64_t t = begin; t < std::min(end, valid); t++) route(p, t, row);
+    for (int64_t t = std::max(begin, valid); t < end; t++) {
+      std::fill_n(p.ids.as<int32_t>() + t * columns, columns, -1);
+      std::fill_n(p.weights.as<float>() + t * columns, columns, 0.0f);
+      if (p.logical_ids) std::fill_n(p.logical_ids.as<int32_t>() + t * p.K, p.K, -1);
+    }
+  });
+  MOE_RETURN_IF_ERROR(cpu(backend).finished());
+  for (int64_t i = 0; i < valid * columns && p.load; i++) {
+    const int32_t id = p.ids.as<int32_t>()[i];
+    if (id >= 0 && id < p.slots) p.load.as<int64_t>()[id]++;
+  }
+  return Status::Ok();
+}
+
+MOE_REGISTER(moe_fused_gate, MoeFusedGate);
+
+}  // namespace moe

@@ -41,7 +41,8 @@ export interface MlpSource {
 
 /** What a layer is and where its tensors lie. */
 export interface LayerPlan {
-  readonly architecture: Architecture;
+  readonly architecture: string;
+  readonly row: Architecture;
   readonly layer: number;
   /** `model.layers.1.mlp` */
   readonly block: string;
@@ -70,7 +71,7 @@ export class Checkpoint {
   readonly dir: string;
   /** The part of config.json that describes the language model. */
   readonly config: Readonly<Record<string, unknown>>;
-  /** The name of the family, as the table of architectures has it. */
+  /** The model type, one of `architectureNames`. */
   readonly architecture: string;
   /** Numbers of the decoder layers that hold an MoE block, ascending. */
   readonly moeLayers: readonly number[];
@@ -82,14 +83,14 @@ export class Checkpoint {
   private constructor(
     dir: string,
     whole: Readonly<Record<string, unknown>>,
-    chosen: { row: Architecture; values: Readonly<Record<string, unknown>> },
+    chosen: ChosenArchitecture,
     tensors: SafetensorsReader,
   ) {
     this.dir = dir;
     this.#wholeConfig = whole;
     this.#row = chosen.row;
     this.config = chosen.values;
-    this.architecture = chosen.row.name;
+    this.architecture = chosen.name;
     this.tensors = tensors;
     this.#blocks = findBlocks(dir, chosen.row, tensors.names);
     this.moeLayers = Object.freeze([...this.#blocks.keys()].sort((a, b) => a - b));
@@ -116,11 +117,18 @@ export class Checkpoint {
   async plan(layer: number): Promise<LayerPlan> {
     const block = this.#blocks.get(layer);
     if (block === undefined) {
-      const found = this.moeLayers.length === 0 ? 'it has none' : `its MoE layers are ${ranges(this.moeLayers)}`;
+      const found =
+        this.moeLayers.length === 0 ? 'it has none' : `its MoE layers are ${ranges(this.moeLayers)}`;
       throw checkpointError(`${this.dir}: layer ${layer} has no MoE block; ${found} (${this.architecture})`);
     }
     const names = new Set(this.tensors.names.filter((name) => name.startsWith(`${block}.`)));
-    const quantisation = await describeQuantisation(this.#wholeConfig, this.config, this.tensors, block, names);
+    const quantisation = await describeQuantisation(
+      this.#wholeConfig,
+      this.config,
+      this.tensors,
+      block,
+      names,
+    );
     if (quantisation !== undefined) {
       throw new MoeError(
         'ERR_MOE_UNSUPPORTED',
@@ -128,7 +136,17 @@ export class Checkpoint {
         { op: 'checkpoint' },
       );
     }
-    return new Planner(this.dir, this.#row, this.config, this.tensors, layer, block, names).plan();
+    const { dir, config, tensors } = this;
+    return new Planner({
+      dir,
+      row: this.#row,
+      name: this.architecture,
+      config,
+      tensors,
+      layer,
+      block,
+      names,
+    }).plan();
   }
 
   close(): Promise<void> {
@@ -145,10 +163,14 @@ export const openCheckpoint = (dir: string): Promise<Checkpoint> => Checkpoint.o
 
 async function readConfig(dir: string): Promise<Record<string, unknown>> {
   if (typeof dir !== 'string' || dir === '') {
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected dir: a checkpoint folder but received ${describeValue(dir)}`, {
-      op: 'checkpoint',
-      arg: 'dir',
-    });
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected dir: a checkpoint folder but received ${describeValue(dir)}`,
+      {
+        op: 'checkpoint',
+        arg: 'dir',
+      },
+    );
   }
   const file = join(dir, 'config.json');
   let bytes: Uint8Array;
@@ -157,17 +179,23 @@ async function readConfig(dir: string): Promise<Record<string, unknown>> {
   } catch (cause) {
     const { code, message } = cause as NodeJS.ErrnoException;
     const problem =
-      code === 'ENOENT' || code === 'ENOTDIR' ? `${dir}: not a checkpoint folder: no config.json in it` : message;
+      code === 'ENOENT' || code === 'ENOTDIR'
+        ? `${dir}: not a checkpoint folder: no config.json in it`
+        : message;
     throw checkpointError(problem, { cause });
   }
   return parseJson(file, bytes, 'this file');
 }
 
+interface ChosenArchitecture {
+  readonly row: Architecture;
+  /** The model type that led to the row. */
+  readonly name: string;
+  readonly values: Readonly<Record<string, unknown>>;
+}
+
 /** `model_type` decides; `architectures` stands in where that is missing, and must not contradict it. */
-function chooseArchitecture(
-  file: string,
-  whole: Record<string, unknown>,
-): { row: Architecture; values: Record<string, unknown> } {
+function chooseArchitecture(file: string, whole: Record<string, unknown>): ChosenArchitecture {
   const nested = whole.text_config;
   if (nested !== undefined && nested !== null && (typeof nested !== 'object' || Array.isArray(nested))) {
     throw checkpointError(`${file}: text_config is ${describeValue(nested)}, not an object`);
@@ -187,12 +215,16 @@ function chooseArchitecture(
       named === undefined
         ? `neither model_type nor a known name in architectures (${describeValue(className)})`
         : `model_type '${named}'`;
-    throw checkpointError(`${file}: unknown architecture: ${received}; known are ${architectureNames.join(', ')}`);
+    throw checkpointError(
+      `${file}: unknown architecture: ${received}; known are ${architectureNames.join(', ')}`,
+    );
   }
   if (text === undefined && byClass !== undefined && byClass !== row) {
-    throw checkpointError(`${file}: model_type '${named}' and architectures '${className}' contradict each other`);
+    throw checkpointError(
+      `${file}: model_type '${named}' and architectures '${className}' contradict each other`,
+    );
   }
-  return { row, values };
+  return { row, name: named ?? row.name, values };
 }
 
 /** Decoder layers of language models; vision towers and prediction heads have names of their own. */
@@ -220,25 +252,30 @@ function findBlocks(dir: string, row: Architecture, names: readonly string[]): M
 const isStackOf = (layout: ListedExperts | StackedExperts, rest: string): boolean =>
   layout.kind === 'stacked' && (rest === layout.gateUp || rest === layout.down);
 
+/** What a plan is made from. */
+interface PlanSubject {
+  readonly dir: string;
+  readonly row: Architecture;
+  readonly name: string;
+  readonly config: Readonly<Record<string, unknown>>;
+  readonly tensors: SafetensorsReader;
+  readonly layer: number;
+  readonly block: string;
+  /** Names of the block's tensors. */
+  readonly names: ReadonlySet<string>;
+}
+
 /** Puts one layer together from its names and shapes. */
 class Planner {
   readonly #config: ModelConfig;
   readonly #used = new Set<string>();
 
-  constructor(
-    readonly dir: string,
-    readonly row: Architecture,
-    values: Readonly<Record<string, unknown>>,
-    readonly tensors: SafetensorsReader,
-    readonly layer: number,
-    readonly block: string,
-    readonly names: ReadonlySet<string>,
-  ) {
-    this.#config = new ModelConfig(join(dir, 'config.json'), values, layer);
+  constructor(readonly subject: PlanSubject) {
+    this.#config = new ModelConfig(join(subject.dir, 'config.json'), subject.config, subject.layer);
   }
 
   async plan(): Promise<LayerPlan> {
-    const { row } = this;
+    const { row, name, layer, block } = this.subject;
     const config = this.#config;
     config.word(keys.activation, ['silu', 'swish'], 'silu');
     const gate = row.gate(config);
@@ -256,9 +293,10 @@ class Planner {
     const shared = await this.#shared(hidden);
     this.#checkNothingLeft();
     return {
-      architecture: row,
-      layer: this.layer,
-      block: this.block,
+      architecture: name,
+      row,
+      layer,
+      block,
       gate,
       swiglu: row.swiglu?.(config) ?? {},
       hidden,
@@ -275,15 +313,15 @@ class Planner {
   }
 
   #fail(problem: string): never {
-    throw checkpointError(`${this.dir}: ${this.block}: ${problem}`);
+    throw checkpointError(`${this.subject.dir}: ${this.subject.block}: ${problem}`);
   }
 
   /** The tensor of a name relative to the block; its absence is an error. */
   async #tensor(relative: string, at: 'block' | 'layer' = 'block'): Promise<TensorInfo> {
     const name = this.#full(relative, at);
-    if (!this.tensors.has(name)) this.#fail(`tensor '${name}' is missing`);
+    if (!this.subject.tensors.has(name)) this.#fail(`tensor '${name}' is missing`);
     this.#used.add(name);
-    const info = await this.tensors.info(name);
+    const info = await this.subject.tensors.info(name);
     if (info.dtype !== 'f32' && info.dtype !== 'bf16' && info.dtype !== 'f16') {
       this.#fail(`tensor '${name}' is ${info.dtype}; weights must be f32, bf16 or f16`);
     }
@@ -291,11 +329,11 @@ class Planner {
   }
 
   #full(relative: string, at: 'block' | 'layer'): string {
-    return `${at === 'block' ? this.block : this.block.slice(0, this.block.lastIndexOf('.'))}.${relative}`;
+    return `${at === 'block' ? this.subject.block : this.subject.block.slice(0, this.subject.block.lastIndexOf('.'))}.${relative}`;
   }
 
   #has(relative: string, at: 'block' | 'layer' = 'block'): boolean {
-    return this.tensors.has(this.#full(relative, at));
+    return this.subject.tensors.has(this.#full(relative, at));
   }
 
   /** The one spelling that is there; the first when none is, so that its absence is reported. */
@@ -307,7 +345,7 @@ class Planner {
 
   #routerName(): string {
     return this.#only(
-      this.row.routers.map((router) => `${router}.weight`),
+      this.subject.row.routers.map((router) => `${router}.weight`),
       'router',
     ).replace(/\.weight$/, '');
   }
@@ -333,11 +371,13 @@ class Planner {
     const config = this.#config;
     const configured = config.optionalInteger(keys.experts);
     let experts = columns;
-    if (this.row.zeroExperts) {
+    if (this.subject.row.zeroExperts) {
       experts = configured ?? this.#fail('config.json does not say how many of the experts are real');
       const zero = config.integer(keys.zeroExperts, { fallback: columns - experts });
       if (experts < 1 || experts + zero !== columns) {
-        this.#fail(`config.json has ${experts} experts and ${zero} zero experts but the router has ${columns} rows`);
+        this.#fail(
+          `config.json has ${experts} experts and ${zero} zero experts but the router has ${columns} rows`,
+        );
       }
     } else if (configured !== undefined && configured !== columns) {
       this.#fail(`config.json has ${configured} experts but the router has ${columns} rows`);
@@ -347,7 +387,9 @@ class Planner {
 
   #checkGate({ topK, groups, topGroups }: GateRules, columns: number): void {
     const unsupported = (what: string) => {
-      throw new MoeError('ERR_MOE_UNSUPPORTED', `${this.dir}: ${this.block}: ${what}`, { op: 'checkpoint' });
+      throw new MoeError('ERR_MOE_UNSUPPORTED', `${this.subject.dir}: ${this.subject.block}: ${what}`, {
+        op: 'checkpoint',
+      });
     };
     if (columns > MAX_EXPERTS) unsupported(`${columns} experts; at most ${MAX_EXPERTS} are supported`);
     if (topK > MAX_TOP_K) unsupported(`${topK} experts per token; at most ${MAX_TOP_K} are supported`);
@@ -359,13 +401,13 @@ class Planner {
   }
 
   async #routed(experts: number, hidden: number): Promise<MlpSource[]> {
-    const present = this.row.experts.filter((layout) =>
+    const present = this.subject.row.experts.filter((layout) =>
       layout.kind === 'stacked'
         ? this.#has(layout.gateUp) || this.#has(layout.down)
         : this.#has(`experts.0.${layout.down}.weight`) || this.#has(`experts.0.${layout.gate}.weight`),
     );
     if (present.length > 1) this.#fail('holds its experts in two layouts');
-    const layout = present[0] ?? this.row.experts[0];
+    const layout = present[0] ?? this.subject.row.experts[0];
     const sources: MlpSource[] = [];
     if (layout.kind === 'stacked') sources.push(...(await this.#stack(layout, experts, hidden)));
     else for (let e = 0; e < experts; e++) sources.push(await this.#listed(layout, e, hidden));
@@ -399,7 +441,9 @@ class Planner {
     const intermediate = gateUp.length === 2 ? w13[0].rows : w13[0].rows / 2;
     const last = w13.at(-1)!;
     if (gateUp.length === 2 && last.rows !== intermediate) {
-      this.#fail(`expected '${last.info.name}': [${intermediate}, ${hidden}] but it is ${shapeOf(last.info)}`);
+      this.#fail(
+        `expected '${last.info.name}': [${intermediate}, ${hidden}] but it is ${shapeOf(last.info)}`,
+      );
     }
     const info = await this.#tensor(`${down}.weight`, at);
     if (info.shape.length !== 2 || info.shape[0] !== hidden || info.shape[1] !== intermediate) {
@@ -410,7 +454,14 @@ class Planner {
     if (biased.length === 0) return { w13, w2, transposed: false, order: 'halves' };
     const b13: Matrix[] = [];
     for (const [i, name] of gateUp.entries()) b13.push(await this.#bias(`${name}.bias`, at, w13[i].rows));
-    return { w13, w2, b13, b2: await this.#bias(`${down}.bias`, at, hidden), transposed: false, order: 'halves' };
+    return {
+      w13,
+      w2,
+      b13,
+      b2: await this.#bias(`${down}.bias`, at, hidden),
+      transposed: false,
+      order: 'halves',
+    };
   }
 
   async #bias(relative: string, at: 'block' | 'layer', length: number): Promise<Matrix> {
@@ -426,7 +477,7 @@ class Planner {
     const gateUp = await this.#tensor(layout.gateUp);
     const down = await this.#tensor(layout.down);
     // A stack of zero experts' rows may follow the real ones in gate_up (longcat_flash); down has the real ones only.
-    const stacked = this.row.zeroExperts ? gateUp.shape[0] : experts;
+    const stacked = this.subject.row.zeroExperts ? gateUp.shape[0] : experts;
     const intermediate = down.shape[transposed ? 1 : 2];
     const oriented = (rows: number, columns: number) => (transposed ? [columns, rows] : [rows, columns]);
     const expect = (info: TensorInfo, expected: readonly number[]) => {
@@ -436,7 +487,9 @@ class Planner {
       }
     };
     if (down.shape.length !== 3 || !(intermediate >= 1) || stacked < experts) {
-      this.#fail(`expected '${down.name}' to hold ${experts} experts of hidden ${hidden} but it is ${shapeOf(down)}`);
+      this.#fail(
+        `expected '${down.name}' to hold ${experts} experts of hidden ${hidden} but it is ${shapeOf(down)}`,
+      );
     }
     expect(down, [experts, ...oriented(hidden, intermediate)]);
     expect(gateUp, [stacked, ...oriented(2 * intermediate, hidden)]);
@@ -472,20 +525,25 @@ class Planner {
       if ((source.b2 === undefined) !== (first.b2 === undefined)) this.#fail('only some experts have biases');
       for (const { info } of matricesOf(source)) {
         if (info.dtype !== first.w2.info.dtype) {
-          this.#fail(`experts differ in dtype: '${first.w2.info.name}' is ${first.w2.info.dtype}, '${info.name}' ${info.dtype}`);
+          this.#fail(
+            `experts differ in dtype: '${first.w2.info.name}' is ${first.w2.info.dtype}, '${info.name}' ${info.dtype}`,
+          );
         }
       }
     }
   }
 
   async #shared(hidden: number): Promise<LayerPlan['shared']> {
-    const { shared, sharedGate, sharedByDefault = 0 } = this.row;
+    const { shared, sharedGate, sharedByDefault = 0 } = this.subject.row;
     const config = this.#config;
     const fallback = typeof sharedByDefault === 'function' ? sharedByDefault(config) : sharedByDefault;
     // A key that is there but null says that there are none.
-    const count = config.integer(keys.sharedExperts, { fallback: config.mentions(keys.sharedExperts) ? 0 : fallback });
+    const count = config.integer(keys.sharedExperts, {
+      fallback: config.mentions(keys.sharedExperts) ? 0 : fallback,
+    });
     if (shared === undefined) {
-      if (count > 0) this.#fail(`config.json has ${count} shared experts, which ${this.row.name} does not have`);
+      if (count > 0)
+        this.#fail(`config.json has ${count} shared experts, which ${this.subject.row.name} does not have`);
       return undefined;
     }
     const { at, gateUp, down } = shared;
@@ -507,9 +565,10 @@ class Planner {
   }
 
   #checkNothingLeft(): void {
-    for (const name of this.names) {
-      if (this.#used.has(name) || this.row.unused?.test(name.slice(this.block.length + 1))) continue;
-      this.#fail(`tensor '${name}' has no place in a layer of ${this.row.name}`);
+    for (const name of this.subject.names) {
+      if (this.#used.has(name) || this.subject.row.unused?.test(name.slice(this.subject.block.length + 1)))
+        continue;
+      this.#fail(`tensor '${name}' has no place in a layer of ${this.subject.row.name}`);
     }
   }
 }

@@ -127,6 +127,24 @@ describe.each(backends)('fused_moe on %s', (backend) => {
     await check(context, { ...base, tokens: 3, slots: 1024, hidden: 8, intermediate: 4 });
   });
 
+  it.each(floatDTypes)('many rows of one expert, wide and long matrices in %s', async (dtype) => {
+    await check(context, { tokens: 150, columns: 2, slots: 2, hidden: 300, intermediate: 290, dtype });
+    await check(context, {
+      tokens: 3,
+      columns: 2,
+      slots: 4,
+      hidden: 1100,
+      intermediate: 600,
+      dtype,
+      biases: true,
+    });
+  });
+
+  it('more than fits any scratch memory', async () => {
+    const given: FusedCase = { tokens: 600, columns: 8, slots: 8, hidden: 2, intermediate: 16384 };
+    expect(relativeNorm(await run(context, given), oracle(given))).toBeLessThan(relativeTolerance.f32);
+  });
+
   describe.each(floatDTypes)('hidden states in %s', (hiddenDType) => {
     it.each(floatDTypes)('weights in %s', async (dtype) => {
       await check(context, { ...base, hiddenDType, dtype, biases: true, swiglu: clampedSwiGLU });

@@ -129,6 +129,23 @@ describe.each(backends)('moe_experts on %s', (backend) => {
       check(context, { ...base, dtype, weighted: true, biases: true }));
   });
 
+  it.each(floatDTypes)('many rows of one expert, wide and long matrices in %s', async (dtype) => {
+    await check(context, { tokens: 150, columns: 2, slots: 2, hidden: 300, intermediate: 290, dtype });
+    await check(context, {
+      tokens: 3,
+      columns: 2,
+      slots: 4,
+      hidden: 1100,
+      intermediate: 600,
+      dtype,
+      weighted: true,
+    });
+  });
+
+  it('more than fits any scratch memory', async () => {
+    await check(context, { tokens: 4500, columns: 1, slots: 2, hidden: 2, intermediate: 16384 });
+  });
+
   it('agrees with the dense f64 reading', async () => {
     const given = { ...base, biases: true, swiglu: clampedSwiGLU, weighted: true };
     const { rows, counts, offsets, order, weights } = dispatched(given);
@@ -167,6 +184,7 @@ describe.each(backends)('moe_experts on %s', (backend) => {
     ['offsets', { counts: [2, 2], offsets: [0, 3, 5] }],
     ['offsets', { counts: [1, 1], offsets: [-1, 0, 1] }],
     ['offsets', { counts: [4, 1], offsets: [0, 2147483647, 2147483647] }],
+    ['offsets', { counts: [2, 2], offsets: [0, 1, 4] }],
     ['counts', { counts: [-1, 2], offsets: [0, 2, 4] }],
     ['order', { counts: [2, 2], offsets: [0, 2, 4], order: [0, 1, 2, 4] }],
     ['order', { counts: [2, 2], offsets: [0, 2, 4], order: [-1, 1, 2, 3] }],

@@ -100,6 +100,17 @@ describe.each(backends)('shared_experts on %s', (backend) => {
     }
   });
 
+  it('many tokens, wide and long matrices', async () => {
+    await check(context, { tokens: 150, hidden: 600, intermediate: 270, gated: true });
+    await check(context, { tokens: 3, hidden: 1100, intermediate: 700, dtype: 'bf16', gated: true });
+  });
+
+  it('more than fits any scratch memory', async () => {
+    const given: SharedCase = { tokens: 4500, hidden: 2, intermediate: 16384, gated: true };
+    const actual = await sharedExperts(upload(context, given)).read();
+    expect(relativeNorm(actual, oracle(given))).toBeLessThan(relativeTolerance.f32);
+  });
+
   describe.each(floatDTypes)('%s', (dtype) => {
     it('biases and clamped activation', async () =>
       check(context, { ...base, dtype, biases: true, swiglu: clampedSwiGLU }));

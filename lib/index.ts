@@ -10,6 +10,27 @@ export {
 } from './context.js';
 export { errorCodes, MoeError, type MoeErrorCode } from './errors.js';
 export type { ExpertsLayout, ExpertWeights, SwiGLU } from './experts.js';
+export { architectureNames } from './model/architectures.js';
+export { Checkpoint, openCheckpoint } from './model/checkpoint.js';
+export {
+  type ForwardOptions,
+  type FuseSharedExperts,
+  type LoadProgress,
+  MoeLayer,
+  type MoeLayerDescription,
+  type MoeLayerOptions,
+  type MoeLayerStage,
+  type RoutedOutput,
+} from './model/layer.js';
+export {
+  type HostTensor,
+  openSafetensors,
+  readSafetensors,
+  SafetensorsReader,
+  type TensorInfo,
+  type TensorToWrite,
+  writeSafetensors,
+} from './model/safetensors.js';
 export type { BackendStatus } from './native.js';
 export { type FusedMoeInputs, type FusedMoeOptions, fusedMoe } from './ops/fused_moe.js';
 export { type MoeCombineInputs, type MoeCombineOptions, moeCombine } from './ops/moe_combine.js';

@@ -333,8 +333,10 @@ function formatLayer({
   ];
   if (zeroChoices > 0) lines.push(`           ${zeroChoices} choices of zero experts`);
   if (description.sharedExperts > 0) {
+    const last = report.experts + description.sharedSlots - 1;
+    const slots = last === report.experts ? `slot ${last}` : `slots ${report.experts}..${last}`;
     const how = description.fused
-      ? `fused as slots ${report.experts}..${report.experts + description.sharedSlots - 1}, every token`
+      ? `fused as ${slots}, chosen by every token`
       : `beside the routed ones (${description.unfusedReason})`;
     lines.push(
       `  shared   ${description.sharedExperts} shared expert${description.sharedExperts > 1 ? 's' : ''}, ${how}`,

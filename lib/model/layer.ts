@@ -11,14 +11,15 @@ import { sharedExperts } from '../ops/shared_experts.js';
 import { choice, describeValue } from '../options.js';
 import { decode, dtypeRow, type FloatDType, type Raw, type Tensor, type TensorData } from '../tensor.js';
 import type { GateRules } from './architectures.js';
-import { Checkpoint, intermediateOf, type LayerPlan, type Matrix, type MlpSource } from './checkpoint.js';
+import { Checkpoint } from './checkpoint.js';
+import { intermediateOf, type LayerPlan, type Matrix, type MlpSource } from './layer_plan.js';
 import type { SafetensorsReader, TensorInfo } from './safetensors.js';
 
 const loadOp = 'MoeLayer.load';
 /** Shared slices that the gate can append to a row. */
 const MAX_SHARED_SLOTS = 8;
 /** Bytes on their way to the backend before loading waits for them to be packed. */
-const MAX_BYTES_IN_FLIGHT = 256 * 2 ** 20;
+const MAX_BYTES_IN_FLIGHT = 128 * 2 ** 20;
 
 export type FuseSharedExperts = 'auto' | 'on' | 'off';
 

@@ -392,7 +392,7 @@ async function readHeader(
   const bytes = new Uint8Array(Number(length));
   const { bytesRead } = await handle.read(bytes, 0, bytes.length, 8);
   if (bytesRead !== bytes.length) throw checkpointError(`${file}: truncated inside its header`);
-  const header = parseJson(file, bytes, 'its header');
+  const header = parseStrictJson(file, bytes, 'its header');
   const metadata = readMetadata(file, header);
   const start = 8 + bytes.length;
   const entries = new Map<string, Entry>();
@@ -403,8 +403,24 @@ async function readHeader(
   return { entries, metadata };
 }
 
-/** A JSON object without duplicate keys; `what` names it in messages. */
+/** A JSON object; `what` names it in messages. */
 export function parseJson(file: string, bytes: Uint8Array, what: string): Record<string, unknown> {
+  return parseObject(file, bytes, what).value;
+}
+
+/** A JSON object without duplicate keys: which of two a writer meant, nobody can tell. */
+function parseStrictJson(file: string, bytes: Uint8Array, what: string): Record<string, unknown> {
+  const { value, text } = parseObject(file, bytes, what);
+  const duplicate = findDuplicateKey(text);
+  if (duplicate !== undefined) throw checkpointError(`${file}: ${what} has the key '${duplicate}' twice`);
+  return value;
+}
+
+function parseObject(
+  file: string,
+  bytes: Uint8Array,
+  what: string,
+): { value: Record<string, unknown>; text: string } {
   let value: unknown;
   let text: string;
   try {
@@ -416,9 +432,7 @@ export function parseJson(file: string, bytes: Uint8Array, what: string): Record
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw checkpointError(`${file}: ${what} is ${describeValue(value)}, not a JSON object`);
   }
-  const duplicate = findDuplicateKey(text);
-  if (duplicate !== undefined) throw checkpointError(`${file}: ${what} has the key '${duplicate}' twice`);
-  return value as Record<string, unknown>;
+  return { value: value as Record<string, unknown>, text };
 }
 
 function readMetadata(file: string, header: Record<string, unknown>): Record<string, string> {
@@ -535,7 +549,7 @@ async function readIndex(file: string): Promise<Map<string, string>> {
   } finally {
     await handle.close();
   }
-  const { weight_map: map } = parseJson(file, bytes, 'this index');
+  const { weight_map: map } = parseStrictJson(file, bytes, 'this index');
   if (typeof map !== 'object' || map === null || Array.isArray(map)) {
     throw checkpointError(`${file}: has no weight_map`);
   }

@@ -1,5 +1,13 @@
-import { mkdtempSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import {
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
+import { mkdir, open } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -98,6 +106,18 @@ describe('reading and writing', () => {
     await refused(() => reader.read('y'), /no tensor 'y' among the 1/);
     await reader.close();
     await refused(() => reader.read('x'), /is closed/, 'ERR_MOE_DISPOSED');
+  });
+
+  test('a tensor beyond 2 GiB is read where it is asked for', async () => {
+    const size = 3_000_000_000;
+    const file = fileOf({ x: { dtype: 'U8', shape: [size], data_offsets: [0, size] } }, 0);
+    const start = statSync(file).size;
+    truncateSync(file, start + size); // sparse: takes no space
+    const handle = await open(file, 'r+');
+    await handle.write(Uint8Array.of(7, 8, 9), 0, 3, start + size - 3);
+    await handle.close();
+    await using reader = await openSafetensors(file);
+    expect([...(await reader.read('x', { offset: size - 4 }))]).toEqual([0, 7, 8, 9]);
   });
 
   test('metadata is returned and is no tensor', async () => {
@@ -235,12 +255,12 @@ describe('malformed files', () => {
   });
 
   test.skipIf(process.platform !== 'linux')('no file stays open after an error', async () => {
-    const open = () => readdirSync('/proc/self/fd').length;
+    const openFiles = () => readdirSync('/proc/self/fd').length;
     const file = fileOf({ x: 3 }, 0);
     await openSafetensors(file).catch(() => {});
-    const before = open();
+    const before = openFiles();
     for (let i = 0; i < 20; i++) await openSafetensors(file).catch(() => {});
-    expect(open()).toBe(before);
+    expect(openFiles()).toBe(before);
   });
 });
 

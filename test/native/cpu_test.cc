@@ -951,6 +951,49 @@ void test_shared() {
   }
 }
 
+// Rows so wide that the scratch budget holds 128 of them: what takes several pieces has the bits of row by row.
+void test_pieces() {
+  current = "pieces";
+  const int64_t T = 300, I = int64_t{1} << 19;
+  Layer layer(1, 1, I, DType::kBF16, false, {}, 12);
+  Data hidden = Data::random(DType::kBF16, static_cast<size_t>(T), 1), weights = Data::random(DType::kF32, static_cast<size_t>(T), 2);
+  Data ids(DType::kI32, static_cast<size_t>(T)), fused(DType::kBF16, static_cast<size_t>(T)), shared = fused, grouped = fused;
+  FusedMoe f{};
+  f.T = T, f.H = 1, f.C = 1, f.S = 1, f.I = I, f.output_scale = 1;
+  f.hidden = hidden, f.ids = ids, f.weights = weights, f.experts = layer.experts, f.output = fused;
+  ok(fused_moe(backend(2), f));
+  SharedExperts s{};
+  s.T = T, s.H = 1, s.S = 1, s.I = I, s.hidden = hidden, s.experts = layer.experts, s.output = shared;
+  ok(shared_experts(backend(2), s));
+  Data counts = Data::ints({static_cast<int32_t>(T)}), offsets = Data::ints({0, static_cast<int32_t>(T)});
+  MoeExperts e{};
+  e.P = T, e.H = 1, e.S = 1, e.I = I, e.rows = hidden, e.counts = counts, e.offsets = offsets;
+  e.experts = layer.experts, e.output = grouped;
+  ok(moe_experts(backend(2), e));
+  check(shared.bytes == grouped.bytes, "experts and shared_experts agree");
+  for (int64_t t : {0, 127, 128, 254, 255, 256, 299}) {
+    const auto at = static_cast<size_t>(t);
+    Data one(DType::kBF16, 1);
+    f.T = s.T = 1;
+    f.output = s.output = one;
+    f.hidden = s.hidden = {hidden.bytes.data() + at * 2, DType::kBF16, 1};
+    f.weights = {weights.bytes.data() + at * 4, DType::kF32, 1};
+    ok(fused_moe(backend(1), f));
+    check(one.at(0) == fused.at(at), "fused row " + std::to_string(t));
+    ok(shared_experts(backend(1), s));
+    check(one.at(0) == shared.at(at), "shared row " + std::to_string(t));
+  }
+  const int64_t H = I, rows = 140;
+  Data wide = Data::random(DType::kBF16, static_cast<size_t>(rows * H), 3), router = Data::random(DType::kF32, static_cast<size_t>(H), 4);
+  Data logits(DType::kF32, static_cast<size_t>(rows)), one(DType::kF32, 1);
+  ok(moe_router(backend(2), {rows, H, 1, wide, router, {}, logits}));
+  for (int64_t t : {0, 126, 127, 128, 139}) {
+    const Tensor row{wide.bytes.data() + t * H * 2, DType::kBF16, H};
+    ok(moe_router(backend(1), {1, H, 1, row, router, {}, one}));
+    check(one.at(0) == logits.at(static_cast<size_t>(t)), "router row " + std::to_string(t));
+  }
+}
+
 void test_pack() {
   Random r(8);
   for (int round = 0; round < 72; round++) {
@@ -1016,6 +1059,7 @@ int main() {
   test_dispatch();
   test_layers();
   test_shared();
+  test_pieces();
   test_pack();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -125,7 +125,8 @@ describe('the packed tarball', () => {
       '--lib',
       'es2023,esnext.disposable',
     ];
-    const run = spawnSync(process.execPath, [tsc, ...flags, '--types', '', 'user.mts'], {
+    const types = ['--types', 'node', '--typeRoots', join(packageRoot, 'node_modules', '@types')];
+    const run = spawnSync(process.execPath, [tsc, ...flags, ...types, 'user.mts'], {
       cwd: home,
       encoding: 'utf8',
     });

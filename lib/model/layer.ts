@@ -186,10 +186,10 @@ export class MoeLayer {
       return tensor;
     };
     try {
-      const logits = own(moeRouter({ hidden: routerInput, weight: router, ...given({ bias: routerBias }) }));
+      const logits = own(moeRouter({ hidden: routerInput, weight: router, bias: routerBias }));
       onStage?.('router');
       const { ids, weights } = moeFusedGate(
-        { logits, ...given({ bias: correctionBias, validTokens }) },
+        { logits, bias: correctionBias, validTokens },
         {
           topK: d.topK,
           scoring: d.scoring,
@@ -219,9 +219,7 @@ export class MoeLayer {
       );
       onStage?.('experts');
       if (shared !== undefined && part === 'all') {
-        output = own(
-          sharedExperts({ hidden, experts: shared, routed: output, ...given({ expertGate: sharedGate }) }),
-        );
+        output = own(sharedExperts({ hidden, experts: shared, routed: output, expertGate: sharedGate }));
         onStage?.('shared');
       }
       const kept: Tensor[] = returnRouting ? [output, ids, weights, logits] : [output];
@@ -265,11 +263,6 @@ const held = (weights: Weights): (Tensor | ExpertWeights)[] =>
 
 const bytesOf = (thing: Tensor | ExpertWeights): number =>
   'bytes' in thing ? thing.bytes : thing.size * dtypeRow(thing.dtype).bytes;
-
-/** Leaves out what is undefined: ops tell an input that is absent from one that is not a tensor. */
-function given<T extends object>(inputs: T): { [K in keyof T]: Exclude<T[K], undefined> } {
-  return Object.fromEntries(Object.entries(inputs).filter(([, value]) => value !== undefined)) as never;
-}
 
 /** Why the shared experts of a layer cannot be slots beside its routed ones; undefined where they can. */
 export function fusionObstacle({ shared, intermediate, dtype, routed }: LayerPlan): string | undefined {

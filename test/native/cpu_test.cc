@@ -54,10 +54,10 @@ struct Random {
 struct Data {
   DType dtype;
   std::vector<char> bytes;
-  explicit Data(DType type, size_t count) : dtype(type), bytes(count * size_of(type)) {}
+  Data(DType type, int64_t count) : dtype(type), bytes(static_cast<size_t>(count) * size_of(type)) {}
 
   static Data floats(DType type, const std::vector<float>& values) {
-    Data data(type, values.size());
+    Data data(type, static_cast<int64_t>(values.size()));
     for (size_t i = 0; i < values.size(); i++) {
       char* at = data.bytes.data() + i * size_of(type);
       if (type == DType::kF32) std::memcpy(at, &values[i], 4);
@@ -66,20 +66,20 @@ struct Data {
     }
     return data;
   }
-  static Data random(DType type, size_t count, uint64_t seed, float scale = 1) {
+  static Data random(DType type, int64_t count, uint64_t seed, float scale = 1) {
     Random r(seed);
-    std::vector<float> values(count);
+    std::vector<float> values(static_cast<size_t>(count));
     for (float& v : values) v = r.uniform() * scale;
     return floats(type, values);
   }
   static Data ints(const std::vector<int32_t>& values) {
-    Data data(DType::kI32, values.size());
+    Data data(DType::kI32, static_cast<int64_t>(values.size()));
     if (!values.empty()) std::memcpy(data.bytes.data(), values.data(), values.size() * 4);
     return data;
   }
   size_t count() const { return bytes.size() / size_of(dtype); }
-  float at(size_t i) const {
-    const char* from = bytes.data() + i * size_of(dtype);
+  float at(int64_t i) const {
+    const char* from = bytes.data() + static_cast<size_t>(i) * size_of(dtype);
     if (dtype == DType::kF32) {
       float v;
       std::memcpy(&v, from, 4);
@@ -89,7 +89,7 @@ struct Data {
     std::memcpy(&bits, from, 2);
     return dtype == DType::kBF16 ? to_float(bf16{bits}) : to_float(f16{bits});
   }
-  int32_t id(size_t i) const {
+  int32_t id(int64_t i) const {
     int32_t v;
     std::memcpy(&v, bytes.data() + i * 4, 4);
     return v;
@@ -209,7 +209,8 @@ void test_queue() {
   Status inside;
   b.submit([&, alive] {
     begun++;
-    b.pool().parallel_for(1000000, 1, [](int64_t, int64_t) { std::this_thread::sleep_for(std::chrono::microseconds(200)); });
+    const auto piece = [](int64_t, int64_t) { std::this_thread::sleep_for(std::chrono::microseconds(200)); };
+    b.pool().parallel_for(1000000, 1, piece);
     stopped_early = b.pool().cancelled();
     inside = b.finished();
   });
@@ -236,7 +237,8 @@ void test_queue() {
 void test_allocator() {
   current = "allocator";
   for (size_t bytes : {size_t{0}, size_t{1}, size_t{64}, size_t{65}, size_t{256}, size_t{257}, size_t{320}, size_t{321},
-                       size_t{1000}, size_t{1} << 20, (size_t{1} << 20) + 1, size_t{64} << 20, (size_t{64} << 20) + 1}) {
+                       size_t{1000}, size_t{1} << 20, (size_t{1} << 20) + 1, size_t{64} << 20,
+                       (size_t{64} << 20) + 1}) {
     const size_t block = Allocator::block_size(bytes);
     check(block >= bytes && block % 64 == 0 && block >= 64, "block of " + std::to_string(bytes));
     check(bytes < 256 || block <= bytes + bytes / 4 + 64, "waste of " + std::to_string(bytes));
@@ -496,7 +498,7 @@ void test_gate_random() {
   for (int round = 0; round < 400; round++) {
     const int groups = 1 << r.below(4), size = 1 + r.below(9), E = groups * size, T = 1 + r.below(20);
     const int top = 1 + r.below(groups), K = 1 + r.below(std::min(32, top * size));
-    std::vector<float> x(static_cast<size_t>(T * E)), bias(static_cast<size_t>(E));
+    std::vector<float> x(T * E), bias(E);
     for (float& v : x) v = r.below(12) == 0 ? kNaN : static_cast<float>(r.below(64)) / 8 - 4;
     for (float& v : bias) v = r.below(20) == 0 ? kNaN : static_cast<float>(r.below(9)) / 8;
     GateCase g(x, E, K, kFloatTypes[r.below(3)]);
@@ -512,13 +514,13 @@ void test_gate_random() {
     bool ids_right = true;
     std::vector<double> weights;
     for (int t = 0; t < T; t++) {
-      std::vector<float> choice(static_cast<size_t>(E)), score(static_cast<size_t>(E));
+      std::vector<float> choice(E), score(E);
       for (int e = 0; e < E; e++) {
         const auto at = static_cast<size_t>(e);
         // f32 as the kernel has it, because ties are wanted here
-        const double v = x[static_cast<size_t>(t * E + e)];
+        const double v = x[t * E + e];
         if (g.p.scoring == Scoring::kSigmoid) score[at] = 1 / (1 + static_cast<float>(std::exp(-v)));
-        else score[at] = std::sqrt(static_cast<float>(std::log1p(static_cast<double>(static_cast<float>(std::exp(v))))));
+        else score[at] = std::sqrt(static_cast<float>(std::log1p(double{static_cast<float>(std::exp(v))})));
         choice[at] = biased ? score[at] + bias[at] : score[at];
       }
       const auto better = [](float a, float b) { return std::isnan(a) ? false : std::isnan(b) ? true : a > b; };
@@ -529,22 +531,22 @@ void test_gate_random() {
         const bool two = g.p.group_score == GroupScore::kTop2Sum && size > 1 && !std::isnan(c[1]);
         group_score.push_back(two ? c[0] + c[1] : c[0]);
       }
-      std::vector<int> order(static_cast<size_t>(groups)), candidates;
+      std::vector<int> order(groups), candidates;
       std::iota(order.begin(), order.end(), 0);
       std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-        return better(group_score[static_cast<size_t>(a)], group_score[static_cast<size_t>(b)]);
+        return better(group_score[a], group_score[b]);
       });
       std::sort(order.begin(), order.begin() + top);
       for (int i = 0; i < top; i++) {
-        for (int e = 0; e < size; e++) candidates.push_back(order[static_cast<size_t>(i)] * size + e);
+        for (int e = 0; e < size; e++) candidates.push_back(order[i] * size + e);
       }
       std::stable_sort(candidates.begin(), candidates.end(), [&](int a, int b) {
-        return better(choice[static_cast<size_t>(a)], choice[static_cast<size_t>(b)]);
+        return better(choice[a], choice[b]);
       });
       double sum = 0;
       for (int c = 0; c < K; c++) {
         const auto e = static_cast<size_t>(candidates[static_cast<size_t>(c)]);
-        ids_right &= g.ids.id(static_cast<size_t>(t * K + c)) == candidates[static_cast<size_t>(c)];
+        ids_right &= g.ids.id(t * K + c) == candidates[c];
         weights.push_back(std::isnan(choice[e]) ? 0 : score_of(g.p.scoring, x[static_cast<size_t>(t * E) + e]));
         sum += weights.back();
       }
@@ -596,10 +598,10 @@ struct Layer {
 
   Layer(int64_t s, int64_t h, int64_t i, DType type, bool biases, SwiGLU swiglu, uint64_t seed)
       : S(s), H(h), I(i), dtype(type), act(swiglu),
-        w13(Data::random(type, static_cast<size_t>(s * 2 * i * h), seed, 0.3f)),
-        w2(Data::random(type, static_cast<size_t>(s * h * i), seed + 1, 0.3f)),
-        b13(Data::random(DType::kF32, static_cast<size_t>(biases ? s * 2 * i : 0), seed + 2)),
-        b2(Data::random(DType::kF32, static_cast<size_t>(biases ? s * h : 0), seed + 3)) {
+        w13(Data::random(type, s * 2 * i * h, seed, 0.3f)),
+        w2(Data::random(type, s * h * i, seed + 1, 0.3f)),
+        b13(Data::random(DType::kF32, biases ? s * 2 * i : 0, seed + 2)),
+        b2(Data::random(DType::kF32, biases ? s * h : 0, seed + 3)) {
     experts.layout = {S, H, I, dtype, biases, act};
     packed.resize(backend(2).expert_bytes(experts.layout) + 64);
     const auto address = reinterpret_cast<uintptr_t>(packed.data());
@@ -619,28 +621,28 @@ struct Layer {
     ok(pack_experts(backend(2), p));
   }
   std::vector<double> gate_up(int64_t e, const std::vector<double>& x, double weight) const {
-    std::vector<double> a(static_cast<size_t>(2 * I));
+    std::vector<double> a(2 * I);
     for (int64_t r = 0; r < 2 * I; r++) {
       double sum = 0;
-      for (int64_t h = 0; h < H; h++) sum += x[static_cast<size_t>(h)] * w13.at(static_cast<size_t>((e * 2 * I + r) * H + h));
-      a[static_cast<size_t>(r)] = weight * sum + (b13.count() > 0 ? b13.at(static_cast<size_t>(e * 2 * I + r)) : 0);
+      for (int64_t h = 0; h < H; h++) sum += x[h] * w13.at((e * 2 * I + r) * H + h);
+      a[r] = weight * sum + (b13.count() > 0 ? b13.at(e * 2 * I + r) : 0);
     }
     return a;
   }
   std::vector<double> down(int64_t e, const std::vector<double>& a) const {
-    std::vector<double> y(static_cast<size_t>(H));
+    std::vector<double> y(H);
     for (int64_t h = 0; h < H; h++) {
-      double sum = b2.count() > 0 ? b2.at(static_cast<size_t>(e * H + h)) : 0;
+      double sum = b2.count() > 0 ? b2.at(e * H + h) : 0;
       for (int64_t i = 0; i < I; i++) {
-        double g = a[static_cast<size_t>(i)], u = a[static_cast<size_t>(I + i)];
+        double g = a[i], u = a[I + i];
         if (act.limit > 0) {
           g = std::min(g, static_cast<double>(act.limit));
           u = std::clamp(u, -static_cast<double>(act.limit), static_cast<double>(act.limit));
         }
         const double v = (u + act.beta) * g / (1 + std::exp(-act.alpha * g));
-        sum += v * w2.at(static_cast<size_t>((e * H + h) * I + i));
+        sum += v * w2.at((e * H + h) * I + i);
       }
-      y[static_cast<size_t>(h)] = sum;
+      y[h] = sum;
     }
     return y;
   }
@@ -648,7 +650,7 @@ struct Layer {
 
 std::vector<double> row_of(const Data& data, int64_t row, int64_t width) {
   std::vector<double> x;
-  for (int64_t h = 0; h < width; h++) x.push_back(data.at(static_cast<size_t>(row * width + h)));
+  for (int64_t h = 0; h < width; h++) x.push_back(data.at(row * width + h));
   return x;
 }
 
@@ -656,16 +658,17 @@ void test_router() {
   current = "router";
   for (DType x : kFloatTypes) {
     for (DType w : kFloatTypes) {
-      for (const auto& [T, H, E] : {std::tuple<int, int, int>{0, 8, 4}, {1, 1, 1}, {5, 33, 7}, {131, 600, 19}, {3, 0, 2}}) {
-        Data hidden = Data::random(x, static_cast<size_t>(T * H), 1), weight = Data::random(w, static_cast<size_t>(E * H), 2);
-        Data bias = Data::random(DType::kF32, static_cast<size_t>(E), 3), logits(DType::kF32, static_cast<size_t>(T * E));
+      using Shape = std::tuple<int, int, int>;
+      for (const auto& [T, H, E] : {Shape{0, 8, 4}, {1, 1, 1}, {5, 33, 7}, {131, 600, 19}, {3, 0, 2}}) {
+        Data hidden = Data::random(x, T * H, 1), weight = Data::random(w, E * H, 2);
+        Data bias = Data::random(DType::kF32, E, 3), logits(DType::kF32, T * E);
         MoeRouter p{T, H, E, hidden, weight, bias, logits};
         ok(moe_router(backend(3), p));
         std::vector<double> expected;
         for (int t = 0; t < T; t++) {
           for (int e = 0; e < E; e++) {
-            double sum = bias.at(static_cast<size_t>(e));
-            for (int h = 0; h < H; h++) sum += double{hidden.at(static_cast<size_t>(t * H + h))} * weight.at(static_cast<size_t>(e * H + h));
+            double sum = bias.at(e);
+            for (int h = 0; h < H; h++) sum += double{hidden.at(t * H + h)} * weight.at(e * H + h);
             expected.push_back(sum);
           }
         }
@@ -681,8 +684,8 @@ struct Routing {
   Data block_experts{DType::kI32, 0}, rows{DType::kF32, 0};
 };
 
-Routing dispatch(int64_t T, int64_t C, std::vector<int32_t> ids, int experts, int first, int block, Data* hidden, int64_t H,
-                 int threads = 3) {
+Routing dispatch(int64_t T, int64_t C, std::vector<int32_t> ids, int experts, int first, int block, Data* hidden,
+                 int64_t H, int threads = 3) {
   Routing r{T, C, T * C, 0, Data::ints(ids)};
   if (block > 0) {
     r.P = std::min(T * C + experts * int64_t{block - 1}, T * C * block);
@@ -692,15 +695,15 @@ Routing dispatch(int64_t T, int64_t C, std::vector<int32_t> ids, int experts, in
   MoeDispatch p{};
   p.T = T, p.C = C, p.H = H, p.P = r.P, p.blocks = r.blocks;
   p.experts = experts, p.first_expert = first, p.block_size = block;
-  r.order = Data(DType::kI32, static_cast<size_t>(r.P));
-  r.inverse = Data(DType::kI32, static_cast<size_t>(T * C));
-  r.counts = Data(DType::kI32, static_cast<size_t>(experts));
+  r.order = Data(DType::kI32, r.P);
+  r.inverse = Data(DType::kI32, T * C);
+  r.counts = Data(DType::kI32, experts);
   r.offsets = Data(DType::kI32, static_cast<size_t>(experts) + 1);
-  r.block_experts = Data(DType::kI32, static_cast<size_t>(r.blocks));
+  r.block_experts = Data(DType::kI32, r.blocks);
   p.ids = r.ids, p.order = r.order, p.inverse = r.inverse, p.counts = r.counts, p.offsets = r.offsets;
   if (block > 0) p.block_experts = r.block_experts;
   if (hidden != nullptr) {
-    r.rows = Data(hidden->dtype, static_cast<size_t>(r.P * H));
+    r.rows = Data(hidden->dtype, r.P * H);
     p.hidden = *hidden, p.rows = r.rows;
   }
   ok(moe_dispatch(backend(threads), p));
@@ -724,22 +727,22 @@ void test_dispatch() {
     const bool large = round >= 57;
     const int64_t T = large ? 40000 : r.below(30), C = 1 + r.below(5), H = 1 + r.below(9);
     const int experts = 1 + r.below(12), first = r.below(4), block = r.below(2) == 0 ? 0 : 1 + r.below(8);
-    std::vector<int32_t> ids(static_cast<size_t>(T * C));
+    std::vector<int32_t> ids(T * C);
     for (int32_t& id : ids) id = r.below(20) == 0 ? std::numeric_limits<int32_t>::min() : r.below(experts + 6) - 1;
-    Data hidden = Data::random(kFloatTypes[r.below(3)], static_cast<size_t>(T * H), 4);
+    Data hidden = Data::random(kFloatTypes[r.below(3)], T * H, 4);
     const Routing got = dispatch(T, C, ids, experts, first, block, &hidden, H, 1 + r.below(3));
-    std::vector<int32_t> expected_order(static_cast<size_t>(got.P), static_cast<int32_t>(T * C)), inverse(ids.size(), -1);
+    std::vector<int32_t> expected_order(got.P, static_cast<int32_t>(T * C)), inverse(ids.size(), -1);
     size_t place = 0;
     bool right = true;
     for (int e = 0; e < experts; e++) {
-      right &= got.offsets.id(static_cast<size_t>(e)) == static_cast<int32_t>(place);
+      right &= got.offsets.id(e) == static_cast<int32_t>(place);
       const size_t begin = place;
       for (size_t i = 0; i < ids.size(); i++) {
         if (ids[i] != first + e) continue;
         expected_order[place] = static_cast<int32_t>(i);
         inverse[i] = static_cast<int32_t>(place++);
       }
-      right &= got.counts.id(static_cast<size_t>(e)) == static_cast<int32_t>(place - begin);
+      right &= got.counts.id(e) == static_cast<int32_t>(place - begin);
       while (block > 0 && place % static_cast<size_t>(block) != 0) place++;
       for (size_t b = begin; block > 0 && b < place; b += static_cast<size_t>(block)) {
         right &= got.block_experts.id(b / static_cast<size_t>(block)) == e;
@@ -748,14 +751,14 @@ void test_dispatch() {
     for (size_t b = place; block > 0 && b < static_cast<size_t>(got.P); b += static_cast<size_t>(block)) {
       right &= got.block_experts.id(b / static_cast<size_t>(block)) == -1;
     }
-    right &= got.offsets.id(static_cast<size_t>(experts)) == static_cast<int32_t>(place);
+    right &= got.offsets.id(experts) == static_cast<int32_t>(place);
     check(right, "counts, offsets, blocks");
     check(got.order.ids() == expected_order && got.inverse.ids() == inverse, "order and inverse");
     bool rows_right = true;
     for (size_t at = 0; at < expected_order.size(); at++) {
       for (int64_t h = 0; h < H; h++) {
         const int64_t token = expected_order[at] / C;
-        const float expected = expected_order[at] == T * C ? 0 : hidden.at(static_cast<size_t>(token * H + h));
+        const float expected = expected_order[at] == T * C ? 0 : hidden.at(token * H + h);
         rows_right &= got.rows.at(at * static_cast<size_t>(H) + static_cast<size_t>(h)) == expected;
       }
     }
@@ -776,19 +779,19 @@ void test_layers() {
     const float scale = 1.25f;
     current = "layer round " + std::to_string(round);
     Layer layer(S, H, I, w, biases, r.below(2) == 0 ? plain : clamped, static_cast<uint64_t>(round));
-    Data hidden = Data::random(x, static_cast<size_t>(T * H), 77);
-    Data weights = Data::random(DType::kF32, static_cast<size_t>(T * C), 78);
-    std::vector<int32_t> id_list(static_cast<size_t>(T * C));
+    Data hidden = Data::random(x, T * H, 77);
+    Data weights = Data::random(DType::kF32, T * C, 78);
+    std::vector<int32_t> id_list(T * C);
     for (int32_t& id : id_list) id = r.below(static_cast<int>(S) + 5) - 1;
     Data ids = Data::ints(id_list);
 
     std::vector<double> expected;
     for (int64_t t = 0; t < T; t++) {
-      std::vector<double> sum(static_cast<size_t>(H));
+      std::vector<double> sum(H);
       for (int64_t c = 0; c < C; c++) {
-        const double weight = weights.at(static_cast<size_t>(t * C + c));
-        const int64_t id = id_list[static_cast<size_t>(t * C + c)], e = id - first;
-        std::vector<double> y(static_cast<size_t>(H));
+        const double weight = weights.at(t * C + c);
+        const int64_t id = id_list[t * C + c], e = id - first;
+        std::vector<double> y(H);
         if (id >= first_zero && id < first_zero + zero) {
           y = row_of(hidden, t, H);
           for (double& v : y) v *= weight;
@@ -803,7 +806,7 @@ void test_layers() {
 
     std::vector<Data> outputs;
     for (int threads : {1, 2, 3}) {
-      Data output(x, static_cast<size_t>(T * H));
+      Data output(x, T * H);
       FusedMoe p{};
       p.T = T, p.H = H, p.C = C, p.S = S, p.I = I;
       p.hidden = hidden, p.ids = ids, p.weights = weights, p.experts = layer.experts, p.output = output;
@@ -813,10 +816,11 @@ void test_layers() {
       outputs.push_back(output);
     }
     check_close(outputs[0], expected, "fused_moe");
-    check(outputs[0].bytes == outputs[1].bytes && outputs[0].bytes == outputs[2].bytes, "the same bits on 1, 2, 3 threads");
+    const bool same = outputs[0].bytes == outputs[1].bytes && outputs[0].bytes == outputs[2].bytes;
+    check(same, "the same bits on 1, 2, 3 threads");
 
     Routing routing = dispatch(T, C, id_list, static_cast<int>(S), first, padded_blocks ? 4 : 0, &hidden, H);
-    Data rows_out(x, static_cast<size_t>(routing.P * H));
+    Data rows_out(x, routing.P * H);
     std::fill(rows_out.bytes.begin(), rows_out.bytes.end(), char{0x55});
     MoeExperts e{};
     e.P = routing.P, e.H = H, e.S = S, e.I = I, e.T = T, e.C = C;
@@ -826,16 +830,17 @@ void test_layers() {
     ok(moe_experts(backend(2), e));
     bool empty_places_zero = true;
     for (int64_t place = 0; place < routing.P; place++) {
-      if (routing.order.id(static_cast<size_t>(place)) != T * C) continue;
-      for (int64_t h = 0; h < H; h++) empty_places_zero &= rows_out.at(static_cast<size_t>(place * H + h)) == 0;
+      if (routing.order.id(place) != T * C) continue;
+      for (int64_t h = 0; h < H; h++) empty_places_zero &= rows_out.at(place * H + h) == 0;
     }
     check(empty_places_zero, "empty places are zero");
 
-    Data combined(x, static_cast<size_t>(T * H));
+    Data combined(x, T * H);
     MoeCombine c{};
     c.P = routing.P, c.H = H, c.T = T, c.C = C;
     c.rows = rows_out, c.inverse = routing.inverse, c.weights = weights, c.ids = ids, c.hidden = hidden;
-    c.output = combined, c.output_scale = scale, c.zero = zero, c.first_zero = first_zero, c.weights_on_input = on_input;
+    c.output = combined, c.output_scale = scale, c.weights_on_input = on_input;
+    c.zero = zero, c.first_zero = first_zero;
     ok(moe_combine(backend(3), c));
     check_close(combined, expected, "dispatch, experts, combine", static_cast<double>(C + 1));
     if (x == DType::kF32) check(combined.bytes == outputs[0].bytes, "fused_moe has the bits of the three ops");
@@ -890,7 +895,8 @@ void test_layers() {
   f.hidden = none, f.ids = no_ids, f.weights = none, f.experts = layer.experts, f.output = none;
   ok(fused_moe(backend(2), f));
   MoeExperts e{};
-  e.H = 8, e.S = 2, e.I = 4, e.rows = none, e.counts = counts, e.offsets = offsets, e.experts = layer.experts, e.output = none;
+  e.H = 8, e.S = 2, e.I = 4, e.rows = none, e.counts = counts, e.offsets = offsets;
+  e.experts = layer.experts, e.output = none;
   ok(moe_experts(backend(2), e));
   MoeCombine c{};
   c.H = 8, c.C = 2, c.rows = none, c.inverse = no_ids, c.weights = none, c.output = none;
@@ -909,22 +915,23 @@ void test_shared() {
     const int64_t H = round < 9 ? 37 : 528, I = round < 9 ? 19 : 272, T = round < 9 ? 140 : 3;
     const bool gated = round % 2 == 0;
     Layer layer(1, H, I, w, round % 4 == 0, {}, static_cast<uint64_t>(round + 100));
-    Data hidden = Data::random(x, static_cast<size_t>(T * H), 5), gate = Data::random(w, static_cast<size_t>(H), 6);
-    Data routed = Data::random(x, static_cast<size_t>(T * H), 7);
-    Data output(x, static_cast<size_t>(T * H)), projected(x, static_cast<size_t>(T * 2 * I)), second(x, static_cast<size_t>(T * H));
+    Data hidden = Data::random(x, T * H, 5), gate = Data::random(w, H, 6);
+    Data routed = Data::random(x, T * H, 7);
+    Data output(x, T * H), projected(x, T * 2 * I), second(x, T * H);
     std::vector<double> expected, expected_projection;
     for (int64_t t = 0; t < T; t++) {
       const std::vector<double> row = row_of(hidden, t, H), a = layer.gate_up(0, row, 1), y = layer.down(0, a);
       double logit = 0;
-      for (int64_t h = 0; h < H; h++) logit += row[static_cast<size_t>(h)] * gate.at(static_cast<size_t>(h));
+      for (int64_t h = 0; h < H; h++) logit += row[h] * gate.at(h);
       expected_projection.insert(expected_projection.end(), a.begin(), a.end());
       for (int64_t h = 0; h < H; h++) {
-        expected.push_back(routed.at(static_cast<size_t>(t * H + h)) +
-                           (gated ? 1 / (1 + std::exp(-logit)) : 1) * y[static_cast<size_t>(h)]);
+        expected.push_back(routed.at(t * H + h) +
+                           (gated ? 1 / (1 + std::exp(-logit)) : 1) * y[h]);
       }
     }
     SharedExperts p{};
-    p.T = T, p.H = H, p.S = 1, p.I = I, p.hidden = hidden, p.experts = layer.experts, p.routed = routed, p.output = output;
+    p.T = T, p.H = H, p.S = 1, p.I = I;
+    p.hidden = hidden, p.experts = layer.experts, p.routed = routed, p.output = output;
     if (gated) p.expert_gate = gate;
     ok(shared_experts(backend(2), p));
     check_close(output, expected, "whole");
@@ -942,8 +949,8 @@ void test_shared() {
       const std::vector<double> parts = layer.down(0, row_of(projected, t, 2 * I));
       for (int64_t h = 0; h < H; h++) {
         const auto at = static_cast<size_t>(t * H + h);
-        const double factor = gated ? (expected[at] - routed.at(at)) / whole[static_cast<size_t>(h)] : 1;
-        expected[at] = routed.at(at) + factor * parts[static_cast<size_t>(h)];
+        const double factor = gated ? (expected[at] - routed.at(at)) / whole[h] : 1;
+        expected[at] = routed.at(at) + factor * parts[h];
       }
     }
     check_close(second, expected, "down");
@@ -951,25 +958,27 @@ void test_shared() {
   }
 }
 
-// Rows so wide that the scratch budget holds 128 of them: what takes several pieces has the bits of row by row.
+// A budget of few rows: what takes several pieces has the bits of row by row.
 void test_pieces() {
   current = "pieces";
-  const int64_t T = 300, I = int64_t{1} << 19;
+  const int64_t T = 300, I = 600;
+  CpuBackend small(2, 128 * 608 * 4);
   Layer layer(1, 1, I, DType::kBF16, false, {}, 12);
-  Data hidden = Data::random(DType::kBF16, static_cast<size_t>(T), 1), weights = Data::random(DType::kF32, static_cast<size_t>(T), 2);
-  Data ids(DType::kI32, static_cast<size_t>(T)), fused(DType::kBF16, static_cast<size_t>(T)), shared = fused, grouped = fused;
+  Data hidden = Data::random(DType::kBF16, T, 1);
+  Data weights = Data::random(DType::kF32, T, 2);
+  Data ids(DType::kI32, T), fused(DType::kBF16, T), shared = fused, grouped = fused;
   FusedMoe f{};
   f.T = T, f.H = 1, f.C = 1, f.S = 1, f.I = I, f.output_scale = 1;
   f.hidden = hidden, f.ids = ids, f.weights = weights, f.experts = layer.experts, f.output = fused;
-  ok(fused_moe(backend(2), f));
+  ok(fused_moe(small, f));
   SharedExperts s{};
   s.T = T, s.H = 1, s.S = 1, s.I = I, s.hidden = hidden, s.experts = layer.experts, s.output = shared;
-  ok(shared_experts(backend(2), s));
+  ok(shared_experts(small, s));
   Data counts = Data::ints({static_cast<int32_t>(T)}), offsets = Data::ints({0, static_cast<int32_t>(T)});
   MoeExperts e{};
   e.P = T, e.H = 1, e.S = 1, e.I = I, e.rows = hidden, e.counts = counts, e.offsets = offsets;
   e.experts = layer.experts, e.output = grouped;
-  ok(moe_experts(backend(2), e));
+  ok(moe_experts(small, e));
   check(shared.bytes == grouped.bytes, "experts and shared_experts agree");
   for (int64_t t : {0, 127, 128, 254, 255, 256, 299}) {
     const auto at = static_cast<size_t>(t);
@@ -983,14 +992,14 @@ void test_pieces() {
     ok(shared_experts(backend(1), s));
     check(one.at(0) == shared.at(at), "shared row " + std::to_string(t));
   }
-  const int64_t H = I, rows = 140;
-  Data wide = Data::random(DType::kBF16, static_cast<size_t>(rows * H), 3), router = Data::random(DType::kF32, static_cast<size_t>(H), 4);
-  Data logits(DType::kF32, static_cast<size_t>(rows)), one(DType::kF32, 1);
-  ok(moe_router(backend(2), {rows, H, 1, wide, router, {}, logits}));
-  for (int64_t t : {0, 126, 127, 128, 139}) {
+  const int64_t H = 2048, rows = 140;
+  Data wide = Data::random(DType::kBF16, rows * H, 3), router = Data::random(DType::kF32, H, 4);
+  Data logits(DType::kF32, rows), one(DType::kF32, 1);
+  ok(moe_router(small, {rows, H, 1, wide, router, {}, logits}));
+  for (int64_t t : {0, 37, 38, 127, 139}) {
     const Tensor row{wide.bytes.data() + t * H * 2, DType::kBF16, H};
     ok(moe_router(backend(1), {1, H, 1, row, router, {}, one}));
-    check(one.at(0) == logits.at(static_cast<size_t>(t)), "router row " + std::to_string(t));
+    check(one.at(0) == logits.at(t), "router row " + std::to_string(t));
   }
 }
 
@@ -1003,9 +1012,9 @@ void test_pack() {
     const int64_t S = 3, count = 2, H = large ? 70 : 1 + r.below(5), I = large ? 45 : 1 + r.below(5);
     Layer layer(S, H, I, to, true, {}, 4);
     const std::vector<char> before = layer.packed;
-    Data w13 = Data::random(from, static_cast<size_t>(count * 2 * I * H), 1), w2 = Data::random(from, static_cast<size_t>(count * H * I), 2);
-    Data b13 = Data::random(from, static_cast<size_t>(round % 2 == 0 ? count * 2 * I : 0), 3);
-    Data b2 = Data::random(from, static_cast<size_t>(count * H), 4);
+    Data w13 = Data::random(from, count * 2 * I * H, 1), w2 = Data::random(from, count * H * I, 2);
+    Data b13 = Data::random(from, round % 2 == 0 ? count * 2 * I : 0, 3);
+    Data b2 = Data::random(from, count * H, 4);
     layer.pack(w13, w2, b13, b2, interleaved ? GateUp::kInterleaved : GateUp::kHalves, transposed, 1, count);
     const auto value = [&](const char* data, int64_t i) {
       Data one(to, 1);
@@ -1024,23 +1033,23 @@ void test_pack() {
         const int64_t source = !interleaved ? row : row < I ? 2 * row : 2 * (row - I) + 1;
         for (int64_t h = 0; h < H; h++) {
           const int64_t index = e * 2 * I * H + (transposed ? h * 2 * I + source : source * H + h);
-          const Data expected = Data::floats(to, {w13.at(static_cast<size_t>(index))});
+          const Data expected = Data::floats(to, {w13.at(index)});
           right &= value(data, ((e + 1) * 2 * I + row) * H + h) == expected.at(0);
         }
-        const float bias = b13.count() > 0 ? b13.at(static_cast<size_t>(e * 2 * I + source)) : 0;
+        const float bias = b13.count() > 0 ? b13.at(e * 2 * I + source) : 0;
         right &= at_b13[(e + 1) * 2 * I + row] == bias;
       }
       for (int64_t h = 0; h < H; h++) {
         for (int64_t i = 0; i < I; i++) {
           const int64_t index = e * H * I + (transposed ? i * H + h : h * I + i);
-          right &= value(at2, ((e + 1) * H + h) * I + i) == Data::floats(to, {w2.at(static_cast<size_t>(index))}).at(0);
+          right &= value(at2, ((e + 1) * H + h) * I + i) == Data::floats(to, {w2.at(index)}).at(0);
         }
-        right &= at_b2[(e + 1) * H + h] == b2.at(static_cast<size_t>(e * H + h));
+        right &= at_b2[(e + 1) * H + h] == b2.at(e * H + h);
       }
     }
     check(right, "packed values");
     const auto start = static_cast<size_t>(data - layer.packed.data());
-    check(std::memcmp(before.data() + start, data, static_cast<size_t>(2 * I * H * width)) == 0, "other slots untouched");
+    check(std::memcmp(before.data() + start, data, 2 * I * H * width) == 0, "other slots untouched");
   }
 }
 

@@ -8,8 +8,8 @@ import { errorCodes } from '../lib/index.js';
 import { packageRoot } from '../lib/package.js';
 
 const readme = readFileSync(join(packageRoot, 'README.md'), 'utf8');
-const examples = [...readme.matchAll(/^## (.*)\n[^]*?(?=^## |(?![^]))/gm)].flatMap(([section, title]) =>
-  [...section.matchAll(/```ts\n([^]*?)```/g)].map(([, code], i) => ({ title: `${title} ${i + 1}`, code })),
+const examples = [...readme.matchAll(/^## (.*)\n[\s\S]*?(?=^## |(?![\s\S]))/gm)].flatMap(([section, title]) =>
+  [...section.matchAll(/```ts\n([\s\S]*?)```/g)].map(([, code], i) => ({ title: `${title} ${i + 1}`, code })),
 );
 
 /** Files inside the package resolve its name to itself. */

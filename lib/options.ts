@@ -45,14 +45,25 @@ export function integer(range: { min: number; max: number; default?: Default<num
   };
 }
 
-/** A finite number, optionally above a bound. */
-export function real(range: { above?: number; default?: Default<number> }): OptionKind<number> {
+/** A number that f32 can hold: kernels compute with that. */
+export function real(range: { default?: Default<number> } = {}): OptionKind<number> {
   return {
     native: 'real',
-    expected: range.above === undefined ? 'a finite number' : `a finite number above ${range.above}`,
+    expected: 'a finite number (in f32)',
     default: range.default,
-    accepts: (value): value is number =>
-      Number.isFinite(value) && (range.above === undefined || (value as number) > range.above),
+    accepts: (value): value is number => typeof value === 'number' && Number.isFinite(Math.fround(value)),
+    encode: (value) => value,
+  };
+}
+
+/** A factor that f32 can multiply by and divide by. */
+export function positive(range: { default?: Default<number> } = {}): OptionKind<number> {
+  const holds = (value: number) => Number.isFinite(Math.fround(value)) && Math.fround(value) > 0;
+  return {
+    native: 'real',
+    expected: 'a finite number above 0 (in f32, and so its reciprocal)',
+    default: range.default,
+    accepts: (value): value is number => typeof value === 'number' && holds(value) && holds(1 / value),
     encode: (value) => value,
   };
 }

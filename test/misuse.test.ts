@@ -268,7 +268,7 @@ describe.each(backends)('on %s', (backend) => {
       () => moeFusedGate({ logits: f32(2, 8) }, { topK: 1, routedScalingFactor: 0 }),
       'INVALID_ARG',
       'routedScalingFactor',
-      /a finite number above 0 but received 0/,
+      /a finite number above 0 \(in f32, and so its reciprocal\) but received 0/,
     ],
     [
       'scaling factor infinite',
@@ -276,6 +276,24 @@ describe.each(backends)('on %s', (backend) => {
       'INVALID_ARG',
       'routedScalingFactor',
       /received Infinity/,
+    ],
+    [
+      'scaling factor that f32 cannot divide by',
+      () => moeFusedGate({ logits: f32(2, 8) }, { topK: 1, routedScalingFactor: 1e-40 }),
+      'INVALID_ARG',
+      'routedScalingFactor',
+      /reciprocal\) but received 1e-40/,
+    ],
+    [
+      'zero experts among the local ones',
+      () =>
+        fusedMoe(
+          { hidden: f32(2, 8), ids: i32(2, 2), weights: f32(2, 2), experts: experts() },
+          { zeroExperts: 2, firstZeroExpert: 3 },
+        ),
+      'INVALID_ARG',
+      'firstZeroExpert',
+      /outside the local ids 0\.\.3 but received 3\.\.4/,
     ],
     [
       'nine shared experts',

@@ -55,5 +55,16 @@ export const fusedMoe = defineOp<FusedMoeInputs, FusedMoeOptions, Tensor<FloatDT
   },
   outputs: { output: '=hidden[tokens, hidden]' },
   returns: 'tensor',
+  rules: [
+    [
+      'firstZeroExpert',
+      ({ dim }) =>
+        dim('zeroExperts') === 0 ||
+        dim('firstZeroExpert') >= dim('firstExpert') + dim('slots') ||
+        dim('firstZeroExpert') + dim('zeroExperts') <= dim('firstExpert') ||
+        `expected zero experts outside the local ids ${dim('firstExpert')}..${dim('firstExpert') + dim('slots') - 1} ` +
+          `but received ${dim('firstZeroExpert')}..${dim('firstZeroExpert') + dim('zeroExperts') - 1}`,
+    ],
+  ],
   oracle: fused_moe,
 });

@@ -79,7 +79,8 @@ class Backend {
   // Whether memory from allocate() is ordinary host memory, so that a new tensor can be filled without staging.
   virtual bool is_host_memory() const { return false; }
   // Host memory that copies may use until the last reference goes, whatever is in flight then; null when there is none.
-  virtual std::shared_ptr<uint8_t[]> staging(size_t bytes) {
+  virtual std::shared_ptr<uint8_t[]> staging(size_t bytes) { return host_memory(bytes); }
+  static std::shared_ptr<uint8_t[]> host_memory(size_t bytes) {
     try {
       return std::shared_ptr<uint8_t[]>(new uint8_t[bytes == 0 ? 1 : bytes]);
     } catch (const std::bad_alloc&) {

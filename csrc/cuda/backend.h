@@ -16,6 +16,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../backend.h"
@@ -109,7 +110,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<DeviceMemory> memory_;
   std::shared_ptr<Staging> staging_;
   std::shared_ptr<Arena> recording_;  // while a capture is recorded
-  std::vector<void*> scratch_;        // of the call that is running
+  std::vector<std::pair<void*, size_t>> scratch_;  // of the call that is running
 
   std::mutex events_mutex_;
   std::vector<cudaEvent_t> events_;  // not in use

@@ -2,7 +2,7 @@
 //
 //   node scripts/build-cuda.mjs                          sm_80, sm_90 and PTX
 //   node scripts/build-cuda.mjs --architectures 90-real  as CMAKE_CUDA_ARCHITECTURES has them
-//   node scripts/build-cuda.mjs --test-hooks             out/cuda-hooks/moe_cuda.node, with deliberate faults for tests
+//   node scripts/build-cuda.mjs --test-hooks             also out/cuda-hooks/moe_cuda.node, with deliberate faults
 //   node scripts/build-cuda.mjs --missing                only if the addon is older than its sources
 import { spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, statSync } from 'node:fs';
@@ -32,25 +32,26 @@ export function missingCudaTools() {
 }
 
 export function buildCuda({ missingOnly = false, hooks = false, architectures } = {}) {
-  const folder = join(root, 'out', hooks ? 'cuda-hooks' : 'cuda');
-  const addon = join(folder, 'moe_cuda.node');
-  if (missingOnly && existsSync(addon) && statSync(addon).mtimeMs > newestSource()) return true;
+  const addons = (hooks ? ['cuda', 'cuda-hooks'] : ['cuda']).map((folder) => join(root, 'out', folder, 'moe_cuda.node'));
+  const fresh = (addon) => existsSync(addon) && statSync(addon).mtimeMs > newestSource();
+  if (missingOnly && addons.every(fresh)) return true;
   const missing = missingCudaTools();
   if (missing.length > 0) {
     console.error(`The CUDA addon is not built: this machine has no ${missing.join(', no ')}.`);
     return false;
   }
   const cmakeJs = join(root, 'node_modules', 'cmake-js', 'bin', 'cmake-js');
-  const args = ['compile', '-d', root, '-O', join(folder, 'build'), '-B', 'Release', '-l', 'warn'];
+  const args = ['compile', '-d', root, '-O', join(root, 'out', 'build-cuda'), '-B', 'Release', '-l', 'warn'];
   args.push('--parallel', String(availableParallelism()));
   if (architectures !== undefined) args.push(`--CDCMAKE_CUDA_ARCHITECTURES=${architectures}`);
-  if (hooks) args.push('--CDMOE_TEST_HOOKS=ON', `--CDMOE_OUTPUT_DIRECTORY=${folder}`);
   const begun = Date.now();
   console.error('Building the CUDA addon ...');
-  const { status } = spawnSync(process.execPath, [cmakeJs, ...args], { cwd: root, stdio: 'inherit' });
-  if (status !== 0) return false;
-  const size = (statSync(addon).size / 1e6).toFixed(1);
-  console.error(`${addon}: ${size} MB in ${((Date.now() - begun) / 1000).toFixed(0)} s`);
+  for (const target of hooks ? ['moe_cuda', 'moe_cuda_hooks'] : ['moe_cuda']) {
+    const { status } = spawnSync(process.execPath, [cmakeJs, ...args, '-T', target], { cwd: root, stdio: 'inherit' });
+    if (status !== 0) return false;
+  }
+  for (const addon of addons) console.error(`${addon}: ${(statSync(addon).size / 1e6).toFixed(1)} MB`);
+  console.error(`${((Date.now() - begun) / 1000).toFixed(0)} s`);
   return true;
 }
 

@@ -10,6 +10,10 @@
 
 namespace moe {
 
+#ifdef MOE_TEST_HOOKS
+void break_device_if_asked(cudaStream_t stream);  // test_hooks.cu
+#endif
+
 namespace {
 
 // The oldest device that the kernels are compiled for.
@@ -178,6 +182,9 @@ Status CudaBackend::scratch(size_t bytes, void** out) {
 void CudaBackend::submit(std::function<void()> work) {
   enter();
   work();
+#ifdef MOE_TEST_HOOKS
+  break_device_if_asked(stream());
+#endif
   for (const auto& [data, bytes] : scratch_) memory_->release(data, bytes);
   scratch_.clear();
 }

@@ -43,10 +43,12 @@ export function missingTools() {
 
 /** Compiles lib/ to dist/. */
 export function buildTypescript({ missingOnly = false } = {}) {
+  const tsc = join(root, 'node_modules', 'typescript', 'bin', 'tsc');
+  if (!existsSync(tsc) && existsSync(join(root, 'dist'))) return true; // an installed package has dist/ already
   const stamp = join(root, 'dist', 'lib', 'index.js');
   if (missingOnly && builtAt(stamp) > newest('lib', 'bench', 'test/cases', 'tsconfig.json')) return true;
   rmSync(join(root, 'dist'), { recursive: true, force: true }); // no output of a source that is gone
-  return run('TypeScript', [join(root, 'node_modules', 'typescript', 'bin', 'tsc'), '-p', root]);
+  return run('TypeScript', process.execPath, [tsc, '-p', root]);
 }
 
 /** Compiles csrc/ to the CPU addon; 'skipped' where the tools for it are not there. */
@@ -54,25 +56,28 @@ export function buildAddon({ missingOnly = false } = {}) {
   if (missingOnly && builtAt(addon) > newest('csrc', 'binding.gyp')) return true;
   const missing = missingTools();
   if (missing.length > 0) {
-    console.error(`The CPU addon is not built: this machine has no ${missing.join(', no ')}.`);
+    console.error(`The CPU addon is not built: missing on this machine: ${missing.join(', ')}.`);
     return 'skipped';
   }
+  const flags = ['configure', 'build', '--release', '-j', 'max', '--loglevel', 'error', ...installedHeaders()];
   const nodeGyp = join(root, 'node_modules', 'node-gyp', 'bin', 'node-gyp.js');
-  const flags = ['--release', '-j', 'max', '--loglevel', 'error', ...installedHeaders()];
-  return run('the CPU addon', [nodeGyp, 'configure', 'build', ...flags]);
+  // npm puts a node-gyp of its own on the PATH of scripts, for packages that have none.
+  return existsSync(nodeGyp)
+    ? run('the CPU addon', process.execPath, [nodeGyp, ...flags])
+    : run('the CPU addon', 'node-gyp', flags);
 }
 
 /** Node's own headers where they are installed beside it, so that node-gyp need not download them. */
-function installedHeaders() {
+export function installedHeaders() {
   if (process.env.npm_config_nodedir) return [];
   const prefix = join(dirname(realpathSync(process.execPath)), '..');
   return existsSync(join(prefix, 'include', 'node', 'common.gypi')) ? [`--nodedir=${prefix}`] : [];
 }
 
-function run(what, command) {
+function run(what, command, args) {
   const begun = Date.now();
   process.stderr.write(`Building ${what} ... `);
-  const { status, stdout, stderr } = spawnSync(process.execPath, command, { cwd: root, encoding: 'utf8' });
+  const { status, stdout, stderr } = spawnSync(command, args, { cwd: root, encoding: 'utf8' });
   process.stderr.write(status === 0 ? `${((Date.now() - begun) / 1000).toFixed(1)} s\n` : 'failed\n');
   const output = `${stdout ?? ''}${stderr ?? ''}`;
   if (status !== 0 || /warning:/i.test(output)) process.stderr.write(output);

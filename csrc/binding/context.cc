@@ -467,7 +467,13 @@ void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) 
     std::lock_guard lock(self->mailbox_->mutex);
     finished.swap(self->mailbox_->finished);
   }
-  for (const auto& wait : finished) self->settle(env, *wait);
+  for (const auto& wait : finished) {
+    try {
+      self->settle(env, *wait);
+    } catch (const Napi::Error&) {
+      // No JavaScript can run any more: the worker is being terminated, and nobody waits for the answer.
+    }
+  }
 }
 
 void NativeContext::settle(Napi::Env env, Wait& wait) {

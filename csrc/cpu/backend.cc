@@ -20,7 +20,8 @@ constexpr int64_t kCopyGrain = int64_t{1} << 20;
 constexpr int kMostThreads = 1024;
 }  // namespace
 
-CpuBackend::CpuBackend(int threads) : pool_(std::clamp(threads, 1, kMostThreads)) {}
+CpuBackend::CpuBackend(int threads, int64_t scratch_budget)
+    : scratch_budget_(scratch_budget), pool_(std::clamp(threads, 1, kMostThreads)) {}
 
 CpuBackend::~CpuBackend() {
   stop();
@@ -39,7 +40,8 @@ void CpuBackend::stop() {
 
 Status CpuBackend::copy(void* to, const void* from, size_t bytes) {
   pool_.parallel_for(static_cast<int64_t>(bytes), kCopyGrain, [=](int64_t begin, int64_t end) {
-    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, static_cast<size_t>(end - begin));
+    const auto count = static_cast<size_t>(end - begin);
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, count);
   });
   return finished();
 }
@@ -80,9 +82,9 @@ void CpuBackend::release_scratch() {
   if (block_ == nullptr) return;
   size_t total = 0;
   for (const Block* block = block_; block != nullptr; block = block->next) total += block->bytes;
-  constexpr size_t kMostKept = static_cast<size_t>(kScratchBudget) + (size_t{16} << 20);
-  if (block_->next == nullptr && total <= kMostKept) return;
-  next_block_bytes_ = std::min(total, kMostKept);
+  const size_t most_kept = static_cast<size_t>(scratch_budget_) + (size_t{16} << 20);
+  if (block_->next == nullptr && total <= most_kept) return;
+  next_block_bytes_ = std::min(total, most_kept);
   while (block_ != nullptr) {
     Block* next = block_->next;
     allocator_.release_scratch(block_, block_->bytes);

@@ -16,7 +16,8 @@ namespace moe {
 
 class CpuBackend : public Backend {
  public:
-  explicit CpuBackend(int threads);
+  // `scratch_budget`: bytes of float rows that a kernel holds before it goes on in pieces.
+  explicit CpuBackend(int threads, int64_t scratch_budget = int64_t{256} << 20);
   ~CpuBackend() override;
 
   Status allocate(size_t bytes, void** out) override { return allocator_.allocate(bytes, out); }
@@ -37,6 +38,7 @@ class CpuBackend : public Backend {
 
   // For kernels, on the queue's thread.
   ThreadPool& pool() { return pool_; }
+  int64_t scratch_budget() const { return scratch_budget_; }
   // Memory of undefined content, aligned to 64 bytes, until the Workspace around it ends.
   Status scratch(size_t bytes, void** out);
   void release_scratch();
@@ -51,12 +53,13 @@ class CpuBackend : public Backend {
 
   Status copy(void* to, const void* from, size_t bytes);
 
+  const int64_t scratch_budget_;
   Allocator allocator_;
   ThreadPool pool_;
-  Block* block_ = nullptr;        // the newest
-  size_t block_used_ = 0;         // bytes taken from it
-  size_t next_block_bytes_ = 0;   // so that what took several blocks finds one next time
-  Queue queue_;                   // last, so that its thread ends before what it uses
+  Block* block_ = nullptr;       // the newest
+  size_t block_used_ = 0;        // bytes taken from it
+  size_t next_block_bytes_ = 0;  // so that what took several blocks finds one next time
+  Queue queue_;                  // last, so that its thread ends before what it uses
 };
 
 // The scratch memory of one kernel call, given back at the end of its scope.
@@ -83,8 +86,5 @@ class Workspace {
 
 // Kernels of this folder are only ever called with its own backend.
 inline CpuBackend& cpu(Backend& backend) { return static_cast<CpuBackend&>(backend); }
-
-// What a loop over float rows may hold in scratch before it goes on in pieces.
-inline constexpr int64_t kScratchBudget = int64_t{256} << 20;
 
 }  // namespace moe

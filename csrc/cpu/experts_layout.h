@@ -1,6 +1,6 @@
 // How packed experts lie in memory: four sections, each aligned to 64 bytes and each holding all slots in order.
 //   w13 [S, 2I, H] gate rows, then up rows, in the layout's dtype     w2 [S, H, I] in the same dtype
-//   b13 f32 [S, 2I]                                                   b2 f32 [S, H]; the biases only where there are any
+//   b13 f32 [S, 2I]                                            b2 f32 [S, H]; the biases only where there are any
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -49,7 +49,9 @@ class ExpertsView {
 
   const ExpertsLayout layout;
 
-  void* w13(int64_t slot, int64_t row) const { return element(data_, layout.dtype, (slot * 2 * layout.I + row) * layout.H); }
+  void* w13(int64_t slot, int64_t row) const {
+    return element(data_, layout.dtype, (slot * 2 * layout.I + row) * layout.H);
+  }
   void* w2(int64_t slot, int64_t row) const {
     return element(data_ + sections_.w2, layout.dtype, (slot * layout.H + row) * layout.I);
   }

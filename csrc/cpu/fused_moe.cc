@@ -35,7 +35,8 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   const int64_t lanes = pool.threads();
   const int64_t choice_bytes = (padded(I) + lanes * out_width) * int64_t{sizeof(float)} + 16;
   const int64_t token_bytes = C * choice_bytes + FloatRows::bytes_per_place(p.hidden, H);
-  const int64_t piece = std::clamp<int64_t>(kScratchBudget / std::max<int64_t>(token_bytes, 1), 1, std::max<int64_t>(T, 1));
+  const int64_t fitting = cpu(backend).scratch_budget() / std::max<int64_t>(token_bytes, 1);
+  const int64_t piece = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(T, 1));
   const int64_t room = piece * C;
   FloatRows hidden;
   float *active = nullptr, *down = nullptr;

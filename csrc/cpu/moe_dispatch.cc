@@ -21,6 +21,7 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   int32_t* inverse = p.inverse.as<int32_t>();
   int32_t* counts = p.counts.as<int32_t>();
   int32_t* offsets = p.offsets.as<int32_t>();
+  int32_t* block_experts = p.block_experts.as<int32_t>();
   Workspace workspace(cpu(backend));
   ThreadPool& pool = cpu(backend).pool();
   const int64_t pieces = experts <= 4096 ? std::clamp(choices / 32768, int64_t{1}, int64_t{16}) : 1;
@@ -61,12 +62,11 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
     }
     offsets[e] = static_cast<int32_t>(first);
     if (p.block_experts) {
-      std::fill(p.block_experts.as<int32_t>() + first / p.block_size,
-                p.block_experts.as<int32_t>() + place / p.block_size, static_cast<int32_t>(e));
+      std::fill(block_experts + first / p.block_size, block_experts + place / p.block_size, static_cast<int32_t>(e));
     }
   }
   offsets[experts] = static_cast<int32_t>(place);
-  if (p.block_experts) std::fill(p.block_experts.as<int32_t>() + place / p.block_size, p.block_experts.as<int32_t>() + p.blocks, -1);
+  if (p.block_experts) std::fill(block_experts + place / p.block_size, block_experts + p.blocks, -1);
 
   // Place the choices
   std::fill_n(order, p.P, static_cast<int32_t>(choices));

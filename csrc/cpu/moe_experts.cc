@@ -64,16 +64,16 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   int64_t count = 0;
   MOE_RETURN_IF_ERROR(workspace.take(p.P, &taken));
   MOE_RETURN_IF_ERROR(check(p, taken, &count));
+  const size_t output_bytes = static_cast<size_t>(H) * size_of(p.output.dtype);
   pool.parallel_for(p.P, std::max<int64_t>(1, 16384 / std::max<int64_t>(H, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; place++) {
-      if (taken[place] != 0) continue;
-      std::memset(element(p.output.data, p.output.dtype, place * H), 0, static_cast<size_t>(H) * size_of(p.output.dtype));
+      if (taken[place] == 0) std::memset(element(p.output.data, p.output.dtype, place * H), 0, output_bytes);
     }
   });
 
   // Tiles, placed in pieces of at most `room` rows
   const int64_t row_bytes = padded(I) * int64_t{sizeof(float)} + FloatRows::bytes_per_place(p.rows, H);
-  const int64_t room = std::max(kTileRows, std::min(p.P, kScratchBudget / row_bytes));
+  const int64_t room = std::max(kTileRows, std::min(p.P, cpu(backend).scratch_budget() / row_bytes));
   Tile* tiles = nullptr;
   MOE_RETURN_IF_ERROR(workspace.take(count, &tiles));
   int64_t filled = 0, place = 0;
@@ -96,7 +96,9 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
     for (end = begin + 1; end < count && tiles[end].place != 0;) end++;
     const Tile* piece = tiles + begin;
 
-    pool.parallel_for(end - begin, 1, [&](int64_t at, int64_t) { rows.load(piece[at].first, piece[at].rows, piece[at].place); });
+    pool.parallel_for(end - begin, 1, [&](int64_t at, int64_t) {
+      rows.load(piece[at].first, piece[at].rows, piece[at].place);
+    });
 
     const int64_t width = columns_per_task(I), blocks = ceil_div(I, width);
     pool.parallel_for((end - begin) * blocks, 1, [&](int64_t task, int64_t) {

@@ -99,7 +99,7 @@ void keep_groups(const MoeFusedGate& p, Row& row) {
   const int64_t groups = p.groups, size = p.E / groups;
   std::fill(row.kept, row.kept + groups, true);
   if (p.top_groups >= p.groups) return;
-  uint64_t ranks[kMostExperts];
+  uint64_t ranks[kMostExperts], sorted[kMostExperts];
   for (int64_t g = 0; g < groups; g++) {
     float first = kNaN, second = kNaN;
     for (int64_t e = g * size; e < (g + 1) * size; e++) {
@@ -113,10 +113,8 @@ void keep_groups(const MoeFusedGate& p, Row& row) {
     }
     const bool sum = p.group_score == GroupScore::kTop2Sum && !std::isnan(second);
     const uint64_t key = rank_key(sum ? first + second : first);
-    ranks[g] = key << 32 | static_cast<uint64_t>(groups - g);
+    ranks[g] = sorted[g] = key << 32 | static_cast<uint64_t>(groups - g);
   }
-  uint64_t sorted[kMostExperts];
-  std::copy(ranks, ranks + groups, sorted);
   std::nth_element(sorted, sorted + p.top_groups - 1, sorted + groups, std::greater<>());
   for (int64_t g = 0; g < groups; g++) row.kept[g] = ranks[g] >= sorted[p.top_groups - 1];
 }

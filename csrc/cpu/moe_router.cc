@@ -16,8 +16,8 @@ Status moe_router(Backend& backend, const MoeRouter& p) {
   backend.note_path("moe_router", "portable");
   Workspace workspace(cpu(backend));
   ThreadPool& pool = cpu(backend).pool();
-  const int64_t piece = std::clamp(kScratchBudget / (FloatRows::bytes_per_place(p.hidden, H) + 1), int64_t{1},
-                                   std::max(T, int64_t{1}));
+  const int64_t fitting = cpu(backend).scratch_budget() / (FloatRows::bytes_per_place(p.hidden, H) + 1);
+  const int64_t piece = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(T, 1));
   FloatRows rows;
   MOE_RETURN_IF_ERROR(rows.reserve(workspace, p.hidden, H, piece));
 

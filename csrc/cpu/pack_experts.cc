@@ -66,7 +66,8 @@ Status pack_experts(Backend& backend, const PackExperts& p) {
   const bool interleaved = p.gate_up == GateUp::kInterleaved;
   const ExpertsView experts(p.experts);
   if (!p.experts.layout.biases && (p.b13 || p.b2)) {
-    return Status::Error(Code::kInvalidArg, "expected no biases: these experts were allocated without", p.b13 ? "b13" : "b2");
+    const char* arg = p.b13 ? "b13" : "b2";
+    return Status::Error(Code::kInvalidArg, "expected no biases: these experts were allocated without", arg);
   }
   backend.note_path("pack_experts", "portable");
   ThreadPool& pool = cpu(backend).pool();

@@ -19,7 +19,7 @@ Status shared_experts(Backend& backend, const SharedExperts& p) {
   ThreadPool& pool = cpu(backend).pool();
 
   const int64_t row_bytes = padded(I) * int64_t{sizeof(float)} + FloatRows::bytes_per_place(p.hidden, H);
-  const int64_t piece = std::max(kTileRows, std::min(T, kScratchBudget / row_bytes));
+  const int64_t piece = std::max(kTileRows, std::min(T, cpu(backend).scratch_budget() / row_bytes));
   const bool reads_hidden = projects || p.expert_gate;
   FloatRows hidden;
   float *active = nullptr, *gates = nullptr, *gate_weight = nullptr;

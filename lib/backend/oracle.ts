@@ -55,7 +55,7 @@ export class OracleBackend implements Backend {
     const storage = handle as Storage;
     const bits = data === undefined ? undefined : (encode(dtype, data as never) as RawArray);
     this.#enqueue(() => {
-      if (bits === undefined) storage.raw.fill(0 as never);
+      if (bits === undefined) new Uint8Array(storage.raw.buffer).fill(0);
       else storage.raw.set(bits as never);
     });
   }

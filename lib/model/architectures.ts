@@ -96,7 +96,10 @@ const sharedMlp = (name: string): SharedMlp => ({
 });
 
 /** Softmax over all experts, the k best of them. Renormalised or not as the family says or its config. */
-function softmaxTopK(config: ModelConfig, renormalize: { fixed: boolean } | { fallback: boolean }): GateRules {
+function softmaxTopK(
+  config: ModelConfig,
+  renormalize: { fixed: boolean } | { fallback: boolean },
+): GateRules {
   config.word(keys.scoring, ['softmax'], 'softmax');
   config.word(keys.selection, ['greedy'], 'greedy');
   config.fixed(keys.groups, 1);
@@ -110,7 +113,8 @@ function softmaxTopK(config: ModelConfig, renormalize: { fixed: boolean } | { fa
     groups: 1,
     topGroups: 1,
     groupScore: 'max',
-    renormalize: 'fixed' in renormalize ? renormalize.fixed : config.flag(keys.renormalize, renormalize.fallback),
+    renormalize:
+      'fixed' in renormalize ? renormalize.fixed : config.flag(keys.renormalize, renormalize.fallback),
     routedScalingFactor: 1,
   };
 }
@@ -160,7 +164,8 @@ function biasedSigmoid(config: ModelConfig, defaults: BiasedSigmoidDefaults): Ga
 
 function deepseekV2Gate(config: ModelConfig): GateRules {
   config.word(keys.scoring, ['softmax'], 'softmax');
-  const grouped = config.word(keys.selection, ['greedy', 'group_limited_greedy'], 'greedy') === 'group_limited_greedy';
+  const grouped =
+    config.word(keys.selection, ['greedy', 'group_limited_greedy'], 'greedy') === 'group_limited_greedy';
   return {
     scoring: 'softmax',
     selection: 'score',
@@ -208,7 +213,8 @@ export const architectures: readonly Architecture[] = [
     experts: usual,
     shared: sharedMlp('shared_experts'),
     sharedByDefault: 1,
-    gate: (config) => biasedSigmoid(config, { groups: 1, topGroups: 1, renormalize: true, routedScalingFactor: 1 }),
+    gate: (config) =>
+      biasedSigmoid(config, { groups: 1, topGroups: 1, renormalize: true, routedScalingFactor: 1 }),
   },
   {
     name: 'dots1',
@@ -218,7 +224,8 @@ export const architectures: readonly Architecture[] = [
     correctionBias: ['gate.e_score_correction_bias'],
     experts: usual,
     shared: sharedMlp('shared_experts'),
-    gate: (config) => biasedSigmoid(config, { groups: 1, topGroups: 1, renormalize: false, routedScalingFactor: 1 }),
+    gate: (config) =>
+      biasedSigmoid(config, { groups: 1, topGroups: 1, renormalize: false, routedScalingFactor: 1 }),
   },
   {
     name: 'ernie4_5_moe',

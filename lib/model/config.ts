@@ -71,7 +71,9 @@ export class ModelConfig {
     }
     const { name, value } = found;
     if (!Number.isSafeInteger(value) || (value as number) < min) {
-      throw checkpointError(`${this.file}: expected ${name}: an integer >= ${min} but it is ${describeValue(value)}`);
+      throw checkpointError(
+        `${this.file}: expected ${name}: an integer >= ${min} but it is ${describeValue(value)}`,
+      );
     }
     return value as number;
   }
@@ -85,7 +87,9 @@ export class ModelConfig {
     if (found === undefined) return fallback;
     const { name, value } = found;
     if (typeof value !== 'number' || !Number.isFinite(value) || value <= 0) {
-      throw checkpointError(`${this.file}: expected ${name}: a number above 0 but it is ${describeValue(value)}`);
+      throw checkpointError(
+        `${this.file}: expected ${name}: a number above 0 but it is ${describeValue(value)}`,
+      );
     }
     return value;
   }
@@ -105,7 +109,8 @@ export class ModelConfig {
   word<T extends string>(names: Names, allowed: readonly T[], fallback: T): T {
     const found = this.#find(names);
     if (found === undefined) return fallback;
-    if (!allowed.includes(found.value as T)) throw this.#unsupported(found, allowed.map(describeValue).join(' or '));
+    if (!allowed.includes(found.value as T))
+      throw this.#unsupported(found, allowed.map(describeValue).join(' or '));
     return found.value as T;
   }
 

@@ -11,14 +11,15 @@ import { sharedExperts } from '../ops/shared_experts.js';
 import { choice, describeValue } from '../options.js';
 import { decode, dtypeRow, type FloatDType, type Raw, type Tensor, type TensorData } from '../tensor.js';
 import type { GateRules } from './architectures.js';
-import { Checkpoint, intermediateOf, type LayerPlan, type Matrix, type MlpSource } from './checkpoint.js';
+import { Checkpoint } from './checkpoint.js';
+import { intermediateOf, type LayerPlan, type Matrix, type MlpSource } from './layer_plan.js';
 import type { SafetensorsReader, TensorInfo } from './safetensors.js';
 
 const loadOp = 'MoeLayer.load';
 /** Shared slices that the gate can append to a row. */
 const MAX_SHARED_SLOTS = 8;
 /** Bytes on their way to the backend before loading waits for them to be packed. */
-const MAX_BYTES_IN_FLIGHT = 256 * 2 ** 20;
+const MAX_BYTES_IN_FLIGHT = 128 * 2 ** 20;
 
 export type FuseSharedExperts = 'auto' | 'on' | 'off';
 
@@ -143,7 +144,11 @@ export class MoeLayer {
     try {
       const plan = await checkpoint.plan(resolved.layer);
       const description = describe(plan, resolved);
-      return new MoeLayer(resolved.context, description, await new Loader(checkpoint.tensors, resolved).load(plan, description));
+      return new MoeLayer(
+        resolved.context,
+        description,
+        await new Loader(checkpoint.tensors, resolved).load(plan, description),
+      );
     } finally {
       if (checkpoint !== source) await checkpoint.close();
     }
@@ -157,12 +162,16 @@ export class MoeLayer {
    * Runs the layer on `hidden` [tokens, hidden]: enqueues the ops and returns at once, so it can be captured. The
    * output has the dtype of `hidden`.
    */
-  forward(hidden: Tensor<FloatDType>, options?: ForwardOptions & { returnRouting?: false }): Tensor<FloatDType>;
+  forward(
+    hidden: Tensor<FloatDType>,
+    options?: ForwardOptions & { returnRouting?: false },
+  ): Tensor<FloatDType>;
   forward(hidden: Tensor<FloatDType>, options: ForwardOptions & { returnRouting: true }): RoutedOutput;
   forward(hidden: Tensor<FloatDType>, options?: ForwardOptions): Tensor<FloatDType> | RoutedOutput;
   forward(hidden: Tensor<FloatDType>, options: ForwardOptions = {}): Tensor<FloatDType> | RoutedOutput {
     const op = 'MoeLayer.forward';
-    if (this.#disposed) throw new MoeError('ERR_MOE_DISPOSED', 'expected a live layer but it was disposed', { op });
+    if (this.#disposed)
+      throw new MoeError('ERR_MOE_DISPOSED', 'expected a live layer but it was disposed', { op });
     checkKnown(op, options, forwardOptions);
     const { returnRouting = false, part = 'all', routerInput = hidden, validTokens, onStage } = options;
     if (part !== 'all' && part !== 'routed') {
@@ -177,10 +186,10 @@ export class MoeLayer {
       return tensor;
     };
     try {
-      const logits = own(moeRouter({ hidden: routerInput, weight: router, ...given({ bias: routerBias }) }));
+      const logits = own(moeRouter({ hidden: routerInput, weight: router, bias: routerBias }));
       onStage?.('router');
       const { ids, weights } = moeFusedGate(
-        { logits, ...given({ bias: correctionBias, validTokens }) },
+        { logits, bias: correctionBias, validTokens },
         {
           topK: d.topK,
           scoring: d.scoring,
@@ -210,7 +219,7 @@ export class MoeLayer {
       );
       onStage?.('experts');
       if (shared !== undefined && part === 'all') {
-        output = own(sharedExperts({ hidden, experts: shared, routed: output, ...given({ expertGate: sharedGate }) }));
+        output = own(sharedExperts({ hidden, experts: shared, routed: output, expertGate: sharedGate }));
         onStage?.('shared');
       }
       const kept: Tensor[] = returnRouting ? [output, ids, weights, logits] : [output];
@@ -234,7 +243,16 @@ export class MoeLayer {
 
   /** `deepseek_v3 model.layers.1.mlp: 256 experts of 7168 x 2048, top 8, 1 shared (fused)` */
   toString(): string {
-    const { architecture, block, experts, hidden, intermediate, topK, sharedExperts: shared, fused } = this.description;
+    const {
+      architecture,
+      block,
+      experts,
+      hidden,
+      intermediate,
+      topK,
+      sharedExperts: shared,
+      fused,
+    } = this.description;
     const beside = shared === 0 ? '' : `, ${shared} shared${fused ? ' (fused)' : ''}`;
     return `${architecture} ${block}: ${experts} experts of ${hidden} x ${intermediate}, top ${topK}${beside}`;
   }
@@ -246,16 +264,12 @@ const held = (weights: Weights): (Tensor | ExpertWeights)[] =>
 const bytesOf = (thing: Tensor | ExpertWeights): number =>
   'bytes' in thing ? thing.bytes : thing.size * dtypeRow(thing.dtype).bytes;
 
-/** Leaves out what is undefined: ops tell an input that is absent from one that is not a tensor. */
-function given<T extends object>(inputs: T): { [K in keyof T]: Exclude<T[K], undefined> } {
-  return Object.fromEntries(Object.entries(inputs).filter(([, value]) => value !== undefined)) as never;
-}
-
 /** Why the shared experts of a layer cannot be slots beside its routed ones; undefined where they can. */
 export function fusionObstacle({ shared, intermediate, dtype, routed }: LayerPlan): string | undefined {
   if (shared === undefined) return 'the layer has no shared expert';
   if (shared.gate !== undefined) return `the shared expert has a gate of its own ('${shared.gate.name}')`;
-  if (shared.dtype !== dtype) return `the shared expert is ${shared.dtype} but the routed experts are ${dtype}`;
+  if (shared.dtype !== dtype)
+    return `the shared expert is ${shared.dtype} but the routed experts are ${dtype}`;
   if (shared.intermediate % intermediate !== 0) {
     return `the shared width ${shared.intermediate} is not a multiple of the routed experts' ${intermediate}`;
   }
@@ -276,16 +290,24 @@ const loadOptions = ['layer', 'context', 'fuseSharedExperts', 'dtype', 'signal',
 const forwardOptions = ['returnRouting', 'part', 'routerInput', 'validTokens', 'onStage'];
 
 const invalid = (op: string, arg: string, expected: string, received: unknown): MoeError =>
-  new MoeError('ERR_MOE_INVALID_ARG', `expected ${arg}: ${expected} but received ${describeValue(received)}`, { op, arg });
+  new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected ${arg}: ${expected} but received ${describeValue(received)}`,
+    { op, arg },
+  );
 
 function checkKnown(op: string, options: unknown, known: readonly string[]): void {
   if (typeof options !== 'object' || options === null) throw invalid(op, 'options', 'an object', options);
   for (const name of Object.keys(options)) {
     if (!known.includes(name)) {
-      throw new MoeError('ERR_MOE_INVALID_ARG', `unknown option '${name}'; the options are: ${known.join(', ')}`, {
-        op,
-        arg: name,
-      });
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `unknown option '${name}'; the options are: ${known.join(', ')}`,
+        {
+          op,
+          arg: name,
+        },
+      );
     }
   }
 }
@@ -294,12 +316,15 @@ function checkLoadOptions(options: MoeLayerOptions): ResolvedOptions {
   checkKnown(loadOp, options, loadOptions);
   const { layer, context, fuseSharedExperts = 'auto', dtype, signal, onProgress } = options;
   if (!Number.isSafeInteger(layer) || layer < 0) throw invalid(loadOp, 'layer', 'an integer >= 0', layer);
-  if (!(context instanceof Context)) throw invalid(loadOp, 'context', 'a context from createContext', context);
+  if (!(context instanceof Context))
+    throw invalid(loadOp, 'context', 'a context from createContext', context);
   const fuse = choice(['auto', 'on', 'off'], 'auto');
-  if (!fuse.accepts(fuseSharedExperts)) throw invalid(loadOp, 'fuseSharedExperts', fuse.expected, fuseSharedExperts);
+  if (!fuse.accepts(fuseSharedExperts))
+    throw invalid(loadOp, 'fuseSharedExperts', fuse.expected, fuseSharedExperts);
   const float = choice(['f32', 'bf16', 'f16'], 'f32');
   if (dtype !== undefined && !float.accepts(dtype)) throw invalid(loadOp, 'dtype', float.expected, dtype);
-  if (signal !== undefined && !(signal instanceof AbortSignal)) throw invalid(loadOp, 'signal', 'an AbortSignal', signal);
+  if (signal !== undefined && !(signal instanceof AbortSignal))
+    throw invalid(loadOp, 'signal', 'an AbortSignal', signal);
   if (onProgress !== undefined && typeof onProgress !== 'function') {
     throw invalid(loadOp, 'onProgress', 'a function', onProgress);
   }
@@ -314,7 +339,7 @@ function throwIfAborted(signal: AbortSignal | undefined): void {
 }
 
 function describe(plan: LayerPlan, { fuseSharedExperts, dtype }: ResolvedOptions): MoeLayerDescription {
-  const { architecture, shared, routed } = plan;
+  const { architecture, row, shared, routed } = plan;
   const obstacle = fusionObstacle(plan);
   if (fuseSharedExperts === 'on' && obstacle !== undefined) {
     throw new MoeError(
@@ -325,7 +350,7 @@ function describe(plan: LayerPlan, { fuseSharedExperts, dtype }: ResolvedOptions
   }
   const fused = obstacle === undefined && fuseSharedExperts !== 'off';
   return Object.freeze({
-    architecture: architecture.name,
+    architecture,
     layer: plan.layer,
     block: plan.block,
     hidden: plan.hidden,
@@ -342,11 +367,11 @@ function describe(plan: LayerPlan, { fuseSharedExperts, dtype }: ResolvedOptions
     correctionBias: plan.correctionBias !== undefined,
     routerBias: plan.routerBias !== undefined,
     biases: routed[0].b2 !== undefined,
-    weightsOnInput: architecture.weightsOnInput ?? false,
+    weightsOnInput: row.weightsOnInput ?? false,
     swiglu: Object.freeze({ ...plan.swiglu }),
     dtype: dtype ?? plan.dtype,
     routerDtype: plan.router.dtype as FloatDType,
-    recordedPart: architecture.recordedPart ?? 'all',
+    recordedPart: row.recordedPart ?? 'all',
   });
 }
 
@@ -375,7 +400,8 @@ class Loader {
     try {
       weights.router = await this.#tensor(plan.router, plan.router.shape);
       if (plan.routerBias !== undefined) weights.routerBias = await this.#f32Vector(plan.routerBias);
-      if (plan.correctionBias !== undefined) weights.correctionBias = await this.#f32Vector(plan.correctionBias);
+      if (plan.correctionBias !== undefined)
+        weights.correctionBias = await this.#f32Vector(plan.correctionBias);
       if (unfused?.gate !== undefined) weights.sharedGate = await this.#tensor(unfused.gate, [plan.hidden]);
       weights.experts = allocateExperts(context, {
         ...layout,
@@ -427,7 +453,10 @@ class Loader {
       parts[part] = { bytes, matrices };
     }
     const temporary: Tensor[] = [];
-    const tensor = ({ bytes, matrices }: { bytes: Uint8Array; matrices: readonly Matrix[] }, vector = false) => {
+    const tensor = (
+      { bytes, matrices }: { bytes: Uint8Array; matrices: readonly Matrix[] },
+      vector = false,
+    ) => {
       const dtype = matrices[0].info.dtype as FloatDType;
       const columns = matrices[0].columns;
       const elements = bytes.byteLength / dtypeRow(dtype).bytes;
@@ -517,7 +546,11 @@ function splitRows(matrix: Matrix, parts: number): Matrix[] {
 /** Equal parts of a vector, each as a row of its own. */
 function splitColumns(vector: Matrix, parts: number): Matrix[] {
   const columns = vector.columns / parts;
-  return Array.from({ length: parts }, (_, j) => ({ ...vector, firstRow: vector.firstRow * parts + j, columns }));
+  return Array.from({ length: parts }, (_, j) => ({
+    ...vector,
+    firstRow: vector.firstRow * parts + j,
+    columns,
+  }));
 }
 
 /** Bytes as the array that holds the bits of a dtype. */

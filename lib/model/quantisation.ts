@@ -32,13 +32,15 @@ export async function describeQuantisation(
   }
   if (dtype === 'i8') return `the weights are w8a8 int8 (i8${beside})`;
   if (dtype === 'u8' || dtype === 'i32') return `the weights are packed (${dtype}${beside})`;
-  return companion === undefined ? undefined : `the weights are quantised: they have '${companion}' beside them`;
+  return companion === undefined
+    ? undefined
+    : `the weights are quantised: they have '${companion}' beside them`;
 }
 
 function byConfig(key: string, config: Values): string {
-  const method = String(config.quant_method ?? config.quant_algo ?? 'an unnamed method').toLowerCase();
-  const kind = nameOf(method, config);
-  return `the weights are ${kind} (${key}.quant_method = '${method}')`;
+  const method = config.quant_method ?? config.quant_algo;
+  if (method === undefined) return `the weights are quantised (config.json has ${key})`;
+  return `the weights are ${nameOf(String(method).toLowerCase(), config)} (${key}.quant_method = '${method}')`;
 }
 
 function nameOf(method: string, config: Values): string {
@@ -50,6 +52,7 @@ function nameOf(method: string, config: Values): string {
     const type = String(config.model_quant_type ?? 'unknown type');
     return /^w8a8/i.test(type) ? `w8a8 int8 (${type})` : `quantised for Ascend (${type})`;
   }
-  if (method === 'compressed-tensors') return `quantised as compressed-tensors (${config.format ?? 'unknown format'})`;
+  if (method === 'compressed-tensors')
+    return `quantised as compressed-tensors (${config.format ?? 'unknown format'})`;
   return `quantised as ${method}`;
 }

@@ -87,11 +87,20 @@ async function activations(reader: SafetensorsReader, name: string): Promise<Act
   }
   const hidden = shape[shape.length - 1];
   const values = decode(dtype as 'f32', data as Raw<'f32'>);
-  return { name, tokens: shape.slice(0, -1).reduce((product, dim) => product * dim, 1), hidden, data: values };
+  return {
+    name,
+    tokens: shape.slice(0, -1).reduce((product, dim) => product * dim, 1),
+    hidden,
+    data: values,
+  };
 }
 
 /** The gate's outputs differ in order by family; the ids are the integers among them. */
-async function chosenIds(reader: SafetensorsReader, block: string, tokens: number): Promise<Recording['ids']> {
+async function chosenIds(
+  reader: SafetensorsReader,
+  block: string,
+  tokens: number,
+): Promise<Recording['ids']> {
   for (const name of reader.names) {
     if (!name.startsWith(`${block}.gate.`) && !name.startsWith(`${block}.router.`)) continue;
     const { dtype, shape } = await reader.info(name);

@@ -54,7 +54,9 @@ interface Entry {
   readonly bytes: number;
 }
 
-const dtypeByName = new Map(Object.entries(dtypes).map(([dtype, row]) => [row.safetensors as string, dtype as DType]));
+const dtypeByName = new Map(
+  Object.entries(dtypes).map(([dtype, row]) => [row.safetensors as string, dtype as DType]),
+);
 
 class Shard {
   readonly file: string;
@@ -133,7 +135,10 @@ export class SafetensorsReader {
     const file = await locate(path);
     if (file.endsWith('.json')) return new SafetensorsReader(path, await readIndex(file));
     const shard = await Shard.open(file);
-    const reader = new SafetensorsReader(path, new Map([...shard.entries.keys()].map((name) => [name, file])));
+    const reader = new SafetensorsReader(
+      path,
+      new Map([...shard.entries.keys()].map((name) => [name, file])),
+    );
     reader.#shards.set(file, Promise.resolve(shard));
     return reader;
   }
@@ -200,7 +205,9 @@ export class SafetensorsReader {
     if (this.#closed) return;
     this.#closed = true;
     const opened = await Promise.allSettled(this.#shards.values());
-    await Promise.all(opened.map((shard) => (shard.status === 'fulfilled' ? shard.value.close() : undefined)));
+    await Promise.all(
+      opened.map((shard) => (shard.status === 'fulfilled' ? shard.value.close() : undefined)),
+    );
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -213,7 +220,9 @@ export class SafetensorsReader {
     }
     const file = this.#files.get(name);
     if (file === undefined) {
-      throw checkpointError(`${this.path}: no tensor '${name}' among the ${this.#files.size} of this checkpoint`);
+      throw checkpointError(
+        `${this.path}: no tensor '${name}' among the ${this.#files.size} of this checkpoint`,
+      );
     }
     let opening = this.#shards.get(file);
     if (opening === undefined) {
@@ -235,7 +244,10 @@ export const openSafetensors = (path: string): Promise<SafetensorsReader> => Saf
  * Reads whole tensors of a file or folder into host memory: those named, or all.
  * @throws MoeError ERR_MOE_CHECKPOINT naming the file and the tensor at fault.
  */
-export async function readSafetensors(path: string, names?: readonly string[]): Promise<Record<string, HostTensor>> {
+export async function readSafetensors(
+  path: string,
+  names?: readonly string[],
+): Promise<Record<string, HostTensor>> {
   const reader = await SafetensorsReader.open(path);
   try {
     const tensors: Record<string, HostTensor> = Object.create(null);
@@ -288,32 +300,46 @@ export async function writeSafetensors(
 
 function checkTensorToWrite(name: string, { dtype, shape, data }: TensorToWrite): void {
   const fail = (expected: string, received: string): never => {
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${expected} but received ${received}`, { op, arg: name });
+    throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${expected} but received ${received}`, {
+      op,
+      arg: name,
+    });
   };
   if (name === '__metadata__') fail("a tensor name other than '__metadata__'", 'that one');
-  if (!Object.hasOwn(dtypes, dtype)) fail(`dtype of '${name}': one of ${Object.keys(dtypes).join(', ')}`, describeValue(dtype));
+  if (!Object.hasOwn(dtypes, dtype))
+    fail(`dtype of '${name}': one of ${Object.keys(dtypes).join(', ')}`, describeValue(dtype));
   const elements = Array.isArray(shape) ? elementsOfShape(shape) : undefined;
   if (elements === undefined) fail(`shape of '${name}': integers >= 0`, describeValue(shape));
   const { raw, values } = dtypes[dtype];
   if (!(data instanceof raw || data instanceof values) || data.length !== elements) {
-    fail(`data of '${name}': ${raw.name}(${elements}) for ${dtype}[${shape.join(', ')}]`, describeValue(data));
+    fail(
+      `data of '${name}': ${raw.name}(${elements}) for ${dtype}[${shape.join(', ')}]`,
+      describeValue(data),
+    );
   }
 }
 
 /** Finds what a path stands for: a file to read as safetensors, or an index. */
 async function locate(path: string): Promise<string> {
   if (typeof path !== 'string' || path === '') {
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected path: a file or folder but received ${describeValue(path)}`, {
-      op,
-      arg: 'path',
-    });
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected path: a file or folder but received ${describeValue(path)}`,
+      {
+        op,
+        arg: 'path',
+      },
+    );
   }
   let isFolder: boolean;
   try {
     isFolder = (await stat(path)).isDirectory();
   } catch (cause) {
     const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
-    throw checkpointError(missing ? `${path}: no such file or folder` : `${path}: ${(cause as Error).message}`, { cause });
+    throw checkpointError(
+      missing ? `${path}: no such file or folder` : `${path}: ${(cause as Error).message}`,
+      { cause },
+    );
   }
   if (!isFolder) return path;
   const files = await readdir(path);
@@ -331,7 +357,9 @@ async function openFile(file: string): Promise<FileHandle> {
     handle = await open(file, 'r');
   } catch (cause) {
     const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
-    throw checkpointError(missing ? `${file}: no such file` : `${file}: ${(cause as Error).message}`, { cause });
+    throw checkpointError(missing ? `${file}: no such file` : `${file}: ${(cause as Error).message}`, {
+      cause,
+    });
   }
   try {
     if (!(await handle.stat()).isFile()) throw checkpointError(`${file}: not a file`);
@@ -357,12 +385,14 @@ async function readHeader(
     );
   }
   if (length > MAX_HEADER_BYTES) {
-    throw checkpointError(`${file}: its header claims ${length} bytes; at most ${MAX_HEADER_BYTES} are allowed`);
+    throw checkpointError(
+      `${file}: its header claims ${length} bytes; at most ${MAX_HEADER_BYTES} are allowed`,
+    );
   }
   const bytes = new Uint8Array(Number(length));
   const { bytesRead } = await handle.read(bytes, 0, bytes.length, 8);
   if (bytesRead !== bytes.length) throw checkpointError(`${file}: truncated inside its header`);
-  const header = parseJson(file, bytes, 'its header');
+  const header = parseStrictJson(file, bytes, 'its header');
   const metadata = readMetadata(file, header);
   const start = 8 + bytes.length;
   const entries = new Map<string, Entry>();
@@ -373,8 +403,24 @@ async function readHeader(
   return { entries, metadata };
 }
 
-/** A JSON object without duplicate keys; `what` names it in messages. */
+/** A JSON object; `what` names it in messages. */
 export function parseJson(file: string, bytes: Uint8Array, what: string): Record<string, unknown> {
+  return parseObject(file, bytes, what).value;
+}
+
+/** A JSON object without duplicate keys: which of two a writer meant, nobody can tell. */
+function parseStrictJson(file: string, bytes: Uint8Array, what: string): Record<string, unknown> {
+  const { value, text } = parseObject(file, bytes, what);
+  const duplicate = findDuplicateKey(text);
+  if (duplicate !== undefined) throw checkpointError(`${file}: ${what} has the key '${duplicate}' twice`);
+  return value;
+}
+
+function parseObject(
+  file: string,
+  bytes: Uint8Array,
+  what: string,
+): { value: Record<string, unknown>; text: string } {
   let value: unknown;
   let text: string;
   try {
@@ -386,9 +432,7 @@ export function parseJson(file: string, bytes: Uint8Array, what: string): Record
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw checkpointError(`${file}: ${what} is ${describeValue(value)}, not a JSON object`);
   }
-  const duplicate = findDuplicateKey(text);
-  if (duplicate !== undefined) throw checkpointError(`${file}: ${what} has the key '${duplicate}' twice`);
-  return value as Record<string, unknown>;
+  return { value: value as Record<string, unknown>, text };
 }
 
 function readMetadata(file: string, header: Record<string, unknown>): Record<string, string> {
@@ -414,8 +458,14 @@ function readEntry(file: string, name: string, value: unknown, start: number, si
   if (elements === undefined) {
     return fail(`has an impossible shape [${shape.slice(0, 9).map(describeValue).join(', ')}]`);
   }
-  const isOffset = (offset: unknown): offset is number => Number.isSafeInteger(offset) && (offset as number) >= 0;
-  if (!Array.isArray(offsets) || offsets.length !== 2 || !offsets.every(isOffset) || offsets[0] > offsets[1]) {
+  const isOffset = (offset: unknown): offset is number =>
+    Number.isSafeInteger(offset) && (offset as number) >= 0;
+  if (
+    !Array.isArray(offsets) ||
+    offsets.length !== 2 ||
+    !offsets.every(isOffset) ||
+    offsets[0] > offsets[1]
+  ) {
     return fail(`has impossible data_offsets ${JSON.stringify(offsets)?.slice(0, 80)}`);
   }
   const [begin, end] = offsets as [number, number];
@@ -455,7 +505,8 @@ function checkCoverage(file: string, entries: ReadonlyMap<string, Entry>, start:
     end = offset + bytes;
     before = name;
   }
-  if (end !== size) throw checkpointError(`${file}: ${size - end} bytes after the last tensor belong to no tensor`);
+  if (end !== size)
+    throw checkpointError(`${file}: ${size - end} bytes after the last tensor belong to no tensor`);
 }
 
 /** The first key that an object of this (valid) JSON text has twice; JSON.parse silently keeps the last. */
@@ -498,14 +549,16 @@ async function readIndex(file: string): Promise<Map<string, string>> {
   } finally {
     await handle.close();
   }
-  const { weight_map: map } = parseJson(file, bytes, 'this index');
+  const { weight_map: map } = parseStrictJson(file, bytes, 'this index');
   if (typeof map !== 'object' || map === null || Array.isArray(map)) {
     throw checkpointError(`${file}: has no weight_map`);
   }
   const files = new Map<string, string>();
   for (const [name, shard] of Object.entries(map)) {
     if (typeof shard !== 'string' || shard === '' || basename(shard) !== shard || shard === '..') {
-      throw checkpointError(`${file}: places tensor '${name}' in ${describeValue(shard)}, not in a file of its folder`);
+      throw checkpointError(
+        `${file}: places tensor '${name}' in ${describeValue(shard)}, not in a file of its folder`,
+      );
     }
     files.set(name, join(dirname(file), shard));
   }
@@ -516,6 +569,9 @@ function allocate(name: string, bytes: number): Uint8Array {
   try {
     return new Uint8Array(bytes);
   } catch (cause) {
-    throw new MoeError('ERR_MOE_OOM', `out of memory: tensor '${name}' needs ${bytes} bytes in one buffer`, { op, cause });
+    throw new MoeError('ERR_MOE_OOM', `out of memory: tensor '${name}' needs ${bytes} bytes in one buffer`, {
+      op,
+      cause,
+    });
   }
 }

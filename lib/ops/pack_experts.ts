@@ -160,7 +160,7 @@ export function packExperts(inputs: PackExpertsInputs, options: PackExpertsOptio
   }
   const { w13, w2 } = inputs;
   for (const [arg, tensor] of Object.entries({ w13, w2 })) {
-    if (!(tensor instanceof Tensor) || tensor.shape.length !== 3) {
+    if (!(tensor instanceof Tensor) || tensor.shape.length !== 3 || !floatDTypes.has(tensor.dtype)) {
       const received = tensor instanceof Tensor ? tensor : describeValue(tensor);
       throw new MoeError(
         'ERR_MOE_INVALID_ARG',
@@ -187,6 +187,7 @@ export function packExperts(inputs: PackExpertsInputs, options: PackExpertsOptio
   return experts;
 }
 
+const floatDTypes: ReadonlySet<string> = new Set<FloatDType>(['f32', 'bf16', 'f16']);
 const isObject = (value: unknown): value is object => typeof value === 'object' && value !== null;
 
 function resolveSwiGLU(op: string, given: SwiGLU = {}): Required<SwiGLU> {

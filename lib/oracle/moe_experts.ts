@@ -17,6 +17,7 @@ export function moe_experts(inputs: Inputs, _options: object, { output }: { outp
   const { slots, hidden, intermediate } = experts;
   const capacity = rows.shape[0];
   const active = new Float32Array(intermediate);
+  const taken = new Uint8Array(capacity);
   for (let e = 0; e < slots; e++) {
     const [first, count] = [offsets.data[e], counts.data[e]];
     if (count < 0) refuse('counts', `counts[${e}] >= 0 but received ${count}`);
@@ -27,6 +28,8 @@ export function moe_experts(inputs: Inputs, _options: object, { output }: { outp
       );
     }
     for (let p = first; p < first + count; p++) {
+      if (taken[p] === 1) refuse('offsets', `every row to belong to one expert but row ${p} belongs to two`);
+      taken[p] = 1;
       let scale = 1;
       if (order !== undefined && weights !== undefined) {
         const choice = order.data[p];

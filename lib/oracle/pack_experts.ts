@@ -1,4 +1,5 @@
 // Copies expert weights into slots: gate rows, then up rows; matrices as [out, in]; rounded to the dtype held.
+import { MoeError } from '../errors.js';
 import type { OracleExperts, OracleTensor } from './values.js';
 
 interface Inputs {
@@ -25,6 +26,12 @@ export function pack_experts(
   const { hidden, intermediate } = experts;
   const { transposed, firstSlot } = options;
   const [count] = w13.shape;
+  if (!experts.biases && (b13 !== undefined || b2 !== undefined)) {
+    throw new MoeError('ERR_MOE_INVALID_ARG', 'expected no biases: these experts were allocated without', {
+      op: 'pack_experts',
+      arg: b13 === undefined ? 'b2' : 'b13',
+    });
+  }
   // Row r of the packed [gate; up] is this row of the source
   const source = (r: number): number => {
     if (options.gateUp === 'halves') return r;

@@ -127,6 +127,36 @@ describe.each(backends)('fused_moe on %s', (backend) => {
     await check(context, { ...base, tokens: 3, slots: 1024, hidden: 8, intermediate: 4 });
   });
 
+  it.each(floatDTypes)('many rows of one expert, wide and long matrices in %s', async (dtype) => {
+    await check(context, { tokens: 150, columns: 2, slots: 2, hidden: 264, intermediate: 260, dtype });
+    await check(context, {
+      tokens: 3,
+      columns: 2,
+      slots: 2,
+      hidden: 520,
+      intermediate: 528,
+      dtype,
+      biases: true,
+    });
+  });
+
+  it.skipIf(backend === 'oracle')('more tokens than fit scratch memory', async () => {
+    const [tokens, columns, slots] = [602, 8, 8];
+    using experts = packCase(context, { slots, hidden: 2, intermediate: 16384 });
+    const forward = (count: number) => {
+      const values = Float32Array.from({ length: 2 * count }, (_, i) => (i % 14) / 7 - 1);
+      const ids = Int32Array.from({ length: columns * count }, (_, i) => (i * 3) % slots);
+      return fusedMoe({
+        hidden: context.tensor('f32', [count, 2], values),
+        ids: context.tensor('i32', [count, columns], ids),
+        weights: context.tensor('f32', [count, columns], new Float32Array(ids.length).fill(0.5)),
+        experts,
+      }).read();
+    };
+    const [many, few] = [await forward(tokens), await forward(7)]; // rows repeat after 7
+    expect(many.every((value, i) => value === few[i % 14])).toBe(true);
+  });
+
   describe.each(floatDTypes)('hidden states in %s', (hiddenDType) => {
     it.each(floatDTypes)('weights in %s', async (dtype) => {
       await check(context, { ...base, hiddenDType, dtype, biases: true, swiglu: clampedSwiGLU });

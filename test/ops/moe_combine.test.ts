@@ -109,6 +109,13 @@ describe.each(backends)('moe_combine on %s', (backend) => {
     }
   });
 
+  it.each([511, 513, 1030])('hidden %i', async (hidden) => {
+    for (const dtype of floatDTypes) {
+      const options = { zeroExperts: 4, firstZeroExpert: 6, outputScale: 2.5 };
+      await check(context, { tokens: 3, columns: 9, hidden, dtype, options });
+    }
+  });
+
   describe.each(floatDTypes)('%s', (dtype) => {
     const base = { tokens: 33, columns: 9, hidden: 65, dtype };
     it('more rows than choices', async () => check(context, { ...base, capacity: 400 }));

@@ -103,10 +103,20 @@ describe.each(backends)('moe_dispatch on %s', (backend) => {
   });
 
   it('handles many choices', async () => {
-    const { ids } = routing('skewed', 4097, 9, 257, new Random(5));
-    for (const blockSize of [0, 64]) {
-      const options = { experts: 257, blockSize };
+    const { ids } = routing('holes', 16411, 9, 33, new Random(5));
+    for (const options of [
+      { experts: 33 },
+      { experts: 33, blockSize: 64 },
+      { experts: 5, firstExpert: 20 },
+    ]) {
       expect(await run(context, ids, 9, options)).toEqual(oracle(ids, 9, options));
+    }
+  });
+
+  it('handles many experts', async () => {
+    const { ids } = routing('uniform', 65, 2, 5000, new Random(5));
+    for (const options of [{ experts: 5000 }, { experts: 65536, blockSize: 2 }]) {
+      expect(await run(context, ids, 2, options)).toEqual(oracle(ids, 2, options));
     }
   });
 

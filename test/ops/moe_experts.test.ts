@@ -129,6 +129,35 @@ describe.each(backends)('moe_experts on %s', (backend) => {
       check(context, { ...base, dtype, weighted: true, biases: true }));
   });
 
+  it.each(floatDTypes)('many rows of one expert, wide and long matrices in %s', async (dtype) => {
+    await check(context, { tokens: 150, columns: 2, slots: 2, hidden: 264, intermediate: 260, dtype });
+    await check(context, {
+      tokens: 3,
+      columns: 2,
+      slots: 2,
+      hidden: 520,
+      intermediate: 528,
+      dtype,
+      weighted: true,
+    });
+  });
+
+  it.skipIf(backend === 'oracle')('more rows than fit scratch memory', async () => {
+    const [tokens, intermediate] = [4500, 16384];
+    using experts = packCase(context, { slots: 1, hidden: 2, intermediate });
+    const forward = (count: number) => {
+      const values = Float32Array.from({ length: 2 * count }, (_, i) => (i % 14) / 7 - 1);
+      return moeExperts({
+        rows: context.tensor('f32', [count, 2], values),
+        counts: context.tensor('i32', [1], Int32Array.of(count)),
+        offsets: context.tensor('i32', [2], Int32Array.of(0, count)),
+        experts,
+      }).read();
+    };
+    const [many, few] = [await forward(tokens), await forward(7)]; // rows repeat after 7
+    expect(many.every((value, i) => value === few[i % 14])).toBe(true);
+  });
+
   it('agrees with the dense f64 reading', async () => {
     const given = { ...base, biases: true, swiglu: clampedSwiGLU, weighted: true };
     const { rows, counts, offsets, order, weights } = dispatched(given);
@@ -167,6 +196,7 @@ describe.each(backends)('moe_experts on %s', (backend) => {
     ['offsets', { counts: [2, 2], offsets: [0, 3, 5] }],
     ['offsets', { counts: [1, 1], offsets: [-1, 0, 1] }],
     ['offsets', { counts: [4, 1], offsets: [0, 2147483647, 2147483647] }],
+    ['offsets', { counts: [2, 2], offsets: [0, 1, 4] }],
     ['counts', { counts: [-1, 2], offsets: [0, 2, 4] }],
     ['order', { counts: [2, 2], offsets: [0, 2, 4], order: [0, 1, 2, 4] }],
     ['order', { counts: [2, 2], offsets: [0, 2, 4], order: [-1, 1, 2, 3] }],

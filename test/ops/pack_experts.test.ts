@@ -1,5 +1,12 @@
 import { beforeAll, describe, expect, it } from 'vitest';
-import { allocateExperts, type Context, type ExpertWeights, fusedMoe, packExperts } from '../../lib/index.js';
+import {
+  allocateExperts,
+  type Context,
+  createContext,
+  type ExpertWeights,
+  fusedMoe,
+  packExperts,
+} from '../../lib/index.js';
 import { pack_experts } from '../../lib/oracle/pack_experts.js';
 import {
   type ExpertArrays,
@@ -65,17 +72,15 @@ describe('the oracle of pack_experts', () => {
     const arrays = expertArrays(given);
     const { w13, w2, b13, b2 } = stored(given, arrays, gateUp, swap);
     const expected = oracleExperts(given, arrays);
-    const experts = oracleExperts(
-      { ...given, slots: 6 },
-      { w13: new Float32Array(), w2: new Float32Array() },
-    );
-    for (const list of ['w13', 'w2'] as const) {
-      const size = expected[list][0].length;
-      (experts as { w13: Float32Array[]; w2: Float32Array[] })[list] = Array.from(
-        { length: 6 },
-        () => new Float32Array(size),
-      );
-    }
+    const empty = (size: number) => Array.from({ length: 6 }, () => new Float32Array(size));
+    const experts = {
+      ...expected,
+      slots: 6,
+      w13: empty(expected.w13[0].length),
+      w2: empty(expected.w2[0].length),
+      b13: empty(expected.b13[0].length),
+      b2: empty(expected.b2[0].length),
+    };
     const rows = { shape: [given.slots, 0, 0] };
     pack_experts(
       {
@@ -107,7 +112,7 @@ describe.each(backends)('pack_experts on %s', (backend) => {
       for (const shape of [
         base,
         { slots: 1, hidden: 1, intermediate: 1 },
-        { slots: 3, hidden: 8, intermediate: 8 },
+        { slots: 2, hidden: 301, intermediate: 70, biases: true },
       ]) {
         const given = { ...shape, dtype };
         const arrays = expertArrays(given);
@@ -150,40 +155,38 @@ describe.each(backends)('pack_experts on %s', (backend) => {
     expect(await outputOf(context, into)).toEqual(whole);
   });
 
-  it('overwrites only the slots given, and all of them', async () => {
-    const before = packCase(context, base);
-    const outputs = await outputOf(context, before);
-    const fresh = expertArrays({ ...base, slots: 2, seed: 5 });
-    packCase(
-      context,
-      { ...base, slots: 2 },
-      { w13: fresh.w13, w2: fresh.w2 },
-      { into: before, firstSlot: 2 },
-    );
-    const after = await outputOf(context, before);
-    const reference = packCase(
-      context,
-      { ...base, slots: 2 },
-      {
-        ...fresh,
-        b13: new Float32Array(fresh.b13!.length), // the slots' old biases are gone with their weights
-        b2: new Float32Array(fresh.b2!.length),
-      },
-    );
-    const all = allocateExperts(context, { ...base, dtype: 'f32' });
-    packCase(context, base, expertArrays(base), { into: all });
-    packCase(
-      context,
-      { ...base, slots: 2 },
-      { ...fresh, b13: new Float32Array(28), b2: new Float32Array(38) },
-      { into: all, firstSlot: 2 },
-    );
-    expect(after).toEqual(await outputOf(context, all));
+  it('overwrites the slots given and no others, biases included', async () => {
+    const experts = packCase(context, base);
+    const before = await outputOf(context, experts);
+    const { w13, w2 } = expertArrays({ ...base, slots: 2, seed: 5 });
+    const two = { ...base, slots: 2 };
+    packCase(context, two, { w13, w2 }, { into: experts, firstSlot: 2 });
+    const after = await outputOf(context, experts);
+
+    const other = packCase(context, base);
+    const zeros = { b13: new Float32Array(2 * 14), b2: new Float32Array(2 * 19) };
+    packCase(context, two, { w13, w2, ...zeros }, { into: other, firstSlot: 2 });
+    expect(after).toEqual(await outputOf(context, other)); // biases left out are 0, not those of before
     for (const [i, value] of after.entries()) {
       const slot = Math.floor(i / base.hidden) % base.slots;
-      if (slot !== 2 && slot !== 3) expect(value).toBe(outputs[i]);
+      if (slot === 2 || slot === 3) expect(value).not.toBe(before[i]);
+      else expect(value).toBe(before[i]);
     }
-    expect(reference.slots).toBe(2);
+  });
+
+  it('refuses biases for weights that were made without', async () => {
+    const own = await createContext({ backend }); // what a failed op leaves behind stays here
+    const run = async () => {
+      const into = allocateExperts(own, { slots: 5, hidden: 19, intermediate: 7, dtype: 'f32' });
+      packCase(own, base, expertArrays(base), { into });
+      await own.synchronize();
+    };
+    await expect(run()).rejects.toMatchObject({
+      code: 'ERR_MOE_INVALID_ARG',
+      op: 'pack_experts',
+      arg: 'b13',
+    });
+    await own.close();
   });
 
   it('leaves the tensors given as they were', async () => {

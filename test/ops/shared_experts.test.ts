@@ -100,6 +100,22 @@ describe.each(backends)('shared_experts on %s', (backend) => {
     }
   });
 
+  it('many tokens, wide and long matrices', async () => {
+    await check(context, { tokens: 150, hidden: 264, intermediate: 260, gated: true });
+    await check(context, { tokens: 3, hidden: 520, intermediate: 528, dtype: 'bf16', gated: true });
+  });
+
+  it.skipIf(backend === 'oracle')('more tokens than fit scratch memory', async () => {
+    using experts = packCase(context, { slots: 1, hidden: 2, intermediate: 16384 });
+    const expertGate = context.tensor('f32', [2], Float32Array.of(1, -1));
+    const forward = (count: number) => {
+      const values = Float32Array.from({ length: 2 * count }, (_, i) => (i % 14) / 7 - 1);
+      return sharedExperts({ hidden: context.tensor('f32', [count, 2], values), experts, expertGate }).read();
+    };
+    const [many, few] = [await forward(4500), await forward(7)]; // rows repeat after 7
+    expect(many.every((value, i) => value === few[i % 14])).toBe(true);
+  });
+
   describe.each(floatDTypes)('%s', (dtype) => {
     it('biases and clamped activation', async () =>
       check(context, { ...base, dtype, biases: true, swiglu: clampedSwiGLU }));

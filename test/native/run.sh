@@ -1,0 +1,12 @@
+#!/bin/sh
+# The C++ tests of the CPU backend, under the sanitizers: memory and undefined behaviour, then data races.
+set -e
+cd "$(dirname "$0")/../.."
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+for sanitizers in address,undefined thread; do
+  echo "== -fsanitize=$sanitizers"
+  ${CXX:-g++} -std=c++20 -O2 -g -Wall -Wextra -Wpedantic -fsanitize=$sanitizers -fno-sanitize-recover=all \
+    test/native/cpu_test.cc csrc/common/*.cc csrc/cpu/*.cc -o "$out/cpu_test" -pthread
+  "$out/cpu_test"
+done

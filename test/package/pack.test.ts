@@ -1,0 +1,154 @@
+// What users get: the packed tarball in an empty folder, and the repository on a machine without a compiler. Both
+// work on a copy of the tree, because packing rebuilds what other tests are using.
+import { execFileSync, spawnSync } from 'node:child_process';
+import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { packageRoot } from '../../lib/package.js';
+
+const scratch = mkdtempSync(join(tmpdir(), 'moe-kernels-pack-'));
+const tree = join(scratch, 'tree');
+
+beforeAll(() => {
+  const listed = execFileSync('git', ['ls-files', '-z', '--cached', '--others', '--exclude-standard'], {
+    cwd: packageRoot,
+    encoding: 'utf8',
+  });
+  for (const file of listed.split('\0').filter((file) => file !== '')) {
+    mkdirSync(join(tree, dirname(file)), { recursive: true });
+    cpSync(join(packageRoot, file), join(tree, file), { force: true });
+  }
+  symlinkSync(join(packageRoot, 'node_modules'), join(tree, 'node_modules'));
+});
+afterAll(() => rmSync(scratch, { recursive: true, force: true }));
+
+describe('the packed tarball', () => {
+  let files: string[];
+  const home = join(scratch, 'consumer');
+
+  beforeAll(() => {
+    const packed = spawnSync('npm', ['pack', '--json', '--pack-destination', scratch], {
+      cwd: tree,
+      encoding: 'utf8',
+    });
+    expect(packed.status, packed.stderr).toBe(0);
+    const [{ filename, files: list }] = JSON.parse(packed.stdout.slice(packed.stdout.indexOf('[')));
+    files = list.map(({ path }: { path: string }) => path);
+    mkdirSync(home);
+    writeFileSync(join(home, 'package.json'), '{ "private": true }');
+    const install = [
+      'install',
+      '--ignore-scripts',
+      '--no-audit',
+      '--no-fund',
+      '--prefer-offline',
+      join(scratch, filename),
+    ];
+    const installed = spawnSync('npm', install, { cwd: home, encoding: 'utf8' });
+    expect(installed.status, installed.stderr).toBe(0);
+  }, 300_000);
+
+  it('holds the library, a CPU prebuild, the sources of the addon and the papers, and nothing else', () => {
+    expect(files).toContain(`prebuilds/${process.platform}-${process.arch}/moe_cpu.node`);
+    for (const file of [
+      'dist/lib/index.js',
+      'dist/lib/index.d.ts',
+      'binding.gyp',
+      'README.md',
+      'LICENSE',
+      'CHANGELOG.md',
+    ]) {
+      expect(files).toContain(file);
+    }
+    expect(files.filter((file) => /\.test\.|fixtures|node_modules|^build\/|^\.|^lib\//.test(file))).toEqual(
+      [],
+    );
+  });
+
+  const smoke = `
+    const ctx = await m.createContext();
+    const logits = ctx.tensor('f32', [1, 4], Float32Array.of(1, 4, 3, 2));
+    const { ids } = m.moeFusedGate({ logits }, { topK: 2 });
+    console.log(ctx.backend, [...(await ids.read())].join());
+    await ctx.close();`;
+
+  it.each([
+    ['import', `import * as m from 'moe-kernels';${smoke}`, ['--input-type=module']],
+    ['require', `const m = require('moe-kernels');(async () => {${smoke}})();`, ['--input-type=commonjs']],
+  ])('works through %s, on the prebuilt addon', (_, code, flags) => {
+    const [major, minor] = process.versions.node.split('.').map(Number);
+    // require() of an ES module needed no flag from 20.19 and 22.12 on, and warned on 20.
+    expect(major > 20 || minor >= 19).toBe(true);
+    const run = spawnSync(process.execPath, [...flags, '--no-warnings', '-e', code], {
+      cwd: home,
+      encoding: 'utf8',
+    });
+    expect(run.stderr).toBe('');
+    expect(run.stdout.trim()).toBe('cpu 1,2');
+  });
+
+  it('brings a command line that says where the addon came from', () => {
+    const run = spawnSync('npx', ['--no-install', 'moe-kernels', 'doctor', '--json'], {
+      cwd: home,
+      encoding: 'utf8',
+    });
+    expect(run.status, run.stderr).toBe(0);
+    const { cpu } = JSON.parse(run.stdout).backends;
+    expect(cpu.state).toBe('ready');
+    expect(cpu.loadedFrom).toContain(join('node_modules', 'moe-kernels', 'prebuilds'));
+    expect(cpu.selfTest.ok).toBe(true);
+  });
+
+  it('is typed for its users', () => {
+    writeFileSync(
+      join(home, 'user.mts'),
+      `import { createContext, moeFusedGate, type Tensor } from 'moe-kernels';
+       const ctx = await createContext({ backend: 'cpu' });
+       const logits = ctx.tensor('bf16', [2, 8], new Float32Array(16));
+       const { ids, weights }: { ids: Tensor<'i32'>; weights: Tensor<'f32'> } = moeFusedGate({ logits }, { topK: 2 });
+       const values: Float32Array = await weights.read();
+       // @ts-expect-error topK is required
+       moeFusedGate({ logits }, {});
+       // @ts-expect-error ids are not logits
+       moeFusedGate({ logits: ids }, { topK: 2 });
+       export { values };`,
+    );
+    const tsc = join(packageRoot, 'node_modules', 'typescript', 'bin', 'tsc');
+    const flags = [
+      '--noEmit',
+      '--strict',
+      '--target',
+      'es2022',
+      '--module',
+      'nodenext',
+      '--lib',
+      'es2023,esnext.disposable',
+    ];
+    const types = ['--types', 'node', '--typeRoots', join(packageRoot, 'node_modules', '@types')];
+    const run = spawnSync(process.execPath, [tsc, ...flags, ...types, 'user.mts'], {
+      cwd: home,
+      encoding: 'utf8',
+    });
+    expect(run.stdout).toBe('');
+  });
+});
+
+describe('a machine without a compiler', () => {
+  it('runs the main job in pure TypeScript and says so', () => {
+    const bin = join(scratch, 'bin');
+    mkdirSync(bin);
+    symlinkSync(process.execPath, join(bin, 'node'));
+    rmSync(join(tree, 'build'), { recursive: true, force: true });
+    rmSync(join(tree, 'prebuilds'), { recursive: true, force: true });
+    const run = spawnSync(process.execPath, ['scripts/start.mjs'], {
+      cwd: tree,
+      encoding: 'utf8',
+      env: { PATH: bin },
+    });
+    expect(run.status, run.stderr + run.stdout).toBe(0);
+    expect(run.stderr).toMatch(/CPU addon is not built: missing on this machine: a C\+\+20 compiler/);
+    expect(run.stderr).toMatch(/pure TypeScript/);
+    expect(run.stdout).toMatch(/oracle/);
+  }, 120_000);
+});

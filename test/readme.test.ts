@@ -1,0 +1,58 @@
+// The examples of the README run as they stand, on what a laptop has.
+import { spawnSync } from 'node:child_process';
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import ts from 'typescript';
+import { describe, expect, it } from 'vitest';
+import { errorCodes } from '../lib/index.js';
+import { packageRoot } from '../lib/package.js';
+
+const readme = readFileSync(join(packageRoot, 'README.md'), 'utf8');
+const examples = [...readme.matchAll(/^## (.*)\n[^]*?(?=^## |(?![^]))/gm)].flatMap(([section, title]) =>
+  [...section.matchAll(/```ts\n([^]*?)```/g)].map(([, code], i) => ({ title: `${title} ${i + 1}`, code })),
+);
+
+/** Files inside the package resolve its name to itself. */
+const folder = join(packageRoot, 'out', 'readme');
+
+describe('README', () => {
+  it('has examples', () => expect(examples.length).toBeGreaterThanOrEqual(4));
+
+  it.each(examples)('runs the example of $title', ({ title, code }) => {
+    mkdirSync(folder, { recursive: true });
+    const name = title.replace(/\W+/g, '_');
+    writeFileSync(join(folder, `${name}.mts`), code);
+    const { outputText } = ts.transpileModule(code, {
+      compilerOptions: { target: ts.ScriptTarget.ES2022, module: ts.ModuleKind.ESNext },
+    });
+    writeFileSync(join(folder, `${name}.mjs`), outputText);
+    const run = spawnSync(process.execPath, [join(folder, `${name}.mjs`)], {
+      cwd: packageRoot,
+      encoding: 'utf8',
+    });
+    expect(run.status, run.stderr).toBe(0);
+    // What a comment promises after console.log is what comes out.
+    for (const [, promised] of code.matchAll(/console\.log\(\[.*\]\); \/\/ (.*)/g)) {
+      expect(run.stdout.replaceAll('\n', '')).toContain(promised.slice(1, -1));
+    }
+    for (const [, promised] of code.matchAll(/^ {2}\/\/ (\[\w+\] .*)$/gm))
+      expect(run.stdout).toContain(promised);
+  });
+
+  it('type-checks every example', () => {
+    const tsc = join(packageRoot, 'node_modules', 'typescript', 'bin', 'tsc');
+    const files = examples.map(({ title }) => join(folder, `${title.replace(/\W+/g, '_')}.mts`));
+    const flags = ['--noEmit', '--strict', '--target', 'es2022', '--module', 'nodenext', '--skipLibCheck'];
+    const lib = ['--lib', 'es2023,esnext.disposable', '--types', 'node'];
+    const run = spawnSync(process.execPath, [tsc, ...flags, ...lib, ...files], {
+      cwd: packageRoot,
+      encoding: 'utf8',
+    });
+    expect(run.stdout).toBe('');
+  });
+
+  it('lists every error code and no other', () => {
+    const listed = [...readme.matchAll(/^\| `(ERR_MOE_\w+)` \|/gm)].map(([, code]) => code);
+    expect(listed).toEqual(Object.keys(errorCodes));
+  });
+});

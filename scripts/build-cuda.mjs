@@ -32,7 +32,9 @@ export function missingCudaTools() {
 }
 
 export function buildCuda({ missingOnly = false, hooks = false, architectures } = {}) {
-  const addons = (hooks ? ['cuda', 'cuda-hooks'] : ['cuda']).map((folder) => join(root, 'out', folder, 'moe_cuda.node'));
+  const addons = (hooks ? ['cuda', 'cuda-hooks'] : ['cuda']).map((folder) =>
+    join(root, 'out', folder, 'moe_cuda.node'),
+  );
   const fresh = (addon) => existsSync(addon) && statSync(addon).mtimeMs > newestSource();
   if (missingOnly && addons.every(fresh)) return true;
   const missing = missingCudaTools();
@@ -47,7 +49,10 @@ export function buildCuda({ missingOnly = false, hooks = false, architectures } 
   const begun = Date.now();
   console.error('Building the CUDA addon ...');
   for (const target of hooks ? ['moe_cuda', 'moe_cuda_hooks'] : ['moe_cuda']) {
-    const { status } = spawnSync(process.execPath, [cmakeJs, ...args, '-T', target], { cwd: root, stdio: 'inherit' });
+    const { status } = spawnSync(process.execPath, [cmakeJs, ...args, '-T', target], {
+      cwd: root,
+      stdio: 'inherit',
+    });
     if (status !== 0) return false;
   }
   for (const addon of addons) console.error(`${addon}: ${(statSync(addon).size / 1e6).toFixed(1)} MB`);

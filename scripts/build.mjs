@@ -59,7 +59,16 @@ export function buildAddon({ missingOnly = false } = {}) {
     console.error(`The CPU addon is not built: missing on this machine: ${missing.join(', ')}.`);
     return 'skipped';
   }
-  const flags = ['configure', 'build', '--release', '-j', 'max', '--loglevel', 'error', ...installedHeaders()];
+  const flags = [
+    'configure',
+    'build',
+    '--release',
+    '-j',
+    'max',
+    '--loglevel',
+    'error',
+    ...installedHeaders(),
+  ];
   const nodeGyp = join(root, 'node_modules', 'node-gyp', 'bin', 'node-gyp.js');
   // npm puts a node-gyp of its own on the PATH of scripts, for packages that have none.
   return existsSync(nodeGyp)

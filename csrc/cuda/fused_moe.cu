@@ -70,6 +70,9 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   if (p.T == 0 || p.H == 0) return Status::Ok();
   CudaBackend& device = cuda(backend);
   const int64_t C = p.C, S = p.S;
+  if (registered_kernel<MoeDispatch> == nullptr) {
+    return Status::Error(Code::kUnsupported, "this addon was built without moe_dispatch");
+  }
   if (C == 0) return device.fill_zero(p.output.data, static_cast<size_t>(p.T * p.H) * size_of(p.output.dtype));
   backend.note_path("fused_moe", "f32 tiles");
 
@@ -103,7 +106,7 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
       sort.counts = {counts, DType::kI32, S};
       sort.offsets = {offsets, DType::kI32, S + 1};
       sort.experts = static_cast<int32_t>(S), sort.first_expert = p.first_expert;
-      MOE_RETURN_IF_ERROR(moe_dispatch(backend, sort));
+      MOE_RETURN_IF_ERROR(registered_kernel<MoeDispatch>(backend, sort));
       MOE_RETURN_IF_ERROR(cut_tiles(device, counts, offsets, S, places, tiles, tile_count));
       RowWeights weights;
       if (p.weights_on_input) weights = {order, piece.weights.as<const float>(), places};

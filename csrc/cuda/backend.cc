@@ -294,11 +294,23 @@ Status CudaBackend::take_fault(std::string* op) {
   for (int site = 0; site < kFaultCount; site++) {
     volatile FaultNote* note = notes_ + site;
     if (note->raised == 0) continue;
-    const int32_t value = note->value, limit = note->limit;
+    std::string text = "expected ";
+    for (const char* c = kFaultTexts[site]; *c != 0; c++) {
+      if (*c != '%') {
+        text += *c;
+        continue;
+      }
+      switch (*++c) {
+        case 'v': text += std::to_string(note->value); break;
+        case 'e': text += std::to_string(note->end); break;
+        case 'l': text += std::to_string(note->limit); break;
+        case 'm': text += std::to_string(note->limit - 1); break;
+        default: text += std::to_string(note->index);
+      }
+    }
     note->raised = 0;
     *op = kFaultOps[site];
-    return Status::Error(Code::kRange, std::string("expected ") + kFaultTexts[site] + " (" + std::to_string(limit) +
-                                           ") but received " + std::to_string(value), kFaultArgs[site]);
+    return Status::Error(Code::kRange, std::move(text), kFaultArgs[site]);
   }
   return Status::Ok();
 }

@@ -3,8 +3,8 @@
 // Algorithm: one block cuts every expert's rows into tiles of 64; then two launches of the tiles of expert_mlp.cuh with
 // the activation f32 [P, I] in scratch between them. The weight of a row multiplies the products before the bias.
 // Places without a row are zeroed first. Plain and exact: f32 on ordinary cores. Limits: 4 million places. An expert
-// whose rows would leave the capacity is dropped and noted (ERR_MOE_RANGE); an order outside the choices counts as
-// weight 0 and is noted. NaN and infinities take their course.
+// whose rows would leave the capacity is dropped and noted (ERR_MOE_RANGE); a row that two experts claim (its value is
+// then that of either) and an order outside the choices, which counts as weight 0, are noted. NaN and infinities take their course.
 #include "expert_mlp.cuh"
 
 namespace moe {
@@ -22,8 +22,11 @@ __global__ void __launch_bounds__(kCutThreads) cut(const int32_t* counts, const 
     const int e = first + threadIdx.x;
     int rows = e < S ? counts[e] : 0;
     const int place = e < S ? offsets[e] : 0;
-    if (rows < 0 || (rows > 0 && (place < 0 || int64_t{place} + rows > P))) {
-      raise_fault(notes, FaultSite::kExpertsCounts, rows, P);
+    if (rows < 0) {
+      raise_fault(notes, FaultSite::kExpertsCounts, rows, 0, e);
+      rows = 0;
+    } else if (rows > 0 && (place < 0 || int64_t{place} + rows > P)) {
+      raise_fault(notes, FaultSite::kExpertsOffsets, place, P, e, static_cast<int>(int64_t{place} + rows - 1));
       rows = 0;
     }
     const int mine = (rows + kMlpRows - 1) / kMlpRows;
@@ -59,14 +62,18 @@ __global__ void cut_whole(int T, RowTile* tiles, int32_t* tile_count) {
   if (threadIdx.x == 0) *tile_count = count;
 }
 
-// Notes choices that are not there, for the rows that count.
-__global__ void check_order(const RowTile* tiles, const int32_t* tile_count, RowWeights weights, FaultNote* notes) {
+// Notes rows that belong to two experts, and choices that are not there for the rows that count.
+__global__ void check_rows(const RowTile* tiles, const int32_t* tile_count, int32_t* taken, RowWeights weights,
+                           FaultNote* notes) {
   if (static_cast<int32_t>(blockIdx.x) >= *tile_count) return;
   const RowTile tile = tiles[blockIdx.x];
   if (static_cast<int32_t>(threadIdx.x) >= tile.rows) return;
-  const int32_t choice = weights.order[tile.first + threadIdx.x];
+  const int32_t row = tile.first + static_cast<int32_t>(threadIdx.x);
+  if (atomicExch(taken + row, 1) != 0) raise_fault(notes, FaultSite::kExpertsOverlap, row, 0, tile.expert);
+  if (weights.order == nullptr) return;
+  const int32_t choice = weights.order[row];
   if (choice < 0 || choice >= weights.choices) {
-    raise_fault(notes, FaultSite::kExpertsOrder, choice, static_cast<int32_t>(weights.choices));
+    raise_fault(notes, FaultSite::kExpertsOrder, choice, static_cast<int32_t>(weights.choices), row);
   }
 }
 
@@ -110,12 +117,13 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   const int32_t* counts = p.counts.as<const int32_t>();
   MOE_RETURN_IF_ERROR(cut_tiles(device, counts, p.offsets.as<const int32_t>(), p.S, p.P, tiles, tile_count));
   RowWeights weights;
-  if (p.order) {
-    weights = {p.order.as<const int32_t>(), p.weights.as<const float>(), p.T * p.C};
-    check_order<<<static_cast<unsigned>(most), kMlpRows, 0, device.stream()>>>(tiles, tile_count, weights,
-                                                                              device.fault_notes());
-    MOE_CUDA_LAUNCHED("moe_experts");
-  }
+  if (p.order) weights = {p.order.as<const int32_t>(), p.weights.as<const float>(), p.T * p.C};
+  int32_t* taken = nullptr;
+  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.P), &taken));
+  MOE_RETURN_IF_ERROR(device.fill_zero(taken, static_cast<size_t>(p.P) * sizeof(int32_t)));
+  check_rows<<<static_cast<unsigned>(most), kMlpRows, 0, device.stream()>>>(tiles, tile_count, taken, weights,
+                                                                           device.fault_notes());
+  MOE_CUDA_LAUNCHED("moe_experts");
   return with_float(p.rows.dtype, [&](auto* type) {
     using T = pointee<decltype(type)>;
     const RowSource source = {p.rows.data, nullptr, 1};

@@ -104,35 +104,50 @@ __device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id
   }
 }
 
-__device__ inline int32_t mapped(const Args& a, int64_t t, int32_t id) {
-  if (a.id_map == nullptr) return id;
-  const uint32_t round = a.rounds == 1 ? 0u : static_cast<uint32_t>(t) % a.rounds;
-  return a.id_map[static_cast<int64_t>(round) * (a.E + a.shared) + id];
+__device__ inline uint32_t map_round(const Args& a, int64_t t) {
+  return a.rounds == 1 ? 0u : static_cast<uint32_t>(t) % a.rounds;
 }
 
-// Column `slot` of a valid token, a routed choice: `expert` is its column of logits.
-__device__ inline void write_choice(const Args& a, int64_t t, int slot, int32_t expert, float weight,
-                                    uint32_t* histogram) {
+__device__ inline int32_t mapped(const Args& a, uint32_t round, int32_t id) {
+  return a.id_map == nullptr ? id : a.id_map[static_cast<int64_t>(round) * (a.E + a.shared) + id];
+}
+
+// Outputs from token `first` on: the offsets of a warp's tokens fit into 32 bits.
+struct Rows {
+  int32_t *ids, *logical_ids;
+  float* weights;
+  __device__ Rows(const Args& a, int64_t first)
+      : ids(a.ids + first * a.columns),
+        logical_ids(a.logical_ids != nullptr ? a.logical_ids + first * a.K : nullptr),
+        weights(a.weights + first * a.columns) {}
+};
+
+// Column `slot` of a valid token, a routed choice: `expert` is its column of logits, `at` the token after the first.
+__device__ inline void write_choice(const Args& a, const Rows& rows, int at, uint32_t round, int slot, int32_t expert,
+                                    float weight, uint32_t* histogram) {
   const int32_t logical = expert < a.routed ? expert : expert + a.shared;
-  if (a.logical_ids != nullptr) a.logical_ids[t * a.K + slot] = logical;
-  const int32_t id = mapped(a, t, logical);
-  a.ids[t * a.columns + slot] = id;
-  a.weights[t * a.columns + slot] = weight * a.scale;
+  if (rows.logical_ids != nullptr) rows.logical_ids[at * a.K + slot] = logical;
+  const int32_t id = mapped(a, round, logical);
+  const int column = at * a.columns + slot;
+  rows.ids[column] = id;
+  rows.weights[column] = weight * a.scale;
   if (a.load != nullptr) count_load(a, histogram, id);
 }
 
-__device__ inline void write_shared(const Args& a, int64_t t, int which, uint32_t* histogram) {
-  const int32_t id = mapped(a, t, a.routed + which);
-  a.ids[t * a.columns + a.K + which] = id;
-  a.weights[t * a.columns + a.K + which] = a.shared_weight;
+__device__ inline void write_shared(const Args& a, const Rows& rows, int at, uint32_t round, int which,
+                                    uint32_t* histogram) {
+  const int32_t id = mapped(a, round, a.routed + which);
+  const int column = at * a.columns + a.K + which;
+  rows.ids[column] = id;
+  rows.weights[column] = a.shared_weight;
   if (a.load != nullptr) count_load(a, histogram, id);
 }
 
 // Column `column` of a padding row.
-__device__ inline void write_padding(const Args& a, int64_t t, int column) {
-  a.ids[t * a.columns + column] = -1;
-  a.weights[t * a.columns + column] = 0.0f;
-  if (a.logical_ids != nullptr && column < a.K) a.logical_ids[t * a.K + column] = -1;
+__device__ inline void write_padding(const Args& a, const Rows& rows, int at, int column) {
+  rows.ids[at * a.columns + column] = -1;
+  rows.weights[at * a.columns + column] = 0.0f;
+  if (rows.logical_ids != nullptr && column < a.K) rows.logical_ids[at * a.K + column] = -1;
 }
 
 __device__ inline void clear_histogram(const Args& a, uint32_t* histogram) {

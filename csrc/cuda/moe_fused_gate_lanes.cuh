@@ -129,7 +129,7 @@ inline constexpr int kLanesScratch =
     static_cast<int>(sizeof(WarpLists<L>)) / 4 > (E + 8) ? static_cast<int>(sizeof(WarpLists<L>)) / 4 : E + 8;
 
 // Ranks the candidates of this lane's token and stores those below K. With Ties, equal choices are ordered by expert.
-template <int L, bool Ties>
+template <int L, bool Ties, bool Scored>
 __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, int count, int K) {
   constexpr int kOwn = L >= 16 ? 1 : 16 / L;
   const float* choices = lists.choice[token];
@@ -144,6 +144,7 @@ __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, in
       expert[m] = i < count ? experts[i] : 0;
       rank[m] = 0;
     }
+#pragma unroll 1
     for (int j = 0; j < count; j += 4) {
       const float4 others = *reinterpret_cast<const float4*>(choices + j);
       const float other[4] = {others.x, others.y, others.z, others.w};
@@ -165,7 +166,7 @@ __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, in
       const int place = static_cast<int>(rank[m]);
       if (i < count && place < K) {
         lists.chosen[token][place] = expert[m];
-        lists.chosen_score[token][place] = lists.score[token][i];
+        lists.chosen_score[token][place] = Scored ? lists.score[token][i] : own[m];
       }
     }
   }
@@ -197,6 +198,11 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
 #pragma unroll
     for (int j = 0; j < J; j++) octets[j] = load_octet(row + 8 * L * j);
   };
+  float4 bias_part = {};
+  if constexpr (kBiasInShared) {
+    static_assert(E / 4 <= 32 * Warps);
+    if (a.bias != nullptr && threadIdx.x < E / 4) bias_part = __ldg(reinterpret_cast<const float4*>(a.bias) + threadIdx.x);
+  }
   load(first + token);
   const int64_t valid = valid_tokens(a);
   float bias[kBiasInRegisters ? N : 1];
@@ -205,7 +211,7 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
     for (int i = 0; i < N; i++) bias[i] = a.bias != nullptr ? __ldg(a.bias + (i / 8 * L + l) * 8 + i % 8) : 0.0f;
   }
   if constexpr (kBiasInShared) {
-    for (int e = threadIdx.x; e < E; e += 32 * Warps) shared_bias[e] = a.bias != nullptr ? a.bias[e] : 0.0f;
+    if (threadIdx.x < E / 4) reinterpret_cast<float4*>(shared_bias)[threadIdx.x] = bias_part;
   }
   if (a.id_map != nullptr && L == 32) {  // few tokens: the map row is on its way before it is needed
     const int64_t row = static_cast<uint32_t>(first) % a.rounds * static_cast<int64_t>(a.E + a.shared);
@@ -331,6 +337,9 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
     plain = (~__ballot_sync(kAll, plain) & token_lanes) == 0;
     const bool live = t < valid;
     if (!plain || !live) count = 0;
+    if constexpr (kBiased) {
+      for (int i = lane; i < kTokens * 8; i += 32) lists.chosen[i / 8][i % 8] = -1;
+    }
     if (count > 0) {
       if constexpr (kDirect) {
 #pragma unroll
@@ -343,11 +352,15 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
           }
         }
       } else {
+        int32_t* list = lists.expert[token] + place;
 #pragma unroll
         for (int w = 0; w < (N + 31) / 32; w++) {
-          for (uint32_t rest = mask[w]; rest != 0; rest &= rest - 1) {
-            const int bit = __ffs(static_cast<int>(rest)) - 1;
-            lists.expert[token][place++] = w * 32 * L + (bit / 8 * L + l) * 8 + bit % 8;
+          // Lane and bit only: what expert that is, is worked out when the candidates are shared out evenly.
+          uint32_t rest = mask[w];
+          while (rest != 0) {
+            const int bit = 31 - __clz(static_cast<int>(rest));
+            rest ^= 1u << bit;
+            *list++ = (w * 8 * L + l) * 64 + bit;
           }
         }
       }
@@ -356,11 +369,16 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
 
     // Exact scores
     if constexpr (!kDirect) {
+      const T* row = static_cast<const T*>(a.logits) + t * E;
+#pragma unroll 1
       for (int i = l; i < count; i += L) {
-        const int32_t e = lists.expert[token][i];
-        const float x = widen(__ldg(static_cast<const T*>(a.logits) + t * E + e));
+        const unsigned code = static_cast<unsigned>(lists.expert[token][i]);
+        const unsigned octet = (code / 8 % 4 + code / (512 * L) * 4) * L + code / 64 % L;  // j * L + lane
+        const unsigned e = octet * 8 + code % 8;
+        lists.expert[token][i] = static_cast<int32_t>(e);
+        const float x = widen(__ldg(row + e));
         if constexpr (kBiased) {
-          const float s = __fdividef(1.0f, 1.0f + expf(-x));
+          const float s = fast_sigmoid(x);
           lists.score[token][i] = s;
           lists.choice[token][i] = s + shared_bias[e];
         } else {
@@ -372,48 +390,43 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
     __syncwarp();
     if (first + step < a.T) load(t + step);
 
-    // Ranks
-    for (int i = lane; i < kTokens * 8; i += 32) lists.chosen[i / 8][i % 8] = -1;
-    __syncwarp();
-    rank_candidates<L, !kBiased>(lists, token, l, count, a.K);
+    // Ranks, then columns
+    const unsigned processed = __ballot_sync(kAll, count > 0);
+    rank_candidates<L, !kBiased, kBiased>(lists, token, l, count, a.K);
     __syncwarp();
     if constexpr (kBiased) {
       // The best has rank 0 in any case; a rank that nobody has follows a tie.
       bool tie = false;
       for (int i = lane; i < kTokens * 8; i += 32) {
-        tie = tie || (i % 8 < a.K && lists.chosen[i / 8][i % 8] < 0 && lists.chosen[i / 8][0] >= 0);
+        tie = tie || (i % 8 < a.K && lists.chosen[i / 8][i % 8] < 0 && (processed >> (i / 8 * L) & 1) != 0);
       }
       if (__any_sync(kAll, tie)) {
-        rank_candidates<L, true>(lists, token, l, count, a.K);
+        rank_candidates<L, true, true>(lists, token, l, count, a.K);
         __syncwarp();
       }
     }
-
-    // Columns
+    const Rows rows(a, first);
 #pragma unroll
     for (int base = 0; base < kTokens * 8; base += 32) {
       const int i = base + lane, slot = i % 8, at = i / 8;
       const bool active = at < kTokens && slot < a.K;
-      const int32_t expert = active ? lists.chosen[at][slot] : -1;
-      float weight = 0;
-      if constexpr (kBiased) {
-        if (expert >= 0) weight = lists.chosen_score[at][slot];
-      } else {
-        const float x = expert >= 0 ? widen(__ldg(static_cast<const T*>(a.logits) + (first + at) * E + expert)) : 0.0f;
-        weight = expert >= 0 ? x : 0.0f;
+      const bool routed = active && (processed >> (at * L % 32) & 1) != 0;
+      const int32_t expert = routed ? lists.chosen[at][slot] : 0;
+      float weight = routed ? lists.chosen_score[at][slot] : 0.0f;
+      if constexpr (!kBiased) {
         const float top = __shfl_sync(kAll, weight, lane & ~7);
-        if (expert >= 0) weight = expf(weight - top);
+        if (routed) weight = expf(weight - top);
       }
-      float sum = weight;
+      if (a.renormalize || F == Family::kSoftmax) {
+        float sum = weight;
 #pragma unroll
-      for (int lanes = 1; lanes < 8; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
-      if (a.renormalize || F == Family::kSoftmax) weight = sum == 0 ? 0.0f : __fdividef(weight, sum);
-      if (active && first + at < a.T) {
-        if (expert >= 0) {
-          write_choice(a, first + at, slot, expert, weight, histogram);
-        } else if (first + at >= valid) {
-          write_padding(a, first + at, slot);
-        }
+        for (int lanes = 1; lanes < 8; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
+        weight = sum == 0 ? 0.0f : __fdividef(weight, sum);
+      }
+      if (routed) {
+        write_choice(a, rows, at, a.id_map != nullptr ? map_round(a, first + at) : 0, slot, expert, weight, histogram);
+      } else if (active && first + at >= valid && first + at < a.T) {
+        write_padding(a, rows, at, slot);
       }
     }
     const unsigned slow = __ballot_sync(kAll, !plain && live && l == 0);
@@ -422,15 +435,15 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
         const int at = a.shared == 1 ? i : i / a.shared, which = i - at * a.shared;
         if (first + at >= a.T || (slow >> (at * L) & 1) != 0) continue;
         if (first + at < valid) {
-          write_shared(a, first + at, which, histogram);
+          write_shared(a, rows, at, a.id_map != nullptr ? map_round(a, first + at) : 0, which, histogram);
         } else {
-          write_padding(a, first + at, a.K + which);
+          write_padding(a, rows, at, a.K + which);
         }
       }
     }
     for (unsigned rest = slow; rest != 0; rest &= rest - 1) {
       __syncwarp();
-      gate_row<(E + 31) / 32>(a, first + (__ffs(static_cast<int>(rest)) - 1) / L, reinterpret_cast<float*>(scratch),
+      gate_row_apart<(E + 31) / 32>(a, first + (__ffs(static_cast<int>(rest)) - 1) / L, reinterpret_cast<float*>(scratch),
                               histogram);
     }
     __syncwarp();

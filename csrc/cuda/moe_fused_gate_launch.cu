@@ -11,7 +11,7 @@ constexpr int kHistogramSlots = 4096;       // counted in shared memory up to he
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
 template <class T, int E, int L, Family F, int Warps>
-cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
+cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream, bool one_pass = false) {
   constexpr int kTokens = 32 / L * Warps;
   constexpr bool kBiasInShared = F != Family::kSoftmax && E / L > 16;
   const auto kernel = gate_lanes<T, E, L, F, Warps>;
@@ -22,7 +22,7 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, 32 * Warps, bytes);
     return std::max(count, 1);
   }();
-  kernel<<<static_cast<int>(std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * Warps, bytes, stream>>>(a);
+  kernel<<<static_cast<int>(one_pass ? blocks : std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * Warps, bytes, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -48,12 +48,12 @@ cudaError_t run_smallest_rows(const Args& a, int sms, cudaStream_t stream) {
 template <class T, int E, Family F, int L, int... More>
 cudaError_t run_variant(const Args& a, int lanes, int sms, cudaStream_t stream) {
   if constexpr (sizeof...(More) > 0) {
-    if (lanes != L) return run_variant<T, E, F, More...>(a, lanes, sms, stream);
+    if (lanes % 100 != L) return run_variant<T, E, F, More...>(a, lanes, sms, stream);
   }
   if constexpr (L == 32) {
     if (a.T <= 4 * sms) return run_lanes<T, E, L, F, 1>(a, sms, stream);
   }
-  return run_lanes<T, E, L, F, 4>(a, sms, stream);
+  return run_lanes<T, E, L, F, 4>(a, sms, stream, lanes > 100);
 }
 
 template <int E, Family F, int... L>
@@ -119,7 +119,7 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   }
   const Args a = pack(p);
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  const bool fits = force != 1 && a.K <= 8 && aligned(a.logits);
+  const bool fits = force != 1 && a.K <= 8 && aligned(a.logits) && aligned(a.bias);
   const bool single = a.top_groups == a.groups;
   const bool sigmoid = a.scoring == Scoring::kSigmoid && a.selection == Selection::kScore;
   const bool softmax = a.scoring == Scoring::kSoftmax && single && a.bias == nullptr &&

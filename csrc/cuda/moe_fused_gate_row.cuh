@@ -41,7 +41,7 @@ __host__ __device__ inline constexpr int row_scratch(int experts, int groups) { 
 
 // Routes token t < valid. `scratch`: row_scratch() floats of this warp alone.
 template <int N>
-__device__ __noinline__ void gate_row(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
+__device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
   const int lane = threadIdx.x % 32;
   const int64_t first = t * a.E;
   float x[N];
@@ -185,8 +185,16 @@ __device__ __noinline__ void gate_row(const Args& a, int64_t t, float* scratch, 
       weight = total == 0 ? 0.0f : __fdiv_rn(weight, total);
     }
   }
-  if (active) write_choice(a, t, lane, chosen, weight, histogram);
-  for (int s = lane; s < a.shared; s += 32) write_shared(a, t, s, histogram);
+  const Rows rows(a, t);
+  const uint32_t round = a.id_map != nullptr ? map_round(a, t) : 0;
+  if (active) write_choice(a, rows, 0, round, lane, chosen, weight, histogram);
+  for (int s = lane; s < a.shared; s += 32) write_shared(a, rows, 0, round, s, histogram);
+}
+
+// The same as a function of its own, for kernels that rarely need it.
+template <int N>
+__device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
+  gate_row<N>(a, t, scratch, histogram);
 }
 
 // Shared memory: histogram counters, then row_scratch() floats for every warp.
@@ -205,7 +213,7 @@ __global__ void __launch_bounds__(128) gate_rows(const __grid_constant__ Args a)
     if (t < valid) {
       gate_row<N>(a, t, scratch, histogram);
     } else {
-      for (int c = threadIdx.x % 32; c < a.columns; c += 32) write_padding(a, t, c);
+      for (int c = threadIdx.x % 32; c < a.columns; c += 32) write_padding(a, Rows(a, t), 0, c);
     }
   }
   if (a.histogram > 0) {

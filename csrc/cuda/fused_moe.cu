@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) add_columns(FusedMoe p, const float*
       const int64_t zero = p.zero > 0 ? int64_t{p.ids.as<const int32_t>()[choice]} - p.first_zero : -1;
       const float w = p.weights.as<const float>()[choice];
       if (zero >= 0 && zero < p.zero) {
-        const Vec<T, N> x = *reinterpret_cast<const Vec<T, N>*>(p.hidden.as<const T>() + token * p.H + at * N);
+        const Vec<T, N> x = load<T, N>(p.hidden.as<const T>() + token * p.H + at * N);
 #pragma unroll
         for (int i = 0; i < N; i++) sum[i] = fmaf(w, widen(x.v[i]), sum[i]);
       } else if (inverse[choice] >= 0) {
-        const Vec<float, N> x = load_once<float, N>(rows + inverse[choice] * p.H + at * N);
+        const Vec<float, N> x = load<float, N>(rows + inverse[choice] * p.H + at * N);
         const float factor = p.weights_on_input ? 1.0f : w;
 #pragma unroll
         for (int i = 0; i < N; i++) sum[i] = fmaf(factor, x.v[i], sum[i]);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) add_columns(FusedMoe p, const float*
     Vec<T, N> out;
 #pragma unroll
     for (int i = 0; i < N; i++) out.v[i] = narrow<T>(sum[i] * p.output_scale);
-    *reinterpret_cast<Vec<T, N>*>(p.output.as<T>() + token * p.H + at * N) = out;
+    store<T, N>(p.output.as<T>() + token * p.H + at * N, out);
   }
 }
 

@@ -40,10 +40,13 @@ step() { # name, command...
 doctor() { node dist/lib/cli/main.js doctor; }
 
 run_tests() {
-  local pattern=(test/cuda test/ops test/contract)
+  local pattern=(test/cuda test/ops test/contract/)
+  [ ! -e test/fixtures/hf ] || pattern+=(test/model/layer test/model/families)
   [ $# -eq 0 ] || pattern=("$@")
-  MOE_KERNELS_TEST_BACKENDS=cuda "${vitest[@]}" "${pattern[@]}" --reporter=default --reporter=json \
-    --outputFile.json="$results/tests.json"
+  local status=0
+  MOE_KERNELS_TEST_BACKENDS=cuda "${vitest[@]}" "${pattern[@]}" || status=$?
+  cp out/test-results.json "$results/tests.json"
+  return $status
 }
 
 bench_ops() { node --expose-gc dist/bench/device.js "$results/ops.json"; }

@@ -178,6 +178,7 @@ void NativeContext::environment_ends(void* context) {
 // Ends the backend's threads and abandons what they had not begun. Harmless when done before.
 void NativeContext::shut_down() {
   open_ = false;
+  if (backend_ == nullptr) return;
   if (std::exchange(hooked_, false)) napi_remove_env_cleanup_hook(env_, &NativeContext::environment_ends, this);
   backend_->stop();
   napi_threadsafe_function sender = nullptr;
@@ -190,6 +191,7 @@ void NativeContext::shut_down() {
   recording_ = nullptr;
   captures_.clear();
   buffers_.clear();
+  backend_ = nullptr;  // its memory goes now, not when the collector comes by
 }
 
 void NativeContext::assert_open(Napi::Env env, const char* op) {
@@ -477,6 +479,7 @@ void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) 
 }
 
 void NativeContext::settle(Napi::Env env, Wait& wait) {
+  std::shared_ptr<const Fault> found = wait.status.ok() && wait.fault == nullptr ? device_fault() : nullptr;
   if (wait.kind == Wait::Kind::kClose) shut_down();
   if (--pending_ == 0) {
     if (mailbox_->sender != nullptr) napi_unref_threadsafe_function(env, mailbox_->sender);
@@ -485,7 +488,7 @@ void NativeContext::settle(Napi::Env env, Wait& wait) {
   try {
     std::shared_ptr<const Fault> fault = wait.fault;
     if (wait.kind == Wait::Kind::kSynchronize && wait.status.ok()) fault = faults_->take();
-    if (wait.status.ok() && fault == nullptr) fault = device_fault();
+    if (fault == nullptr) fault = std::move(found);
     if (!wait.status.ok()) {
       wait.deferred.Reject(make_error(env, wait.status, wait.kind == Wait::Kind::kRead ? "read" : "synchronize").Value());
     } else if (fault != nullptr) {
@@ -645,6 +648,7 @@ Napi::Value NativeContext::memory(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::paths(const Napi::CallbackInfo& info) {
   Napi::Object result = Napi::Object::New(info.Env());
+  if (!open_) return result;
   for (const auto& [op, path] : backend_->paths()) result.Set(op, path);
   return result;
 }

@@ -194,12 +194,15 @@ std::shared_ptr<uint8_t[]> Staging::take(size_t bytes) {
   Block block;
   {
     std::lock_guard lock(mutex_);
+    // One that no copy reads any more; with enough blocks about, the one that will be free first.
+    const bool enough = kept_bytes_ + size > kMostKept;
     for (size_t i = 0; i < kept_.size(); i++) {
       if (kept_[i].bytes != size) continue;
-      if (kept_[i].read && cudaEventQuery(kept_[i].event) != cudaSuccess) {
+      if (kept_[i].read && !enough && cudaEventQuery(kept_[i].event) != cudaSuccess) {
         cudaGetLastError();  // cudaErrorNotReady stays otherwise
         continue;
       }
+      if (kept_[i].read && enough) cudaEventSynchronize(kept_[i].event);
       block = kept_[i];
       kept_.erase(kept_.begin() + static_cast<ptrdiff_t>(i));
       kept_bytes_ -= size;

@@ -37,6 +37,15 @@ describe.runIf(ready)('memory on cuda', () => {
     expect(ctx.memory().reserved).toBeLessThan(2048 * MIB);
   });
 
+  it('gives everything back when a context is closed', async () => {
+    for (let i = 0; i < 24; i++) {
+      const ctx = await createContext({ backend: 'cuda' });
+      ctx.allocate('test', 'block', 'u8', [16384 * MIB]); // not disposed; all of them are more than any device has
+      ctx.capture(() => ctx.tensor('u8', [MIB]));
+      await ctx.close();
+    }
+  });
+
   it('refuses what does not fit with what was asked for and what there is, and goes on', async () => {
     await using ctx = await createContext({ backend: 'cuda' });
     const shape = [2 ** 21, 2 ** 21]; // 4 TiB

@@ -45,7 +45,7 @@ run_tests() {
   [ $# -eq 0 ] || pattern=("$@")
   local status=0
   MOE_KERNELS_TEST_BACKENDS=cuda "${vitest[@]}" "${pattern[@]}" || status=$?
-  cp out/test-results.json "$results/tests.json"
+  cp out/test-results.json "$results/tests.json" && node scripts/offline/summary.mjs "$results/tests.json" "$results/tests-summary.json"
   return $status
 }
 

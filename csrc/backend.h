@@ -2,10 +2,12 @@
 // csrc/<name>/backend.cc, which defines the functions at the end, plus one file for every op it has.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,6 +34,22 @@ struct MemoryInfo {
   size_t reserved = 0;  // taken from the system by the pool, `used` included
 };
 
+// A point of the queue that can be asked for cheaply, so that a short wait needs no other thread.
+class Milestone {
+ public:
+  virtual ~Milestone() = default;
+  // Whether everything before it is finished; an error says the device is lost. From the JS thread.
+  virtual bool reached(Status* status) = 0;
+  // As Backend::notify, for this point. Ends the use of the milestone.
+  virtual void notify(std::function<void(Status)> done) = 0;
+};
+
+// A recorded sequence in the backend's own form; gives back what it holds when the replays in flight are done.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+};
+
 // One context's memory and queue. Called from the JS thread except where said otherwise.
 class Backend {
  public:
@@ -45,8 +63,14 @@ class Backend {
   // Runs `work` after everything submitted before: later and elsewhere on the CPU, at once on a backend whose kernels
   // go to a stream by themselves. `work` must not throw.
   virtual void submit(std::function<void()> work) = 0;
+  // Whether submit() runs its work before it returns, so that its failure can be thrown at the call.
+  virtual bool runs_at_once() const { return false; }
   // Calls `done` (from any thread) when everything submitted before is finished. An error says the device is lost.
   virtual void notify(std::function<void(Status)> done) = 0;
+  // This point of the queue, on a backend that can be polled; null on others.
+  virtual std::unique_ptr<Milestone> mark() { return nullptr; }
+  // Takes what kernels found wrong with numbers on the device, and the op that did; Ok when nothing. After a wait.
+  virtual Status take_fault(std::string* /*op*/) { return Status::Ok(); }
   // Blocks until everything submitted before is finished.
   virtual Status wait() = 0;
   // Abandons queued work, waits for what is running, and ends the backend's threads. Nothing may be submitted after.
@@ -54,10 +78,31 @@ class Backend {
 
   // Whether memory from allocate() is ordinary host memory, so that a new tensor can be filled without staging.
   virtual bool is_host_memory() const { return false; }
-  // Copies between host memory and memory from allocate(); called inside submitted work.
+  // Host memory that copies may use until the last reference goes, whatever is in flight then; null when there is none.
+  virtual std::shared_ptr<uint8_t[]> staging(size_t bytes) { return host_memory(bytes); }
+  static std::shared_ptr<uint8_t[]> host_memory(size_t bytes) {
+    try {
+      return std::shared_ptr<uint8_t[]>(new uint8_t[bytes == 0 ? 1 : bytes]);
+    } catch (const std::bad_alloc&) {
+      return nullptr;
+    }
+  }
+  // Copies between staging memory and memory from allocate(); called inside submitted work. copy_out arrives with the
+  // next wait, copy_in may be forgotten.
   virtual Status copy_in(void* device, const void* host, size_t bytes) = 0;
   virtual Status copy_out(void* host, const void* device, size_t bytes) = 0;
   virtual Status fill_zero(void* device, size_t bytes) = 0;
+
+  // Recordings. A backend without graphs leaves these alone: the binding keeps the tasks and submits them again. With
+  // graphs, submitted work is recorded between begin_capture and end_capture instead of run, and memory from allocate()
+  // lives as long as the graph.
+  virtual bool has_graphs() const { return false; }
+  virtual Status begin_capture() { return Status::Error(Code::kInternal, "no graphs"); }
+  virtual Status end_capture(std::shared_ptr<Graph>* /*out*/) { return Status::Error(Code::kInternal, "no graphs"); }
+  virtual void abort_capture() {}
+  virtual Status replay(Graph& /*graph*/) { return Status::Error(Code::kInternal, "no graphs"); }
+  // Runs `work` at once, with memory of its own, even while a capture is recorded.
+  virtual Status aside(const std::function<Status()>& work) { return work(); }
 
   virtual size_t expert_bytes(const ExpertsLayout& layout) const = 0;
   virtual MemoryInfo memory() const = 0;

@@ -24,9 +24,9 @@ struct Tensor {
   DType dtype = DType::kF32;
   int64_t elements = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit constexpr operator bool() const { return data != nullptr; }
   template <class T>
-  T* as() const {
+  constexpr T* as() const {
     return static_cast<T*>(data);
   }
 };

@@ -155,7 +155,9 @@ export class Context {
     if (data !== undefined) checkData(op, dtype, elementsOf(shape), data as RawArray);
     const tensor = this.allocate(op, 'tensor', dtype, shape);
     try {
-      this.#backend.write(tensor.handle(op, 'tensor'), dtype, data as RawArray | undefined);
+      this.#noticing(() =>
+        this.#backend.write(tensor.handle(op, 'tensor'), dtype, data as RawArray | undefined),
+      );
     } catch (error) {
       tensor.dispose();
       throw error;
@@ -172,7 +174,7 @@ export class Context {
   /** `synchronize` that blocks the thread. For benchmarks and scripts. */
   synchronizeSync(): void {
     this.#assertMayWait('synchronizeSync');
-    this.#backend.synchronizeSync();
+    this.#noticing(() => this.#backend.synchronizeSync());
   }
 
   /**
@@ -192,7 +194,7 @@ export class Context {
     if (this.#recorded !== undefined) {
       throw new MoeError('ERR_MOE_CAPTURE', 'a capture is being recorded already', { op: 'capture' });
     }
-    this.#backend.beginCapture();
+    this.#noticing(() => this.#backend.beginCapture());
     const recorded = new Set<{ dispose(): void }>();
     this.#recorded = recorded;
     let handle: Handle;
@@ -209,7 +211,7 @@ export class Context {
           },
         );
       }
-      handle = this.#backend.endCapture();
+      handle = this.#noticing(() => this.#backend.endCapture());
       this.#recorded = undefined;
       return new Capture(constructionKey, output, {
         replay: () => {
@@ -217,7 +219,7 @@ export class Context {
           if (this.#recorded !== undefined) {
             throw new MoeError('ERR_MOE_CAPTURE', 'a capture is being recorded', { op: 'replay' });
           }
-          this.#backend.replay(handle);
+          this.#noticing(() => this.#backend.replay(handle));
         },
         dispose: () => {
           for (const tensor of recorded) tensor.dispose();
@@ -261,8 +263,10 @@ export class Context {
           },
         );
       }
+      const lost = this.#state === 'lost';
       if (this.#state === 'open') this.#state = 'closed';
       this.#closing = this.#backend.close();
+      if (lost) this.#closing = this.#closing.catch(() => {}); // told before: there is nothing more to finish
     }
     return this.#closing;
   }
@@ -306,14 +310,14 @@ export class Context {
         },
       );
     }
-    const handle = this.#backend.allocate(dtype, elements);
+    const handle = this.#noticing(() => this.#backend.allocate(dtype, elements));
     return this.#own(new Tensor(constructionKey, this, dtype, shape, handle), handle);
   }
 
   /** @internal */
   allocateExperts(layout: ExpertsLayout): ExpertWeights {
     this.assertUsable('allocate_experts');
-    const { handle, bytes } = this.#backend.allocateExperts(layout);
+    const { handle, bytes } = this.#noticing(() => this.#backend.allocateExperts(layout));
     return this.#own(new ExpertWeights(constructionKey, this, layout, handle, bytes), handle);
   }
 
@@ -340,7 +344,7 @@ export class Context {
 
   /** @internal */
   run(call: Call): void {
-    this.#backend.run(call);
+    this.#noticing(() => this.#backend.run(call));
   }
 
   /** @internal */
@@ -349,7 +353,7 @@ export class Context {
     this.assertUsable(op);
     const handle = tensor.handle(op, 'tensor');
     checkData(op, tensor.dtype, tensor.size, data);
-    this.#backend.write(handle, tensor.dtype, data);
+    this.#noticing(() => this.#backend.write(handle, tensor.dtype, data));
   }
 
   /** @internal */
@@ -361,7 +365,8 @@ export class Context {
   /** @internal */
   readTensorSync(tensor: Tensor, as: ReadAs): RawArray {
     this.#assertMayWait('readSync');
-    return this.#backend.readSync(tensor.handle('readSync', 'tensor'), tensor.dtype, as);
+    const handle = tensor.handle('readSync', 'tensor');
+    return this.#noticing(() => this.#backend.readSync(handle, tensor.dtype, as));
   }
 
   #assertMayWait(op: string): void {
@@ -375,16 +380,27 @@ export class Context {
     }
   }
 
-  /** Notices a lost device, after which the context refuses everything. */
   async #watch<T>(wait: Promise<T>): Promise<T> {
     try {
       return await wait;
     } catch (error) {
-      if (error instanceof MoeError && error.code === 'ERR_MOE_DEVICE_LOST' && this.#state === 'open') {
-        this.#state = 'lost';
-      }
-      throw error;
+      throw this.#notice(error);
     }
+  }
+
+  #noticing<T>(work: () => T): T {
+    try {
+      return work();
+    } catch (error) {
+      throw this.#notice(error);
+    }
+  }
+
+  /** After a lost device the context refuses everything. */
+  #notice(error: unknown): unknown {
+    const lost = error instanceof MoeError && error.code === 'ERR_MOE_DEVICE_LOST';
+    if (lost && this.#state === 'open') this.#state = 'lost';
+    return error;
   }
 }
 

@@ -14,6 +14,7 @@ export const errorCodes = {
   ERR_MOE_CHECKPOINT: 'a checkpoint or input file is missing, malformed or of an unknown architecture',
   ERR_MOE_ABORTED: 'the work was cancelled through an AbortSignal',
   ERR_MOE_INTERNAL: 'a defect of this package; please report it',
+  ERR_MOE_RANGE: 'a number in device memory, such as an id, was out of range; it was dropped, never followed',
 } as const;
 
 export type MoeErrorCode = keyof typeof errorCodes;

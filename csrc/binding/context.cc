@@ -1,7 +1,8 @@
 #include "context.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "../common/float_formats.h"
@@ -33,18 +34,15 @@ void widen(float* to, DType dtype, const void* from, size_t count) {
   }
 }
 
-// Host memory for staging. Never throws; null when there is none.
-std::shared_ptr<uint8_t[]> host_memory(size_t bytes) {
-  try {
-    return std::shared_ptr<uint8_t[]>(new uint8_t[bytes == 0 ? 1 : bytes]);
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
-}
-
 Status no_host_memory(size_t bytes) {
   return Status::Error(Code::kOutOfMemory, "out of memory: requested " + std::to_string(bytes) + " bytes of host memory");
 }
+
+// Waits are polled from JS for this long: a thread would take longer to wake up than most kernels run.
+constexpr std::chrono::microseconds kPolling{100};
+
+// Data is written in pieces, so that staging memory stays small whatever a tensor's size.
+constexpr size_t kPieceBytes = size_t{16} << 20;
 
 // The typed array that a dtype's bits come in; f32 may also fill the narrower floats.
 bool holds(napi_typedarray_type type, DType dtype) {
@@ -88,6 +86,13 @@ struct NativeContext::Wait {
   std::shared_ptr<const Fault> fault;     // of the buffer that is read
   std::shared_ptr<uint8_t[]> host;        // what was read
   size_t bytes = 0;
+  std::function<void()> arrive;           // what is left to do once the data is there; from any thread
+};
+
+struct NativeContext::Polled {
+  std::shared_ptr<Wait> wait;
+  std::unique_ptr<Milestone> milestone;
+  std::chrono::steady_clock::time_point until;
 };
 
 // Finished waits on their way to the JS thread. `sender` is cleared, under the lock, before it becomes invalid.
@@ -126,6 +131,7 @@ Napi::Function NativeContext::define(Napi::Env env) {
                          InstanceMethod<&NativeContext::memory>("memory"),
                          InstanceMethod<&NativeContext::paths>("paths"),
                          InstanceMethod<&NativeContext::close>("close"),
+                         InstanceMethod<&NativeContext::poll>("poll"),
                      });
 }
 
@@ -172,6 +178,7 @@ void NativeContext::environment_ends(void* context) {
 // Ends the backend's threads and abandons what they had not begun. Harmless when done before.
 void NativeContext::shut_down() {
   open_ = false;
+  if (backend_ == nullptr) return;
   if (std::exchange(hooked_, false)) napi_remove_env_cleanup_hook(env_, &NativeContext::environment_ends, this);
   backend_->stop();
   napi_threadsafe_function sender = nullptr;
@@ -180,9 +187,11 @@ void NativeContext::shut_down() {
     sender = std::exchange(mailbox_->sender, nullptr);
   }
   if (sender != nullptr) napi_release_threadsafe_function(sender, napi_tsfn_abort);
+  polled_.clear();
   recording_ = nullptr;
   captures_.clear();
   buffers_.clear();
+  backend_ = nullptr;  // its memory goes now, not when the collector comes by
 }
 
 void NativeContext::assert_open(Napi::Env env, const char* op) {
@@ -208,6 +217,7 @@ double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DT
   auto buffer = std::make_shared<Buffer>();
   Status status = backend_->allocate(bytes, &buffer->data);
   if (!status.ok()) throw make_error(env, status, op);
+  buffer->of_capture = recording_ != nullptr && backend_->has_graphs() && !experts.has_value();
   buffer->backend = backend_;
   buffer->bytes = bytes;
   buffer->dtype = dtype;
@@ -258,15 +268,20 @@ Napi::Value NativeContext::allocate_experts(const Napi::CallbackInfo& info) {
     }
   }
   if (!valid) throw make_error(env, Status::Error(Code::kInvalidArg, "expected a layout of 8 numbers"), op);
-  const double handle = add_buffer(env, op, backend_->expert_bytes(layout), layout.dtype, 0, layout);
-  std::shared_ptr<Buffer> buffer = *buffers_.find(handle);
-  auto task = std::make_shared<Task>();
-  task->op = op;
-  task->writes = {buffer};
-  task->run = [data = buffer->data, bytes = buffer->bytes](Backend& backend) { return backend.fill_zero(data, bytes); };
-  // Even while a capture is recorded: weights are made once, not at every replay.
-  backend_->submit([backend = backend_.get(), task, faults = faults_] { execute(*backend, *task, *faults); });
-  buffer->referenced = true;
+  // Aside, even while a capture is recorded: weights are made once, not at every replay.
+  double handle = 0;
+  Status status = backend_->aside([&] {
+    handle = add_buffer(env, op, backend_->expert_bytes(layout), layout.dtype, 0, layout);
+    std::shared_ptr<Buffer> buffer = *buffers_.find(handle);
+    auto task = std::make_shared<Task>();
+    task->op = op;
+    task->writes = {buffer};
+    task->run = [data = buffer->data, bytes = buffer->bytes](Backend& backend) { return backend.fill_zero(data, bytes); };
+    backend_->submit([backend = backend_.get(), task, faults = faults_] { execute(*backend, *task, *faults); });
+    buffer->referenced = true;
+    return Status::Ok();
+  });
+  if (!status.ok()) throw make_error(env, status, op);
   return Napi::Number::New(env, handle);
 }
 
@@ -281,16 +296,32 @@ void NativeContext::release(const Napi::CallbackInfo& info) {
   Napi::MemoryManagement::AdjustExternalMemory(info.Env(), -static_cast<int64_t>(buffer->bytes));
 }
 
-void NativeContext::submit(std::shared_ptr<const Task> task) {
+void NativeContext::submit(Napi::Env env, std::shared_ptr<const Task> task) {
   for (const auto& buffer : task->reads) buffer->referenced = true;
   for (const auto& buffer : task->writes) buffer->referenced = true;
+  if (backend_->runs_at_once()) return run_now(env, *task);
   if (recording_ != nullptr) {
-    recording_->push_back(std::move(task));
+    recording_->tasks.push_back(std::move(task));
     return;
   }
   backend_->submit([backend = backend_.get(), task = std::move(task), faults = faults_] {
     execute(*backend, *task, *faults);
   });
+}
+
+// What cannot be enqueued throws at the call. Into a graph goes what the capture did not make itself, as a lease.
+void NativeContext::run_now(Napi::Env env, const Task& task) {
+  Status status;
+  backend_->submit([&] { status = task.run(*backend_); });
+  if (!status.ok()) throw make_error(env, status, task.op);
+  if (recording_ == nullptr) return;
+  for (const auto* buffers : {&task.reads, &task.writes}) {
+    for (const auto& buffer : *buffers) {
+      auto& leases = recording_->leases;
+      const bool held = buffer->of_capture || std::find(leases.begin(), leases.end(), buffer) != leases.end();
+      if (!held) leases.push_back(buffer);
+    }
+  }
 }
 
 void NativeContext::write(const Napi::CallbackInfo& info) {
@@ -304,7 +335,7 @@ void NativeContext::write(const Napi::CallbackInfo& info) {
     task->run = [data = buffer->data, bytes = buffer->bytes](Backend& backend) {
       return backend.fill_zero(data, bytes);
     };
-    return submit(std::move(task));
+    return submit(env, std::move(task));
   }
   napi_typedarray_type type = napi_uint8_array;
   size_t length = 0;
@@ -322,13 +353,23 @@ void NativeContext::write(const Napi::CallbackInfo& info) {
     convert(buffer->data, buffer->dtype, source, from_f32, length);  // nobody else knows this memory yet
     return;
   }
-  std::shared_ptr<uint8_t[]> staged = host_memory(buffer->bytes);
-  if (staged == nullptr) throw make_error(env, no_host_memory(buffer->bytes), op);
-  convert(staged.get(), buffer->dtype, source, from_f32, length);
-  task->run = [data = buffer->data, staged, bytes = buffer->bytes](Backend& backend) {
-    return backend.copy_in(data, staged.get(), bytes);
-  };
-  submit(std::move(task));
+  // Pieces of whole elements; empty data is one empty piece
+  const size_t width = size_of(buffer->dtype), source_width = from_f32 ? sizeof(float) : width;
+  size_t done = 0;
+  do {
+    const size_t count = std::min(kPieceBytes / width, length - done);
+    std::shared_ptr<uint8_t[]> staged = backend_->staging(count * width);
+    if (staged == nullptr) throw make_error(env, no_host_memory(count * width), op);
+    convert(staged.get(), buffer->dtype, static_cast<const uint8_t*>(source) + done * source_width, from_f32, count);
+    auto piece = std::make_shared<Task>();
+    piece->op = op;
+    piece->writes = {buffer};
+    piece->run = [to = static_cast<uint8_t*>(buffer->data) + done * width, staged, bytes = count * width](Backend& backend) {
+      return backend.copy_in(to, staged.get(), bytes);
+    };
+    submit(env, std::move(piece));
+    done += count;
+  } while (done < length);
 }
 
 void NativeContext::enqueue(const Napi::CallbackInfo& info) {
@@ -355,7 +396,7 @@ void NativeContext::enqueue(const Napi::CallbackInfo& info) {
   task->op = entry.name;
   Status status = entry.unpack(buffers_, record + 1, static_cast<size_t>(length) - 1, *task);
   if (!status.ok()) throw make_error(env, status, entry.name);
-  submit(std::move(task));
+  submit(env, std::move(task));
 }
 
 // Waits ----------------------------------------------------------------------------------------------------------
@@ -367,11 +408,55 @@ Napi::Promise NativeContext::wait_for(Napi::Env env, std::shared_ptr<Wait> wait)
     napi_ref_threadsafe_function(env, mailbox_->sender);
   }
   Napi::Promise promise = wait->deferred.Promise();
-  backend_->notify([wait, mailbox = mailbox_](Status status) {
-    if (wait->status.ok()) wait->status = std::move(status);
-    mailbox->post(wait);
-  });
+  std::unique_ptr<Milestone> milestone = backend_->mark();
+  if (milestone == nullptr) {
+    backend_->notify(finisher(std::move(wait), mailbox_));
+  } else if (wait->kind == Wait::Kind::kClose) {
+    // The last of all: it must not overtake those that are with the other thread.
+    while (!polled_.empty()) {
+      hand_over(std::move(polled_.front()));
+      polled_.pop_front();
+    }
+    hand_over({std::move(wait), std::move(milestone), {}});
+  } else {
+    polled_.push_back({std::move(wait), std::move(milestone), std::chrono::steady_clock::now() + kPolling});
+  }
   return promise;
+}
+
+// What a thread of the backend does when a wait is over.
+std::function<void(Status)> NativeContext::finisher(std::shared_ptr<Wait> wait, std::shared_ptr<Mailbox> mailbox) {
+  return [wait = std::move(wait), mailbox = std::move(mailbox)](Status status) {
+    if (wait->status.ok()) wait->status = std::move(status);
+    if (wait->status.ok() && wait->fault == nullptr && wait->arrive) wait->arrive();
+    mailbox->post(wait);
+  };
+}
+
+void NativeContext::hand_over(Polled polled) {
+  polled.milestone->notify(finisher(std::move(polled.wait), mailbox_));
+}
+
+// Settles the waits that are over, in order, and leaves to another thread what takes too long. True while there are
+// others left to ask about.
+Napi::Value NativeContext::poll(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  while (!polled_.empty()) {
+    Status status;
+    if (polled_.front().milestone->reached(&status)) {
+      const std::shared_ptr<Wait> wait = std::move(polled_.front().wait);
+      polled_.pop_front();
+      if (wait->status.ok()) wait->status = std::move(status);
+      if (wait->status.ok() && wait->fault == nullptr && wait->arrive) wait->arrive();
+      settle(env, *wait);
+    } else if (std::chrono::steady_clock::now() >= polled_.front().until) {
+      hand_over(std::move(polled_.front()));
+      polled_.pop_front();
+    } else {
+      break;
+    }
+  }
+  return Napi::Boolean::New(env, !polled_.empty());
 }
 
 void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) {
@@ -394,6 +479,7 @@ void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) 
 }
 
 void NativeContext::settle(Napi::Env env, Wait& wait) {
+  std::shared_ptr<const Fault> found = wait.status.ok() && wait.fault == nullptr ? device_fault() : nullptr;
   if (wait.kind == Wait::Kind::kClose) shut_down();
   if (--pending_ == 0) {
     if (mailbox_->sender != nullptr) napi_unref_threadsafe_function(env, mailbox_->sender);
@@ -402,6 +488,7 @@ void NativeContext::settle(Napi::Env env, Wait& wait) {
   try {
     std::shared_ptr<const Fault> fault = wait.fault;
     if (wait.kind == Wait::Kind::kSynchronize && wait.status.ok()) fault = faults_->take();
+    if (fault == nullptr) fault = std::move(found);
     if (!wait.status.ok()) {
       wait.deferred.Reject(make_error(env, wait.status, wait.kind == Wait::Kind::kRead ? "read" : "synchronize").Value());
     } else if (fault != nullptr) {
@@ -419,6 +506,13 @@ void NativeContext::settle(Napi::Env env, Wait& wait) {
   }
 }
 
+// What kernels found wrong since the last wait.
+std::shared_ptr<const Fault> NativeContext::device_fault() {
+  Fault fault;
+  fault.status = backend_->take_fault(&fault.op);
+  return fault.status.ok() ? nullptr : std::make_shared<const Fault>(std::move(fault));
+}
+
 Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "read");
@@ -426,20 +520,17 @@ Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
   auto wait = std::make_shared<Wait>(env);
   wait->kind = Wait::Kind::kRead;
   wait->bytes = values ? static_cast<size_t>(buffer->elements) * sizeof(float) : buffer->bytes;
-  wait->host = host_memory(wait->bytes);
-  std::shared_ptr<uint8_t[]> raw = values ? host_memory(buffer->bytes) : wait->host;
+  std::shared_ptr<uint8_t[]> raw = backend_->staging(buffer->bytes);
+  wait->host = values ? Backend::host_memory(wait->bytes) : raw;
   if (wait->host == nullptr || raw == nullptr) throw make_error(env, no_host_memory(wait->bytes), "read");
   buffer->referenced = true;
   backend_->submit([backend = backend_.get(), wait, buffer, raw] {
     wait->fault = buffer->fault;
     if (wait->fault == nullptr) wait->status = backend->copy_out(raw.get(), buffer->data, buffer->bytes);
   });
-  if (values) {
-    // Widening happens once the copy has arrived, off the JS thread.
-    backend_->notify([wait, buffer, raw](Status) {
-      widen(reinterpret_cast<float*>(wait->host.get()), buffer->dtype, raw.get(), static_cast<size_t>(buffer->elements));
-    });
-  }
+  wait->arrive = [host = wait->host, buffer, raw, values] {
+    if (values) widen(reinterpret_cast<float*>(host.get()), buffer->dtype, raw.get(), static_cast<size_t>(buffer->elements));
+  };
   return wait_for(env, std::move(wait));
 }
 
@@ -447,7 +538,7 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "readSync");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
-  std::shared_ptr<uint8_t[]> raw = host_memory(buffer->bytes);
+  std::shared_ptr<uint8_t[]> raw = backend_->staging(buffer->bytes);
   if (raw == nullptr) throw make_error(env, no_host_memory(buffer->bytes), "readSync");
   buffer->referenced = true;
   auto wait = std::make_shared<std::pair<Status, std::shared_ptr<const Fault>>>();
@@ -462,6 +553,7 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
     faults_->reported(wait->second);
     throw make_error(env, wait->second->status, wait->second->op);
   }
+  if (const auto fault = device_fault(); fault != nullptr) throw make_error(env, fault->status, fault->op);
   const size_t elements = static_cast<size_t>(buffer->elements);
   Napi::ArrayBuffer result = Napi::ArrayBuffer::New(env, values ? elements * sizeof(float) : buffer->bytes);
   if (values) {
@@ -482,6 +574,7 @@ void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
   Status status = backend_->wait();
   if (!status.ok()) throw make_error(info.Env(), status, "synchronizeSync");
   if (const auto fault = faults_->take(); fault != nullptr) throw make_error(info.Env(), fault->status, fault->op);
+  if (const auto fault = device_fault(); fault != nullptr) throw make_error(info.Env(), fault->status, fault->op);
 }
 
 Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
@@ -496,6 +589,10 @@ Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
 
 void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "capture");
+  if (backend_->has_graphs()) {
+    Status status = backend_->begin_capture();
+    if (!status.ok()) throw make_error(info.Env(), status, "capture");
+  }
   recording_ = std::make_shared<Recording>();
 }
 
@@ -504,10 +601,18 @@ Napi::Value NativeContext::end_capture(const Napi::CallbackInfo& info) {
   if (recording_ == nullptr) {
     throw make_error(info.Env(), Status::Error(Code::kCapture, "no capture is being recorded"), "capture");
   }
-  return Napi::Number::New(info.Env(), captures_.add(std::exchange(recording_, nullptr)));
+  const std::shared_ptr<Recording> recording = std::exchange(recording_, nullptr);
+  if (backend_->has_graphs()) {
+    Status status = backend_->end_capture(&recording->graph);
+    if (!status.ok()) throw make_error(info.Env(), status, "capture");
+  }
+  return Napi::Number::New(info.Env(), captures_.add(recording));
 }
 
-void NativeContext::abort_capture(const Napi::CallbackInfo&) { recording_ = nullptr; }
+void NativeContext::abort_capture(const Napi::CallbackInfo&) {
+  if (recording_ != nullptr && backend_->has_graphs()) backend_->abort_capture();
+  recording_ = nullptr;
+}
 
 void NativeContext::replay(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "replay");
@@ -516,8 +621,13 @@ void NativeContext::replay(const Napi::CallbackInfo& info) {
   if (found == nullptr) {
     throw make_error(info.Env(), Status::Error(Code::kDisposed, "expected a live capture"), "replay");
   }
+  if ((*found)->graph != nullptr) {
+    Status status = backend_->replay(*(*found)->graph);
+    if (!status.ok()) throw make_error(info.Env(), status, "replay");
+    return;
+  }
   backend_->submit([backend = backend_.get(), recording = *found, faults = faults_] {
-    for (const auto& task : *recording) execute(*backend, *task, *faults);
+    for (const auto& task : recording->tasks) execute(*backend, *task, *faults);
   });
 }
 
@@ -538,6 +648,7 @@ Napi::Value NativeContext::memory(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::paths(const Napi::CallbackInfo& info) {
   Napi::Object result = Napi::Object::New(info.Env());
+  if (!open_) return result;
   for (const auto& [op, path] : backend_->paths()) result.Set(op, path);
   return result;
 }

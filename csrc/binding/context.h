@@ -3,6 +3,8 @@
 #pragma once
 #include <napi.h>
 
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -32,7 +34,8 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   struct Wait;
   // What the backend's threads and the JS thread share; outlives the context while either holds it.
   struct Mailbox;
-  using Recording = std::vector<std::shared_ptr<const Task>>;
+  // A wait that the JS thread asks about before it is left to another thread.
+  struct Polled;
 
   Napi::Value device(const Napi::CallbackInfo&);
   Napi::Value allocate(const Napi::CallbackInfo&);
@@ -53,13 +56,18 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value paths(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
+  Napi::Value poll(const Napi::CallbackInfo&);
 
   void assert_open(Napi::Env env, const char* op);
   std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
   double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,
                     std::optional<ExpertsLayout> experts);
-  void submit(std::shared_ptr<const Task> task);
+  void submit(Napi::Env env, std::shared_ptr<const Task> task);
+  void run_now(Napi::Env env, const Task& task);
   Napi::Promise wait_for(Napi::Env env, std::shared_ptr<Wait> wait);
+  static std::function<void(Status)> finisher(std::shared_ptr<Wait> wait, std::shared_ptr<Mailbox> mailbox);
+  void hand_over(Polled polled);
+  std::shared_ptr<const Fault> device_fault();
   void settle(Napi::Env env, Wait& wait);
   void shut_down();
   static void environment_ends(void* context);
@@ -72,6 +80,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   HandleTable<Buffer> buffers_;
   HandleTable<Recording> captures_;
   std::shared_ptr<Recording> recording_;
+  std::deque<Polled> polled_;
   size_t pending_ = 0;
   bool open_ = true;
   bool hooked_ = false;

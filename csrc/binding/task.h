@@ -40,6 +40,14 @@ class FaultLog {
   std::shared_ptr<const Fault> first_;
 };
 
+// A recorded sequence: the tasks, or, where the backend has graphs, the graph and the buffers it refers to. The graph
+// goes first, so that what it uses is given back after it.
+struct Recording {
+  std::vector<std::shared_ptr<const Task>> tasks;
+  std::vector<std::shared_ptr<Buffer>> leases;
+  std::shared_ptr<Graph> graph;
+};
+
 inline void execute(Backend& backend, const Task& task, FaultLog& log) {
   std::shared_ptr<const Fault> fault;
   for (const auto& buffer : task.reads) {

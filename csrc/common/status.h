@@ -18,6 +18,7 @@ enum class Code : int {
   kCheckpoint,
   kAborted,
   kInternal,
+  kRange,
   kOk,  // beyond the codes: not an error
 };
 
@@ -25,6 +26,7 @@ inline constexpr const char* kCodeNames[] = {
     "ERR_MOE_INVALID_ARG", "ERR_MOE_UNSUPPORTED", "ERR_MOE_OOM",         "ERR_MOE_DISPOSED",
     "ERR_MOE_WRONG_CONTEXT", "ERR_MOE_CAPTURE",   "ERR_MOE_DEVICE_LOST", "ERR_MOE_BACKEND",
     "ERR_MOE_CHECKPOINT",  "ERR_MOE_ABORTED",     "ERR_MOE_INTERNAL",
+    "ERR_MOE_RANGE",
 };
 
 struct [[nodiscard]] Status {

@@ -29,7 +29,7 @@ Status moe_combine(Backend& backend, const MoeCombine& p) {
   backend.note_path("moe_combine", "portable");
   for (int64_t choice = 0; choice < T * C; choice++) {
     if (inverse[choice] < p.P || is_zero_expert(p, choice)) continue;
-    return Status::Error(Code::kInvalidArg, "expected inverse below " + std::to_string(p.P) +
+    return Status::Error(Code::kRange, "expected inverse below " + std::to_string(p.P) +
                                                 " (capacity from rows) but received " +
                                                 std::to_string(inverse[choice]), "inverse");
   }

@@ -19,7 +19,7 @@ namespace {
 std::string text(int64_t number) { return std::to_string(number); }
 
 Status refuse(const char* arg, const std::string& expectation) {
-  return Status::Error(Code::kInvalidArg, "expected " + expectation, arg);
+  return Status::Error(Code::kRange, "expected " + expectation, arg);
 }
 
 // Marks the places that hold a row, counts tiles, and checks what only the data can tell.

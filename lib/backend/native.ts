@@ -1,5 +1,6 @@
 // A context of a native addon behind the Backend interface: turns calls into the flat records that csrc/binding
-// unpacks. A record is one Float64Array: op number, then every field of the spec in order (handles are numbers).
+// unpacks, and asks waits for a moment whether they are over. A record is one Float64Array: op number, then every field of the spec in order (handles are numbers).
+import { setImmediate } from 'node:timers';
 import { MoeError } from '../errors.js';
 import type { ExpertsLayout } from '../experts.js';
 import type { Addon, NativeContext } from '../native.js';
@@ -15,6 +16,7 @@ export class NativeBackend implements Backend {
   readonly #context: NativeContext;
   readonly #ops: ReadonlyMap<string, number>;
   readonly #record = new Float64Array(RECORD_FIELDS);
+  #polling = false;
 
   constructor(name: BackendName, addon: Addon, options: { device: number; threads: number }) {
     this.name = name;
@@ -46,7 +48,7 @@ export class NativeBackend implements Backend {
   }
 
   async read(handle: Handle, dtype: DType, as: ReadAs): Promise<RawArray> {
-    return this.#typed(await this.#context.read(handle as number, as === 'values'), dtype, as);
+    return this.#typed(await this.#awaited(this.#context.read(handle as number, as === 'values')), dtype, as);
   }
 
   readSync(handle: Handle, dtype: DType, as: ReadAs): RawArray {
@@ -78,7 +80,7 @@ export class NativeBackend implements Backend {
   }
 
   synchronize(): Promise<void> {
-    return this.#context.synchronize();
+    return this.#awaited(this.#context.synchronize());
   }
   synchronizeSync(): void {
     this.#context.synchronizeSync();
@@ -106,6 +108,17 @@ export class NativeBackend implements Backend {
   }
   close(): Promise<void> {
     return this.#context.close();
+  }
+
+  /** A wait that was begun: short ones are over before another thread would have woken up. */
+  #awaited<T>(wait: Promise<T>): Promise<T> {
+    if (!this.#polling) this.#poll();
+    return wait;
+  }
+
+  #poll(): void {
+    this.#polling = this.#context.poll();
+    if (this.#polling) setImmediate(() => this.#poll());
   }
 
   #typed(buffer: ArrayBuffer, dtype: DType, as: ReadAs): RawArray {

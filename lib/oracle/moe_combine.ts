@@ -33,7 +33,7 @@ export function moe_combine(inputs: Inputs, options: Options, { output }: { outp
       } else if (place >= 0) {
         if (place >= capacity) {
           const expected = `expected inverse below ${capacity} (capacity from rows) but received ${place}`;
-          throw new MoeError('ERR_MOE_INVALID_ARG', expected, { op: 'moe_combine', arg: 'inverse' });
+          throw new MoeError('ERR_MOE_RANGE', expected, { op: 'moe_combine', arg: 'inverse' });
         }
         const weight = options.weightsOnInput ? 1 : weights.data[choice];
         for (let h = 0; h < width; h++) sum[h] += weight * rows.data[place * width + h];

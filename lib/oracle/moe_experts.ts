@@ -52,5 +52,5 @@ export function moe_experts(inputs: Inputs, _options: object, { output }: { outp
 }
 
 function refuse(arg: string, expectation: string): never {
-  throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${expectation}`, { op: 'moe_experts', arg });
+  throw new MoeError('ERR_MOE_RANGE', `expected ${expectation}`, { op: 'moe_experts', arg });
 }

@@ -158,7 +158,7 @@ describe.each(backends)('moe_combine on %s', (backend) => {
       await output.read();
     };
     await expect(run()).rejects.toMatchObject({
-      code: 'ERR_MOE_INVALID_ARG',
+      code: 'ERR_MOE_RANGE',
       op: 'moe_combine',
       arg: 'inverse',
     });

@@ -1,0 +1,125 @@
+// moe_combine: out[t] = output_scale * sum over columns c of weights[t, c] * rows[inverse[t, c]].
+//
+// Algorithm: memory-bound, (C + 1) * H elements a token. A block has 128 vectors of 16 bytes of one token (blocks of a
+// token lie together, so that its rows are read in long stretches; small blocks leave no tail). Its first C threads look
+// the columns up (source row and weight) into shared memory; then every thread loads the vector of all columns before it
+// uses the first (for the common C; else 8 at a time), adds them in column order in f32, scales, rounds once and stores.
+// A zero expert adds weight * hidden[t]; weights_on_input makes every other weight 1. Limits: 4096 columns; where H is
+// no multiple of the vector, elements are taken one by one. Columns without a place add nothing, whatever their weight;
+// NaN and infinities take their course. A place beyond the capacity is dropped and noted (ERR_MOE_RANGE). What was tried
+// besides is in bench/combine/NOTES.md.
+#include <algorithm>
+
+#include "backend.h"
+#include "floats.cuh"
+
+namespace moe {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+// COLUMNS > 0: exactly so many, all loaded at once. 0: any number, 8 at a time.
+template <class T, int N, int COLUMNS>
+__global__ void __launch_bounds__(kThreads) combine(MoeCombine p, unsigned slices, FaultNote* notes) {
+  extern __shared__ char shared[];
+  const int C = COLUMNS > 0 ? COLUMNS : static_cast<int>(p.C);
+  const T** source = reinterpret_cast<const T**>(shared);
+  float* weight = reinterpret_cast<float*>(source + C);
+  const unsigned slice = blockIdx.x % slices;
+  const int64_t token = blockIdx.x / slices;
+  for (int c = threadIdx.x; c < C; c += kThreads) {
+    const int64_t choice = token * C + c;
+    const int32_t place = p.inverse.as<const int32_t>()[choice];
+    float w = p.weights.as<const float>()[choice];
+    const T* row = nullptr;
+    const int64_t zero = p.zero > 0 ? int64_t{p.ids.as<const int32_t>()[choice]} - p.first_zero : -1;
+    if (zero >= 0 && zero < p.zero) {
+      row = p.hidden.as<const T>() + token * p.H;
+    } else if (place >= p.P) {
+      raise_fault(notes, FaultSite::kCombineInverse, place, static_cast<int32_t>(p.P));
+    } else if (place >= 0) {
+      row = p.rows.as<const T>() + place * p.H;
+      if (p.weights_on_input) w = 1.0f;
+    }
+    source[c] = row;
+    weight[c] = w;
+  }
+  __syncthreads();
+
+  constexpr int kAtOnce = COLUMNS > 0 ? COLUMNS : 8;
+  const int64_t vectors = p.H / N;
+  for (int64_t at = int64_t{slice} * kThreads + threadIdx.x; at < vectors; at += int64_t{slices} * kThreads) {
+    float sum[N] = {};
+    for (int first = 0; first < C; first += kAtOnce) {
+      Vec<T, N> value[kAtOnce];
+#pragma unroll
+      for (int c = 0; c < kAtOnce; c++) {
+        if (first + c < C && source[first + c] != nullptr) value[c] = load<T, N>(source[first + c] + at * N);
+      }
+#pragma unroll
+      for (int c = 0; c < kAtOnce; c++) {
+        if (first + c < C && source[first + c] != nullptr) {
+          const float w = weight[first + c];
+#pragma unroll
+          for (int i = 0; i < N; i++) sum[i] = fmaf(w, widen(value[c].v[i]), sum[i]);
+        }
+      }
+    }
+    Vec<T, N> out;
+#pragma unroll
+    for (int i = 0; i < N; i++) out.v[i] = narrow<T>(sum[i] * p.output_scale);
+    store<T, N>(p.output.as<T>() + token * p.H + at * N, out);
+  }
+}
+
+template <class T, int N>
+void launch(const MoeCombine& p, FaultNote* notes, unsigned slices, size_t shared, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(p.T * slices);
+#define MOE_COMBINE(columns) \
+  case columns: combine<T, N, columns><<<blocks, kThreads, shared, stream>>>(p, slices, notes); break
+  switch (N > 1 ? p.C : 0) {
+    MOE_COMBINE(1);
+    MOE_COMBINE(2);
+    MOE_COMBINE(4);
+    MOE_COMBINE(6);
+    MOE_COMBINE(7);
+    MOE_COMBINE(8);
+    MOE_COMBINE(9);
+    MOE_COMBINE(10);
+    MOE_COMBINE(11);
+    MOE_COMBINE(16);
+    default: combine<T, N, 0><<<blocks, kThreads, shared, stream>>>(p, slices, notes);
+  }
+#undef MOE_COMBINE
+}
+
+}  // namespace
+
+Status moe_combine(Backend& backend, const MoeCombine& p) {
+  if (p.T == 0 || p.H == 0) return Status::Ok();
+  CudaBackend& device = cuda(backend);
+  const size_t shared = static_cast<size_t>(p.C) * (sizeof(void*) + sizeof(float));
+  if (p.T > INT32_MAX || shared > 48 * 1024) {
+    return Status::Error(Code::kUnsupported, "expected fewer than 2^31 tokens and at most 4096 columns");
+  }
+  return with_float(p.rows.dtype, [&](auto* type) {
+    using T = pointee<decltype(type)>;
+    constexpr int kWide = kVector<T>;
+    const bool wide = p.H % kWide == 0;
+    const int64_t pieces = ceil_div(p.H / (wide ? kWide : 1), kThreads);
+    const auto slices = static_cast<unsigned>(std::min(pieces, INT32_MAX / p.T));  // at least 1
+    backend.note_path("moe_combine", wide ? "vectors" : "elements");
+    if (wide) {
+      launch<T, kWide>(p, device.fault_notes(), slices, shared, device.stream());
+    } else {
+      launch<T, 1>(p, device.fault_notes(), slices, shared, device.stream());
+    }
+    MOE_CUDA_LAUNCHED("moe_combine");
+    return Status::Ok();
+  });
+}
+
+MOE_REGISTER(moe_combine, MoeCombine);
+
+}  // namespace moe

@@ -1,0 +1,21 @@
+// moe_dispatch: the launch shell. The kernels are in moe_dispatch_launch.cu.
+#include "backend.h"
+#include "check.h"
+#include "moe_dispatch.cuh"
+
+namespace moe {
+
+Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
+  CudaBackend& device = cuda(backend);
+  void* scratch = nullptr;
+  const size_t bytes = dispatch::scratch_bytes(p, device.sm_count());
+  if (bytes > 0) MOE_RETURN_IF_ERROR(device.scratch(bytes, &scratch));
+  const char* path = "";
+  MOE_CUDA_CHECK(dispatch::launch(p, device.sm_count(), scratch, device.stream(), &path));
+  backend.note_path("moe_dispatch", path);
+  return Status::Ok();
+}
+
+MOE_REGISTER(moe_dispatch, MoeDispatch);
+
+}  // namespace moe

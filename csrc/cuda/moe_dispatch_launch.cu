@@ -1,0 +1,552 @@
+// The kernels of moe_dispatch and which of them sort what.
+//
+// A stable counting sort. A warp owns consecutive choices, 32 a round: a ballot per bit of the expert gives a choice its
+// rank among equal experts of the round (match_any takes 270 cycles), a counter per warp and expert in shared memory
+// what came in the rounds before. Counters become first places by a prefix over the warps of a block, over the blocks,
+// and over the experts.
+// - Few choices: every block sorts all of them, redundantly, and writes its own slice of the outputs; one kernel.
+// - More: `count` writes a row of counters per block (and the empty value to all places), `place` adds up the rows of
+//   the blocks before it. With programmatic dependent launch `place` sorts within its block while `count` still runs.
+// - More than kManyExperts experts: one block goes through the choices, 1024 at a time.
+// Rows are copied token by token: read once, written to each of the token's places; then empty places are cleared.
+//
+// Limits: 2^31 - 1 places. Ids that are not local, negative ones included, get inverse -1. No arithmetic on values.
+// Counters are integers, so that no order of additions shows.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+
+#include "moe_dispatch.cuh"
+
+namespace moe::dispatch {
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kManyExperts = 2048;
+constexpr int kSharedBytes = 39 * 1024;  // beside the slice of sort_few under 48 KB
+constexpr int kFewChoices = 4096;
+constexpr int kSlice = 2048;  // places per block where choices are few
+
+struct Args {
+  const int32_t* ids;
+  int32_t *order, *inverse, *counts, *offsets, *block_experts;
+  uint32_t* rows;  // scratch: [blocks of the grid, pairs of experts], two counters of 16 bits in a word
+  int64_t choices, places, blocks;
+  int32_t experts, first_expert, block_size;
+  int32_t bits;  // of an expert, and of -1 apart from all experts
+};
+
+__device__ int local_expert(const Args& a, int64_t choice) {
+  if (choice >= a.choices) return -1;
+  const int32_t id = a.ids[choice];
+  const int64_t expert = static_cast<int64_t>(id) - a.first_expert;
+  return id >= 0 && expert >= 0 && expert < a.experts ? static_cast<int>(expert) : -1;
+}
+
+__device__ int padded(const Args& a, int count) {
+  return a.block_size > 0 ? (count + a.block_size - 1) / a.block_size * a.block_size : count;
+}
+
+// Shared memory of a block: counters [warps, experts] of 16 bits, then two words per expert and the scan's 33.
+struct Shared {
+  uint16_t* counters;
+  uint32_t *before, *start, *partial;
+  __device__ Shared(uint32_t* memory, int warps, int experts) {
+    before = memory;
+    start = before + experts;
+    partial = start + experts;
+    counters = reinterpret_cast<uint16_t*>(partial + 34);
+  }
+};
+int shared_bytes(int warps, int experts) { return 4 * (2 * experts + 34) + 2 * warps * ((experts + 1) / 2 * 2); }
+
+// Experts and places within the block of this thread's Rounds choices; counters end as exclusive prefixes over the
+// warps, `before` as the block's counts.
+template <int Rounds>
+__device__ void sort_block(const Args& a, const Shared& s, int64_t first, int* expert, int* place) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int stride = (a.experts + 1) / 2 * 2;
+  const int64_t begin = first + static_cast<int64_t>(warp) * 32 * Rounds + lane;
+#pragma unroll
+  for (int r = 0; r < Rounds; r++) expert[r] = local_expert(a, begin + r * 32);
+  uint32_t* words = reinterpret_cast<uint32_t*>(s.counters);
+  for (int i = threadIdx.x; i < warps * stride / 2; i += blockDim.x) words[i] = 0;
+  __syncthreads();
+  uint16_t* mine = s.counters + warp * stride;
+  unsigned equal[Rounds];
+#pragma unroll
+  for (int r = 0; r < Rounds; r++) equal[r] = kAll;
+  for (int b = 0; b < a.bits; b++) {
+#pragma unroll
+    for (int r = 0; r < Rounds; r++) {
+      const bool set = (expert[r] >> b & 1) != 0;
+      const unsigned lanes = __ballot_sync(kAll, set);
+      equal[r] &= set ? lanes : ~lanes;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < Rounds; r++) {
+    const int rank = __popc(equal[r] & ((1u << lane) - 1));
+    const int so_far = expert[r] >= 0 ? mine[expert[r]] : 0;
+    place[r] = so_far + rank;
+    __syncwarp();
+    if (rank == 0 && expert[r] >= 0) mine[expert[r]] = static_cast<uint16_t>(so_far + __popc(equal[r]));
+    __syncwarp();
+  }
+  __syncthreads();
+  // Four neighbouring threads share a pair of experts and a quarter of the warps each; a word adds as two counters.
+  const int pairs = stride / 2, quarter = threadIdx.x % 4, share = (warps + 3) / 4;
+  for (int i = threadIdx.x / 4; i - static_cast<int>(threadIdx.x) / 4 < pairs; i += blockDim.x / 4) {
+    uint32_t count[8], sum = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      const int w = quarter * share + k;
+      count[k] = i < pairs && k < share && w < warps ? words[w * pairs + i] : 0;
+      sum += count[k];
+    }
+    uint32_t before = __shfl_up_sync(kAll, sum, 1, 4), total = sum;
+    before = quarter >= 1 ? before : 0;
+    total += before;
+    const uint32_t further = __shfl_up_sync(kAll, total, 2, 4);
+    if (quarter >= 2) before += further, total += further;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      const int w = quarter * share + k;
+      if (i < pairs && k < share && w < warps) words[w * pairs + i] = before;
+      before += count[k];
+    }
+    if (quarter == 3 && i < pairs) {
+      s.before[2 * i] = total & 0xffffu;
+      if (2 * i + 1 < a.experts) s.before[2 * i + 1] = total >> 16;
+    }
+  }
+  __syncthreads();
+}
+
+// start[e] holds counts and becomes first places; returns the total. Every thread owns consecutive experts.
+__device__ uint32_t scan_experts(const Args& a, const Shared& s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int each = (a.experts + blockDim.x - 1) / blockDim.x;
+  const int begin = min(static_cast<int>(threadIdx.x) * each, a.experts), end = min(begin + each, a.experts);
+  uint32_t sum = 0;
+  for (int e = begin; e < end; e++) sum += padded(a, static_cast<int>(s.start[e]));
+  uint32_t inclusive = sum;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const uint32_t other = __shfl_up_sync(kAll, inclusive, lanes);
+    if (lane >= lanes) inclusive += other;
+  }
+  if (lane == 31) s.partial[warp] = inclusive;
+  __syncthreads();
+  uint32_t base = 0, total = 0;
+  for (int w = 0; w < warps; w++) {
+    const uint32_t part = s.partial[w];
+    if (w < warp) base += part;
+    total += part;
+  }
+  uint32_t place = base + inclusive - sum;
+  for (int e = begin; e < end; e++) {
+    const uint32_t count = s.start[e];
+    s.start[e] = place;
+    place += padded(a, static_cast<int>(count));
+  }
+  __syncthreads();
+  return total;
+}
+
+// Counts, offsets and block experts of expert e; `thread` of `threads` share its blocks.
+__device__ void write_expert(const Args& a, const Shared& s, int e, uint32_t total, int thread, int threads) {
+  const uint32_t begin = s.start[e], end = e + 1 < a.experts ? s.start[e + 1] : total;
+  if (thread == 0) a.offsets[e] = static_cast<int32_t>(begin);
+  if (a.block_size > 0) {
+    for (uint32_t b = begin / a.block_size + thread; b < end / a.block_size; b += threads) {
+      if (b < a.blocks) a.block_experts[b] = e;
+    }
+  }
+}
+
+// Few choices: every block sorts all of them and writes its slice of `order`.
+template <int Rounds>
+__global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args a) {
+  extern __shared__ __align__(16) uint32_t memory[];
+  __shared__ __align__(16) int32_t slice[kSlice];
+  const int warps = blockDim.x / 32;
+  const Shared s(memory, warps, a.experts);
+  const int32_t empty = static_cast<int32_t>(a.choices);
+  for (int i = threadIdx.x; i < kSlice; i += blockDim.x) slice[i] = empty;
+  int expert[Rounds], place[Rounds];
+  sort_block<Rounds>(a, s, 0, expert, place);
+  for (int e = threadIdx.x; e < a.experts; e += blockDim.x) {
+    s.start[e] = s.before[e];
+    if (blockIdx.x == 0) a.counts[e] = static_cast<int32_t>(s.before[e]);
+  }
+  __syncthreads();
+  const uint32_t total = scan_experts(a, s);
+  const int stride = (a.experts + 1) / 2 * 2;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSlice;
+#pragma unroll
+  for (int r = 0; r < Rounds; r++) {
+    const int choice = (threadIdx.x / 32 * Rounds + r) * 32 + threadIdx.x % 32;
+    int64_t at = -1;
+    if (expert[r] >= 0) {
+      at = static_cast<int64_t>(s.start[expert[r]]) + s.counters[threadIdx.x / 32 * stride + expert[r]] + place[r];
+      if (at >= begin && at < begin + kSlice) slice[at - begin] = choice;
+    }
+    if (blockIdx.x == 0 && choice < a.choices) a.inverse[choice] = static_cast<int32_t>(at);
+  }
+  __syncthreads();
+  const int size = static_cast<int>(min(static_cast<int64_t>(kSlice), a.places - begin));
+  for (int i = threadIdx.x; i < size; i += blockDim.x) a.order[begin + i] = slice[i];
+  const int last = static_cast<int>(gridDim.x) - 1;
+  if (static_cast<int>(blockIdx.x) == last) {
+    const int team = max(1, static_cast<int>(blockDim.x) / a.experts);
+    const int teams = static_cast<int>(blockDim.x) / team;
+    for (int e = static_cast<int>(threadIdx.x) / team; e < a.experts && static_cast<int>(threadIdx.x) / team < teams; e += teams) {
+      write_expert(a, s, e, total, threadIdx.x % team, team);
+    }
+    if (threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);
+    if (a.block_size > 0) {
+      for (int64_t b = total / a.block_size + threadIdx.x; b < a.blocks; b += blockDim.x) a.block_experts[b] = -1;
+    }
+  }
+}
+
+__device__ void fill_order(const Args& a) {
+  const int32_t empty = static_cast<int32_t>(a.choices);
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  if (reinterpret_cast<uintptr_t>(a.order) % 16 == 0) {
+    int4* vectors = reinterpret_cast<int4*>(a.order);
+    for (int64_t i = thread; i < a.places / 4; i += threads) vectors[i] = make_int4(empty, empty, empty, empty);
+    for (int64_t i = a.places / 4 * 4 + thread; i < a.places; i += threads) a.order[i] = empty;
+  } else {
+    for (int64_t i = thread; i < a.places; i += threads) a.order[i] = empty;
+  }
+}
+
+__device__ void write_row(const Args& a, const Shared& s) {
+  const int pairs = (a.experts + 1) / 2;
+  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+    const uint32_t high = 2 * i + 1 < a.experts ? s.before[2 * i + 1] : 0;
+    a.rows[static_cast<int64_t>(blockIdx.x) * pairs + i] = s.before[2 * i] | high << 16;
+  }
+}
+
+// Adds up the rows: before[e] = choices of blocks before this one, start[e] = choices of all.
+__device__ void add_rows(const Args& a, const Shared& s) {
+  const int pairs = (a.experts + 1) / 2, threads = blockDim.x;
+  for (int e = threadIdx.x; e < a.experts; e += threads) s.before[e] = s.start[e] = 0;
+  __syncthreads();
+  const int teams = max(1, threads / pairs);
+  const int team = min(static_cast<int>(threadIdx.x) / pairs, teams);
+  if (team < teams) {
+    for (int i = threadIdx.x - team * pairs; i < pairs; i += threads) {
+      uint32_t before[2] = {}, all[2] = {};
+#pragma unroll 8
+      for (int b = team; b < static_cast<int>(gridDim.x); b += teams) {
+        const uint32_t word = __ldcg(a.rows + static_cast<int64_t>(b) * pairs + i);
+        all[0] += word & 0xffffu;
+        all[1] += word >> 16;
+        if (b < static_cast<int>(blockIdx.x)) {
+          before[0] += word & 0xffffu;
+          before[1] += word >> 16;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        if (2 * i + k >= a.experts || all[k] == 0) continue;
+        atomicAdd(s.before + 2 * i + k, before[k]);
+        atomicAdd(s.start + 2 * i + k, all[k]);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+template <int Rounds>
+__device__ void place_block(const Args& a, const Shared& s, int64_t first, const int* expert, const int* place) {
+  add_rows(a, s);
+  for (int e = blockIdx.x + gridDim.x * threadIdx.x; e < a.experts; e += gridDim.x * blockDim.x) {
+    a.counts[e] = static_cast<int32_t>(s.start[e]);
+  }
+  __syncthreads();
+  const uint32_t total = scan_experts(a, s);
+  const int stride = (a.experts + 1) / 2 * 2, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int r = 0; r < Rounds; r++) {
+    const int64_t choice = first + (warp * Rounds + r) * 32 + threadIdx.x % 32;
+    int64_t at = -1;
+    if (expert[r] >= 0) {
+      at = static_cast<int64_t>(s.start[expert[r]]) + s.before[expert[r]] + s.counters[warp * stride + expert[r]] + place[r];
+      if (at < a.places) a.order[at] = static_cast<int32_t>(choice);
+    }
+    if (choice < a.choices) a.inverse[choice] = static_cast<int32_t>(at);
+  }
+  const int warps = blockDim.x / 32;
+  for (int e = static_cast<int>(blockIdx.x) * warps + warp; e < a.experts; e += static_cast<int>(gridDim.x) * warps) {
+    write_expert(a, s, e, total, threadIdx.x % 32, 32);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);
+  if (a.block_size > 0) {
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int64_t b = total / a.block_size + thread; b < a.blocks; b += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      a.block_experts[b] = -1;
+    }
+  }
+}
+
+enum class Phase { kCount, kPlace, kPlaceOverlapped, kBoth };
+
+template <int Rounds, Phase P>
+__global__ void __launch_bounds__(1024, 1) sort_many(const __grid_constant__ Args a) {
+  extern __shared__ __align__(16) uint32_t memory[];
+  const Shared s(memory, blockDim.x / 32, a.experts);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x * Rounds;
+  int expert[Rounds], place[Rounds];
+#if __CUDA_ARCH__ >= 900
+  if (P == Phase::kCount) cudaTriggerProgrammaticLaunchCompletion();
+#endif
+  sort_block<Rounds>(a, s, first, expert, place);
+  if (P == Phase::kCount || P == Phase::kBoth) {
+    write_row(a, s);
+    fill_order(a);
+  }
+  if (P == Phase::kBoth) cooperative_groups::this_grid().sync();
+#if __CUDA_ARCH__ >= 900
+  if (P == Phase::kPlaceOverlapped) cudaGridDependencySynchronize();
+#endif
+  if (P != Phase::kCount) place_block<Rounds>(a, s, first, expert, place);
+}
+
+// More experts than shared memory counts: one block, the order of the choices kept 1024 at a time.
+__global__ void __launch_bounds__(1024, 1) sort_many_experts(const __grid_constant__ Args a, uint32_t* next) {
+  __shared__ uint32_t carry, partial[32];
+  __shared__ int32_t experts[1024];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  fill_order(a);
+  for (int e = threadIdx.x; e < a.experts; e += 1024) next[e] = 0;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < a.choices; i += 1024) {
+    const int expert = local_expert(a, i);
+    if (expert >= 0) atomicAdd(next + expert, 1u);
+  }
+  if (threadIdx.x == 0) carry = 0;
+  __syncthreads();
+  for (int base = 0; base < a.experts; base += 1024) {
+    const int e = base + static_cast<int>(threadIdx.x);
+    const uint32_t count = e < a.experts ? next[e] : 0, size = static_cast<uint32_t>(padded(a, static_cast<int>(count)));
+    uint32_t inclusive = size;
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const uint32_t other = __shfl_up_sync(kAll, inclusive, lanes);
+      if (lane >= lanes) inclusive += other;
+    }
+    if (lane == 31) partial[warp] = inclusive;
+    __syncthreads();
+    uint32_t place = carry + inclusive - size;
+    for (int w = 0; w < warp; w++) place += partial[w];
+    __syncthreads();
+    if (e < a.experts) {
+      a.counts[e] = static_cast<int32_t>(count);
+      a.offsets[e] = static_cast<int32_t>(place);
+      next[e] = place;
+      for (uint32_t b = a.block_size > 0 ? place / a.block_size : 1; a.block_size > 0 && b < (place + size) / a.block_size; b++) {
+        if (b < a.blocks) a.block_experts[b] = e;
+      }
+    }
+    if (threadIdx.x == 1023) carry = place + size;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(carry);
+  if (a.block_size > 0) {
+    for (int64_t b = carry / a.block_size + threadIdx.x; b < a.blocks; b += 1024) a.block_experts[b] = -1;
+  }
+  for (int64_t base = 0; base < a.choices; base += 1024) {
+    const int64_t choice = base + threadIdx.x;
+    const int expert = local_expert(a, choice);
+    experts[threadIdx.x] = expert;
+    __syncthreads();
+    int rank = 0, equal = 0;
+    for (int i = 0; i < 1024 && expert >= 0; i++) {
+      const bool same = experts[i] == expert;
+      equal += same;
+      rank += same && i < static_cast<int>(threadIdx.x);
+    }
+    int64_t at = -1;
+    if (expert >= 0) at = static_cast<int64_t>(next[expert]) + rank;
+    __syncthreads();
+    if (expert >= 0 && rank == 0) next[expert] += equal;
+    if (at >= 0 && at < a.places) a.order[at] = static_cast<int32_t>(choice);
+    if (choice < a.choices) a.inverse[choice] = static_cast<int32_t>(at);
+    __syncthreads();
+  }
+}
+
+// A warp copies up to 4 vectors a lane of one token to all its places; after the tokens, 32 places a warp are looked
+// through for empty ones.
+template <class V>
+__global__ void __launch_bounds__(256) gather(const V* hidden, V* rows, const int32_t* inverse, const int32_t* order,
+                                              int64_t tokens, int columns, int64_t vectors, int64_t places) {
+  constexpr int kEach = 4;
+  const int lane = threadIdx.x % 32;
+  const int64_t pieces = (vectors + 32 * kEach - 1) / (32 * kEach), copies = tokens * pieces;
+  const int64_t choices = tokens * columns, looks = (places + 31) / 32;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; item < copies + looks; item += warps) {
+    if (item < copies) {
+      const int64_t t = item / pieces, first = item % pieces * (32 * kEach) + lane;
+      V values[kEach];
+#pragma unroll
+      for (int k = 0; k < kEach; k++) {
+        if (first + 32 * k < vectors) values[k] = __ldcs(hidden + t * vectors + first + 32 * k);
+      }
+      for (int base = 0; base < columns; base += 32) {
+        const int mine = base + lane < columns ? inverse[t * columns + base + lane] : -1;
+        for (int c = 0; c < min(32, columns - base); c++) {
+          const int64_t place = __shfl_sync(kAll, mine, c);
+          if (place < 0 || place >= places) continue;
+#pragma unroll
+          for (int k = 0; k < kEach; k++) {
+            if (first + 32 * k < vectors) __stcs(rows + place * vectors + first + 32 * k, values[k]);
+          }
+        }
+      }
+    } else {
+      const int64_t mine = (item - copies) * 32 + lane;
+      unsigned empty = __ballot_sync(kAll, mine < places && order[mine < places ? mine : 0] == choices);
+      for (; empty != 0; empty &= empty - 1) {
+        const int64_t place = (item - copies) * 32 + __ffs(static_cast<int>(empty)) - 1;
+        for (int64_t i = lane; i < vectors; i += 32) __stcs(rows + place * vectors + i, V{});
+      }
+    }
+  }
+}
+
+// Warps per block by what fits into shared memory, rounds by how many choices there are.
+struct Shape {
+  int warps, rounds;
+  int64_t blocks;
+};
+
+Shape shape_of(const MoeDispatch& p) {
+  const int64_t choices = p.T * p.C;
+  int warps = 32;
+  while (warps > 1 && shared_bytes(warps, p.experts) > kSharedBytes) warps /= 2;
+  int rounds = 1;
+  while (rounds < 16 && choices > int64_t{warps} * 32 * rounds * (rounds < 4 ? 64 : 128)) rounds *= 2;
+  return {warps, rounds, std::max<int64_t>(1, (choices + int64_t{warps} * 32 * rounds - 1) / (int64_t{warps} * 32 * rounds))};
+}
+
+template <class Kernel>
+cudaError_t run(Kernel kernel, const Args& args, const Shape& shape, int bytes, cudaStream_t stream, cudaLaunchAttributeID attribute,
+                bool with_attribute) {
+  cudaLaunchAttribute attributes[1] = {};
+  attributes[0].id = attribute;
+  if (attribute == cudaLaunchAttributeCooperative) {
+    attributes[0].val.cooperative = 1;
+  } else {
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = static_cast<unsigned>(32 * shape.warps);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = with_attribute ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <int Rounds>
+cudaError_t run_many(const Args& a, const Shape& shape, Chain chain, cudaStream_t stream) {
+  const int bytes = shared_bytes(shape.warps, a.experts);
+  if (chain == Chain::kCooperative) {
+    return run(sort_many<Rounds, Phase::kBoth>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, true);
+  }
+  const cudaError_t counted = run(sort_many<Rounds, Phase::kCount>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+  if (counted != cudaSuccess) return counted;
+  if (chain == Chain::kOverlapped) {
+    return run(sort_many<Rounds, Phase::kPlaceOverlapped>, a, shape, bytes, stream,
+               cudaLaunchAttributeProgrammaticStreamSerialization, true);
+  }
+  return run(sort_many<Rounds, Phase::kPlace>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+}
+
+template <class V>
+cudaError_t run_gather(const MoeDispatch& p, int sms, cudaStream_t stream) {
+  const int64_t vectors = p.H * static_cast<int64_t>(size_of(p.rows.dtype)) / static_cast<int64_t>(sizeof(V));
+  const int64_t items = p.T * ((vectors + 127) / 128) + (p.P + 31) / 32;
+  const int64_t blocks = std::clamp<int64_t>((items + 7) / 8, 1, int64_t{sms} * 64);
+  gather<V><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(
+      static_cast<const V*>(p.hidden.data), static_cast<V*>(p.rows.data), p.inverse.as<const int32_t>(),
+      p.order.as<const int32_t>(), p.T, static_cast<int>(p.C), vectors, p.P);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+size_t scratch_bytes(const MoeDispatch& p, int) {
+  if (p.experts > kManyExperts) return size_t{4} * p.experts;
+  if (p.T * p.C <= kFewChoices) return 0;
+  return static_cast<size_t>(shape_of(p).blocks) * ((p.experts + 1) / 2) * 4;
+}
+
+cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t stream, const char** path, Chain chain) {
+  Args a{};
+  a.ids = p.ids.as<const int32_t>();
+  a.order = p.order.as<int32_t>();
+  a.inverse = p.inverse.as<int32_t>();
+  a.counts = p.counts.as<int32_t>();
+  a.offsets = p.offsets.as<int32_t>();
+  a.block_experts = p.block_experts.as<int32_t>();
+  a.rows = static_cast<uint32_t*>(scratch);
+  a.choices = p.T * p.C;
+  a.places = p.P;
+  a.blocks = p.blocks;
+  a.experts = p.experts;
+  a.first_expert = p.first_expert;
+  a.block_size = p.block_experts ? p.block_size : 0;
+  while (a.experts >> a.bits != 0) a.bits++;
+  const Shape shape = shape_of(p);
+  cudaError_t error = cudaSuccess;
+  if (p.experts > kManyExperts) {
+    *path = "one block";
+    sort_many_experts<<<1, 1024, 0, stream>>>(a, static_cast<uint32_t*>(scratch));
+    error = cudaGetLastError();
+  } else if (a.choices <= int64_t{32} * shape.warps * 4 && a.choices <= kFewChoices) {
+    *path = "few choices: every block sorts all";
+    const unsigned blocks = static_cast<unsigned>(std::max<int64_t>(1, (a.places + kSlice - 1) / kSlice));
+    const int64_t each = (a.choices + 32 * shape.warps - 1) / (32 * shape.warps);
+    // Fewer warps where choices are few: less to clear and to add up. At least eight share the slice.
+    const int warps = each > 1 ? shape.warps : std::min<int>(shape.warps, std::max<int>(8, static_cast<int>((a.choices + 31) / 32)));
+    const int bytes = shared_bytes(warps, a.experts);
+    if (each <= 1) {
+      sort_few<1><<<blocks, 32 * warps, bytes, stream>>>(a);
+    } else if (each <= 2) {
+      sort_few<2><<<blocks, 32 * warps, bytes, stream>>>(a);
+    } else {
+      sort_few<4><<<blocks, 32 * warps, bytes, stream>>>(a);
+    }
+    error = cudaGetLastError();
+  } else {
+    if (chain == Chain::kDefault || (chain == Chain::kCooperative && shape.blocks > sms)) chain = Chain::kPlain;
+    *path = chain == Chain::kCooperative ? "one cooperative kernel" : chain == Chain::kOverlapped ? "count and place, overlapped" : "count and place";
+    switch (shape.rounds) {
+      case 1: error = run_many<1>(a, shape, chain, stream); break;
+      case 2: error = run_many<2>(a, shape, chain, stream); break;
+      case 4: error = run_many<4>(a, shape, chain, stream); break;
+      case 8: error = run_many<8>(a, shape, chain, stream); break;
+      default: error = run_many<16>(a, shape, chain, stream); break;
+    }
+  }
+  if (error != cudaSuccess || !p.rows || p.P == 0 || p.H == 0) return error;
+  const int64_t bytes = p.H * static_cast<int64_t>(size_of(p.rows.dtype));
+  const auto whole = [&](int64_t size) {
+    return bytes % size == 0 && reinterpret_cast<uintptr_t>(p.rows.data) % size == 0 && reinterpret_cast<uintptr_t>(p.hidden.data) % size == 0;
+  };
+  if (whole(16)) return run_gather<int4>(p, sms, stream);
+  if (whole(4)) return run_gather<int32_t>(p, sms, stream);
+  return run_gather<int16_t>(p, sms, stream);
+}
+
+}  // namespace moe::dispatch

@@ -1,0 +1,165 @@
+// What the kernels of moe_fused_gate share: their arguments, scores, and how one choice becomes a column of the row.
+//
+// Legend: T tokens, E experts (columns of logits), K routed choices, n shared experts, C = K + n columns.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace moe::gate {
+
+struct Args {
+  const void* logits;
+  const float* bias;
+  const int32_t* valid_device;
+  const int32_t* id_map;
+  unsigned long long* load;
+  int32_t* ids;
+  float* weights;
+  int32_t* logical_ids;
+  int64_t valid_host, T;
+  int32_t E, K, shared, routed, zero, columns;
+  int32_t groups, group_size, top_groups;
+  uint32_t rounds;
+  int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
+  float scale, shared_weight;
+  DType dtype;
+  Scoring scoring;
+  Selection selection;
+  GroupScore group_score;
+  bool renormalize;
+  uint32_t seed;
+};
+
+// Enqueues the op. `path` becomes the name of the kernel that was taken; `force` is for benchmarks and tests: lanes per
+// token of the fast kernel, 1 for the general kernel, 0 for the choice of the table in moe_fused_gate_launch.cu.
+cudaError_t launch(const MoeFusedGate& p, int sm_count, cudaStream_t stream, const char** path, int force = 0);
+
+#ifdef __CUDACC__
+
+inline constexpr unsigned kAll = 0xffffffffu;
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ inline float nan_value() { return __int_as_float(0x7fffffff); }
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+
+template <class T>
+__device__ inline float widen(T x);
+template <>
+__device__ inline float widen(float x) {
+  return x;
+}
+template <>
+__device__ inline float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+template <>
+__device__ inline float widen(__half x) {
+  return __half2float(x);
+}
+
+__device__ inline float load_logit(const Args& a, int64_t at) {
+  if (a.dtype == DType::kF32) return static_cast<const float*>(a.logits)[at];
+  if (a.dtype == DType::kBF16) return widen(static_cast<const __nv_bfloat16*>(a.logits)[at]);
+  return widen(static_cast<const __half*>(a.logits)[at]);
+}
+
+__device__ inline int64_t valid_tokens(const Args& a) {
+  const int64_t given = a.valid_device != nullptr ? *a.valid_device : a.valid_host;
+  return given < 0 ? 0 : given < a.T ? given : a.T;
+}
+
+// 1 / (1 + e^-x) within about 2e-7, two special-function instructions; the same x gives the same bits everywhere.
+__device__ inline float fast_sigmoid(float x) {
+  float power, score;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -kLog2E));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(score) : "f"(1.0f + power));
+  return score;
+}
+
+__device__ inline float exact_sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + expf(-x)); }
+
+__device__ inline float sqrt_softplus(float x) {
+  if (isnan(x)) return x;
+  return __fsqrt_rn(x > 20.0f ? x : log1pf(expf(x)));
+}
+
+// Unsigned keys in the order of the floats: -0 equals 0, NaN is below -inf, and 0 is left for "no candidate".
+__device__ inline uint32_t rank_key(float value) {
+  if (isnan(value)) return 1;
+  const uint32_t bits = __float_as_uint(value + 0.0f);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id) {
+  if (static_cast<uint32_t>(id) >= static_cast<uint32_t>(a.slots)) return;
+  if (a.histogram > 0) {
+    atomicAdd(histogram + id, 1u);
+  } else {
+    atomicAdd(a.load + id, 1ull);
+  }
+}
+
+__device__ inline uint32_t map_round(const Args& a, int64_t t) {
+  return a.rounds == 1 ? 0u : static_cast<uint32_t>(t) % a.rounds;
+}
+
+__device__ inline int32_t mapped(const Args& a, uint32_t round, int32_t id) {
+  return a.id_map == nullptr ? id : a.id_map[static_cast<int64_t>(round) * (a.E + a.shared) + id];
+}
+
+// Outputs from token `first` on: the offsets of a warp's tokens fit into 32 bits.
+struct Rows {
+  int32_t *ids, *logical_ids;
+  float* weights;
+  __device__ Rows(const Args& a, int64_t first)
+      : ids(a.ids + first * a.columns),
+        logical_ids(a.logical_ids != nullptr ? a.logical_ids + first * a.K : nullptr),
+        weights(a.weights + first * a.columns) {}
+};
+
+// Column `slot` of a valid token, a routed choice: `expert` is its column of logits, `at` the token after the first.
+__device__ inline void write_choice(const Args& a, const Rows& rows, int at, uint32_t round, int slot, int32_t expert,
+                                    float weight, uint32_t* histogram) {
+  const int32_t logical = expert < a.routed ? expert : expert + a.shared;
+  if (rows.logical_ids != nullptr) rows.logical_ids[at * a.K + slot] = logical;
+  const int32_t id = mapped(a, round, logical);
+  const int column = at * a.columns + slot;
+  rows.ids[column] = id;
+  rows.weights[column] = weight * a.scale;
+  if (a.load != nullptr) count_load(a, histogram, id);
+}
+
+__device__ inline void write_shared(const Args& a, const Rows& rows, int at, uint32_t round, int which,
+                                    uint32_t* histogram) {
+  const int32_t id = mapped(a, round, a.routed + which);
+  const int column = at * a.columns + a.K + which;
+  rows.ids[column] = id;
+  rows.weights[column] = a.shared_weight;
+  if (a.load != nullptr) count_load(a, histogram, id);
+}
+
+// Column `column` of a padding row.
+__device__ inline void write_padding(const Args& a, const Rows& rows, int at, int column) {
+  rows.ids[at * a.columns + column] = -1;
+  rows.weights[at * a.columns + column] = 0.0f;
+  if (rows.logical_ids != nullptr && column < a.K) rows.logical_ids[at * a.K + column] = -1;
+}
+
+__device__ inline void clear_histogram(const Args& a, uint32_t* histogram) {
+  for (int i = threadIdx.x; i < a.histogram; i += blockDim.x) histogram[i] = 0;
+}
+
+__device__ inline void add_histogram(const Args& a, const uint32_t* histogram) {
+  for (int i = threadIdx.x; i < a.histogram; i += blockDim.x) {
+    if (histogram[i] != 0) atomicAdd(a.load + i, static_cast<unsigned long long>(histogram[i]));
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace moe::gate

@@ -1,0 +1,144 @@
+// Which kernel routes which batch: the fast kernel where its limits hold, else the general one.
+#include <algorithm>
+
+#include "moe_fused_gate_lanes.cuh"
+
+namespace moe::gate {
+
+namespace {
+
+constexpr int kHistogramSlots = 4096;       // counted in shared memory up to here
+constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
+
+template <class T, int E, int L, Family F, int Warps>
+cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream, bool one_pass = false) {
+  constexpr int kTokens = 32 / L * Warps;
+  constexpr bool kBiasInShared = F != Family::kSoftmax && E / L > 16;
+  const auto kernel = gate_lanes<T, E, L, F, Warps>;
+  const int bytes = 4 * (a.histogram + (kBiasInShared ? E : 0) + Warps * kLanesScratch<E, L>);
+  const int64_t blocks = (a.T + kTokens - 1) / kTokens;
+  static const int resident = [&] {
+    int count = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, 32 * Warps, bytes);
+    return std::max(count, 1);
+  }();
+  kernel<<<static_cast<int>(one_pass ? blocks : std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * Warps, bytes, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <int N>
+cudaError_t run_rows(const Args& a, int sms, cudaStream_t stream) {
+  constexpr int kWarps = 4;
+  const int bytes = 4 * (a.histogram + kWarps * row_scratch(a.E, a.top_groups < a.groups ? a.groups : 0));
+  const int64_t blocks = (a.T + kWarps - 1) / kWarps;
+  gate_rows<N><<<static_cast<int>(std::min<int64_t>(blocks, int64_t{sms} * 16)), 32 * kWarps, bytes, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <int N, int... More>
+cudaError_t run_smallest_rows(const Args& a, int sms, cudaStream_t stream) {
+  if constexpr (sizeof...(More) > 0) {
+    if (a.E > 32 * N) return run_smallest_rows<More...>(a, sms, stream);
+  }
+  return run_rows<N>(a, sms, stream);
+}
+
+// Lanes per token by batch: few tokens want short chains of dependent work, many want little work per token.
+
+template <class T, int E, Family F, int L, int... More>
+cudaError_t run_variant(const Args& a, int lanes, int sms, cudaStream_t stream) {
+  if constexpr (sizeof...(More) > 0) {
+    if (lanes % 100 != L) return run_variant<T, E, F, More...>(a, lanes, sms, stream);
+  }
+  if constexpr (L == 32) {
+    if (a.T <= 4 * sms) return run_lanes<T, E, L, F, 1>(a, sms, stream);
+  }
+  return run_lanes<T, E, L, F, 4>(a, sms, stream, lanes > 100);
+}
+
+template <int E, Family F, int... L>
+cudaError_t run_dtype(const Args& a, int lanes, int sms, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_variant<float, E, F, L...>(a, lanes, sms, stream);
+  if (a.dtype == DType::kBF16) return run_variant<__nv_bfloat16, E, F, L...>(a, lanes, sms, stream);
+  return run_variant<__half, E, F, L...>(a, lanes, sms, stream);
+}
+
+const char* name(int lanes) {
+  switch (lanes) {
+    case 4: return "4 lanes per token";
+    case 8: return "8 lanes per token";
+    case 16: return "16 lanes per token";
+    case 32: return "32 lanes per token";
+    default: return "general: a warp per token";
+  }
+}
+
+Args pack(const MoeFusedGate& p) {
+  Args a{};
+  a.logits = p.logits.data;
+  a.bias = p.bias.as<const float>();
+  a.valid_device = p.valid_tokens.device;
+  a.valid_host = p.valid_tokens.host;
+  a.id_map = p.id_map.as<const int32_t>();
+  a.load = p.load.as<unsigned long long>();
+  a.ids = p.ids.as<int32_t>();
+  a.weights = p.weights.as<float>();
+  a.logical_ids = p.logical_ids.as<int32_t>();
+  a.T = p.T;
+  a.E = static_cast<int32_t>(p.E);
+  a.K = p.K;
+  a.shared = p.shared;
+  a.zero = p.zero;
+  a.routed = a.E - p.zero;
+  a.columns = p.K + p.shared;
+  a.groups = p.groups;
+  a.group_size = a.E / p.groups;
+  a.top_groups = p.top_groups;
+  a.rounds = static_cast<uint32_t>(std::max<int64_t>(p.rounds, 1));
+  a.slots = static_cast<int32_t>(std::min<int64_t>(p.slots, 0x7fffffff));
+  const bool counted_here = p.load && p.slots <= kHistogramSlots && p.T * a.columns >= kHistogramChoices;
+  a.histogram = counted_here ? (a.slots + 3) / 4 * 4 : 0;
+  const bool in_weights = p.scale_placement == ScalePlacement::kInWeights;
+  a.scale = in_weights ? p.scale : 1.0f;
+  a.shared_weight = in_weights ? 1.0f : 1.0f / p.scale;
+  a.dtype = p.logits.dtype;
+  a.scoring = p.scoring;
+  a.selection = p.selection;
+  a.group_score = p.group_score;
+  a.renormalize = p.renormalize;
+  a.seed = p.seed;
+  return a;
+}
+
+}  // namespace
+
+cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const char** path, int force) {
+  if (p.T == 0) {
+    *path = "nothing to do";
+    return cudaSuccess;
+  }
+  const Args a = pack(p);
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  const bool fits = force != 1 && a.K <= 8 && aligned(a.logits) && aligned(a.bias);
+  const bool single = a.top_groups == a.groups;
+  const bool sigmoid = a.scoring == Scoring::kSigmoid && a.selection == Selection::kScore;
+  const bool softmax = a.scoring == Scoring::kSoftmax && single && a.bias == nullptr &&
+                       ((a.selection == Selection::kScore && a.renormalize) || a.selection == Selection::kLogits);
+  const auto pick = [&](int few, int some, int many) {
+    const int lanes = force != 0 ? force : a.T <= 8 * sms ? few : a.T <= 64 * sms ? some : many;
+    *path = name(lanes);
+    return lanes;
+  };
+  if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
+    return run_dtype<256, Family::kGrouped, 4, 8, 16, 32>(a, pick(32, 8, 4), sms, stream);
+  }
+  if (fits && sigmoid && single && a.E == 384) return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
+  if (fits && sigmoid && single && a.E == 256) return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
+  if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
+  if (fits && softmax && a.E == 128) return run_dtype<128, Family::kSoftmax, 4, 8, 16>(a, pick(16, 8, 4), sms, stream);
+  if (fits && softmax && a.E == 64) return run_dtype<64, Family::kSoftmax, 4, 8>(a, pick(8, 4, 4), sms, stream);
+  *path = name(1);
+  return run_smallest_rows<2, 4, 5, 6, 8, 12, 16, 24, 32>(a, sms, stream);
+}
+
+}  // namespace moe::gate

@@ -1,0 +1,227 @@
+// The general kernel of moe_fused_gate, and what the fast one falls back to: one warp per token, any options.
+//
+// Layout: expert e lies in register e / 32 of lane e % 32, N registers a lane. Choices become keys; every round takes
+// the largest key of the warp with one redux and its lowest expert with another, and lane r keeps the r-th choice.
+// Group scores go through shared memory: a lane per group. Limits: 1024 experts, 32 choices, any group count.
+//
+// Ties go to the lower id for experts and groups. A NaN logit or bias ranks below -inf and weighs 0. Order of
+// accumulation: register by register, then a butterfly over the lanes.
+#pragma once
+#include "moe_fused_gate.cuh"
+
+namespace moe::gate {
+
+#ifdef __CUDACC__
+
+__device__ inline uint32_t mix(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAll, x, lanes);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, lanes));
+  return x;
+}
+
+__device__ inline float softmax_power(float x, float most) {
+  if (isnan(x)) return x;
+  return most == -infinity() ? 0.0f : x == most ? 1.0f : expf(x - most);
+}
+
+// Floats of shared memory that gate_row needs per warp.
+__host__ __device__ inline constexpr int row_scratch(int experts, int groups) { return experts + groups; }
+
+// Routes token t < valid. `scratch`: row_scratch() floats of this warp alone.
+template <int N>
+__device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
+  const int lane = threadIdx.x % 32;
+  const int64_t first = t * a.E;
+  float x[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int e = lane + 32 * i;
+    x[i] = e < a.E ? load_logit(a, first + e) : nan_value();
+    if (a.bias != nullptr && e < a.E && isnan(a.bias[e])) x[i] = nan_value();
+  }
+
+  // Softmax needs the whole row
+  float most = -infinity(), sum = 0;
+  const bool by_logits = a.selection == Selection::kLogits;
+  if (a.scoring == Scoring::kSoftmax && !by_logits) {
+#pragma unroll
+    for (int i = 0; i < N; i++) most = fmaxf(most, x[i]);
+    most = warp_max(most);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const float power = softmax_power(x[i], most);
+      if (!isnan(power)) sum += power;
+    }
+    sum = warp_sum(sum);
+  }
+  const auto score = [&](float logit) {
+    if (a.scoring == Scoring::kSigmoid) return exact_sigmoid(logit);
+    if (a.scoring == Scoring::kSqrtSoftplus) return sqrt_softplus(logit);
+    const float power = softmax_power(logit, most);
+    return sum == 0 || isnan(power) ? power : __fdiv_rn(power, sum);
+  };
+
+  // Keys of the candidates
+  uint32_t key[N];
+  if (a.selection == Selection::kUniform) {
+    const uint32_t h = mix(a.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const uint32_t hashed = mix(h ^ (static_cast<uint32_t>(lane + 32 * i) + 1) * 0x85ebca77u);
+      key[i] = lane + 32 * i < a.E ? max(hashed, 1u) : 0;
+    }
+  } else {
+    const bool grouped = a.top_groups < a.groups;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const int e = lane + 32 * i;
+      float choice = x[i];
+      if (!by_logits) choice = a.bias != nullptr && e < a.E ? score(x[i]) + a.bias[e] : score(x[i]);
+      key[i] = e < a.E ? rank_key(choice) : 0;
+      if (grouped && e < a.E) scratch[e] = choice;
+    }
+    if (grouped) {
+      uint32_t* group_keys = reinterpret_cast<uint32_t*>(scratch + a.E);
+      __syncwarp();
+      for (int g = lane; g < a.groups; g += 32) {
+        float best = nan_value(), next = nan_value();
+        for (int i = 0; i < a.group_size; i++) {
+          const float choice = scratch[g * a.group_size + i];
+          if (choice > best || isnan(best)) {
+            next = best;
+            best = choice;
+          } else if (choice > next || isnan(next)) {
+            next = choice;
+          }
+        }
+        const bool both = a.group_score == GroupScore::kTop2Sum && !isnan(next);
+        group_keys[g] = rank_key(both ? best + next : best);
+      }
+      __syncwarp();
+      uint32_t* kept = reinterpret_cast<uint32_t*>(scratch);  // the choices are not needed any more
+      for (int g = lane; g < a.groups; g += 32) {
+        const uint32_t mine = group_keys[g];
+        int rank = 0;
+        for (int h = 0; h < a.groups; h++) {
+          const uint32_t other = group_keys[h];
+          rank += other > mine || (other == mine && h < g);
+        }
+        kept[g] = rank < a.top_groups;
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        if (e < a.E && kept[e / a.group_size] == 0) key[i] = 0;
+      }
+      __syncwarp();
+    }
+  }
+
+  // The K best, best first
+  uint32_t mine = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) mine = max(mine, key[i]);
+  int32_t chosen = 0;
+  for (int r = 0; r < a.K; r++) {
+    const uint32_t best = __reduce_max_sync(kAll, mine);
+    uint32_t expert = 0xffffffffu;
+    if (mine == best) {
+#pragma unroll
+      for (int i = N - 1; i >= 0; i--) {
+        if (key[i] == best) expert = lane + 32 * i;
+      }
+    }
+    const uint32_t winner = __reduce_min_sync(kAll, expert);
+    if (lane == r) chosen = static_cast<int32_t>(winner);
+    if (winner == expert) {
+      mine = 0;
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        if (lane + 32 * i == expert) key[i] = 0;
+        mine = max(mine, key[i]);
+      }
+    }
+  }
+
+  // What it weighs
+  const bool active = lane < a.K;
+  float weight = 0;
+  float logit = nan_value(), bias = 0;
+  if (active) {
+    chosen = min(chosen, a.E - 1);
+    logit = load_logit(a, first + chosen);
+    if (a.bias != nullptr) bias = a.bias[chosen];
+    if (isnan(bias)) logit = nan_value();
+  }
+  if (by_logits && a.scoring == Scoring::kSoftmax) {
+    most = warp_max(fmaxf(-infinity(), logit));
+    const float power = softmax_power(logit, most);
+    sum = warp_sum(isnan(power) ? 0.0f : power);
+  }
+  if (active) {
+    weight = score(logit);
+    if (isnan(weight)) weight = 0;
+    if (a.selection == Selection::kScore && isnan(weight + bias)) weight = 0;
+  }
+  if (a.renormalize) {
+    const unsigned infinite = __ballot_sync(kAll, weight == infinity());
+    const float total = warp_sum(weight);
+    if (infinite != 0) {
+      weight = weight == infinity() ? 1.0f / static_cast<float>(__popc(infinite)) : 0.0f;
+    } else {
+      weight = total == 0 ? 0.0f : __fdiv_rn(weight, total);
+    }
+  }
+  const Rows rows(a, t);
+  const uint32_t round = a.id_map != nullptr ? map_round(a, t) : 0;
+  if (active) write_choice(a, rows, 0, round, lane, chosen, weight, histogram);
+  for (int s = lane; s < a.shared; s += 32) write_shared(a, rows, 0, round, s, histogram);
+}
+
+// The same as a function of its own, for kernels that rarely need it.
+template <int N>
+__device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
+  gate_row<N>(a, t, scratch, histogram);
+}
+
+// Shared memory: histogram counters, then row_scratch() floats for every warp.
+template <int N>
+__global__ void __launch_bounds__(128) gate_rows(const __grid_constant__ Args a) {
+  extern __shared__ __align__(16) uint32_t shared_memory[];
+  uint32_t* histogram = shared_memory;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  float* scratch = reinterpret_cast<float*>(shared_memory + a.histogram) + warp * row_scratch(a.E, a.groups);
+  if (a.histogram > 0) {
+    clear_histogram(a, histogram);
+    __syncthreads();
+  }
+  const int64_t valid = valid_tokens(a);
+  for (int64_t t = static_cast<int64_t>(blockIdx.x) * warps + warp; t < a.T; t += static_cast<int64_t>(gridDim.x) * warps) {
+    if (t < valid) {
+      gate_row<N>(a, t, scratch, histogram);
+    } else {
+      for (int c = threadIdx.x % 32; c < a.columns; c += 32) write_padding(a, Rows(a, t), 0, c);
+    }
+  }
+  if (a.histogram > 0) {
+    __syncthreads();
+    add_histogram(a, histogram);
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace moe::gate

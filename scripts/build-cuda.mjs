@@ -1,0 +1,85 @@
+// Builds out/cuda/moe_cuda.node from CMakeLists.txt with cmake-js and nvcc; no GPU and no driver are needed for it.
+//
+//   node scripts/build-cuda.mjs                          sm_80, sm_90 and PTX
+//   node scripts/build-cuda.mjs --architectures 90-real  as CMAKE_CUDA_ARCHITECTURES has them
+//   node scripts/build-cuda.mjs --test-hooks             also out/cuda-hooks/moe_cuda.node, with deliberate faults
+//   node scripts/build-cuda.mjs --missing                only if the addon is older than its sources
+import { spawnSync } from 'node:child_process';
+import { existsSync, readdirSync, statSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const OLDEST_NVCC = 12;
+const OLDEST_CMAKE = [3, 24];
+
+/** What the build lacks on this machine, for people; empty when nothing does. */
+export function missingCudaTools() {
+  const missing = [];
+  const nvcc = /release (\d+)\.(\d+)/.exec(output(process.env.CUDACXX ?? 'nvcc', '--version'));
+  if (nvcc === null) missing.push('nvcc (the CUDA toolkit; set CUDACXX where it is not on PATH)');
+  else if (Number(nvcc[1]) < OLDEST_NVCC) {
+    missing.push(`nvcc ${OLDEST_NVCC} or newer (found ${nvcc[1]}.${nvcc[2]})`);
+  }
+  const cmake = /version (\d+)\.(\d+)/.exec(output('cmake', '--version'));
+  const [major, minor] = OLDEST_CMAKE;
+  if (cmake === null) missing.push('cmake');
+  else if (Number(cmake[1]) < major || (Number(cmake[1]) === major && Number(cmake[2]) < minor)) {
+    missing.push(`cmake ${major}.${minor} or newer (found ${cmake[1]}.${cmake[2]})`);
+  }
+  return missing;
+}
+
+export function buildCuda({ missingOnly = false, hooks = false, architectures } = {}) {
+  const addons = (hooks ? ['cuda', 'cuda-hooks'] : ['cuda']).map((folder) =>
+    join(root, 'out', folder, 'moe_cuda.node'),
+  );
+  const fresh = (addon) => existsSync(addon) && statSync(addon).mtimeMs > newestSource();
+  if (missingOnly && addons.every(fresh)) return true;
+  const missing = missingCudaTools();
+  if (missing.length > 0) {
+    console.error(`The CUDA addon is not built: this machine has no ${missing.join(', no ')}.`);
+    return false;
+  }
+  const cmakeJs = join(root, 'node_modules', 'cmake-js', 'bin', 'cmake-js');
+  const args = ['compile', '-d', root, '-O', join(root, 'out', 'build-cuda'), '-B', 'Release', '-l', 'warn'];
+  args.push('--parallel', String(availableParallelism()));
+  if (architectures !== undefined) args.push(`--CDCMAKE_CUDA_ARCHITECTURES=${architectures}`);
+  const begun = Date.now();
+  console.error('Building the CUDA addon ...');
+  for (const target of hooks ? ['moe_cuda', 'moe_cuda_hooks'] : ['moe_cuda']) {
+    const { status } = spawnSync(process.execPath, [cmakeJs, ...args, '-T', target], {
+      cwd: root,
+      stdio: 'inherit',
+    });
+    if (status !== 0) return false;
+  }
+  for (const addon of addons) console.error(`${addon}: ${(statSync(addon).size / 1e6).toFixed(1)} MB`);
+  console.error(`${((Date.now() - begun) / 1000).toFixed(0)} s`);
+  return true;
+}
+
+function newestSource() {
+  let newest = statSync(join(root, 'CMakeLists.txt')).mtimeMs;
+  for (const folder of ['csrc', 'csrc/binding', 'csrc/common', 'csrc/cuda']) {
+    for (const name of readdirSync(join(root, folder))) {
+      newest = Math.max(newest, statSync(join(root, folder, name)).mtimeMs);
+    }
+  }
+  return newest;
+}
+
+function output(command, ...args) {
+  return String(spawnSync(command, args, { encoding: 'utf8' }).stdout ?? '');
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const at = process.argv.indexOf('--architectures');
+  const built = buildCuda({
+    missingOnly: process.argv.includes('--missing'),
+    hooks: process.argv.includes('--test-hooks'),
+    ...(at < 0 ? {} : { architectures: process.argv[at + 1] }),
+  });
+  process.exit(built ? 0 : 1);
+}

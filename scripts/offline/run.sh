@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Runs moe-kernels' GPU suites on a host with an NVIDIA driver but no node and no network. Needs bash, tar and xz.
+#
+#   ./run.sh                   everything below, one after the other; results as JSON and logs in $RESULTS
+#   ./run.sh doctor            what the machine offers
+#   ./run.sh test [pattern]    the op, contract and CUDA suites on the cuda backend
+#   ./run.sh bench             benches: ops through the package, and the programs of bench/cuda
+#   ./run.sh sanitize          compute-sanitizer (where installed) over a reduced grid: memcheck, racecheck, initcheck, synccheck
+#   ./run.sh node ...          the node inside, in the package's folder
+#
+# TARGET (default: a temporary folder) is where it unpacks; RESULTS (default: ./moe-kernels-results) gets the results.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+target=${TARGET:-$(mktemp -d)}
+results=${RESULTS:-$PWD/moe-kernels-results}
+mkdir -p "$target" "$results"
+results=$(cd "$results" && pwd)
+if [ ! -e "$target/.unpacked" ]; then
+  mkdir -p "$target/bin"
+  xz -dc "$here/node.xz" > "$target/bin/node" && chmod +x "$target/bin/node" || exit 1
+  for part in node_modules app; do
+    xz -dc "$here/$part.tar.xz" | tar x -C "$target" --no-same-owner || exit 1
+  done
+  touch "$target/.unpacked"
+fi
+cd "$target"
+export PATH="$target/bin:$PATH" CI=1 NO_COLOR=1
+vitest=(node node_modules/vitest/vitest.mjs run)
+failed=0
+
+step() { # name, command...
+  local name=$1 begun=$SECONDS status=0
+  shift
+  "$@" > "$results/$name.log" 2>&1 || status=$?
+  echo "== $name: $([ $status = 0 ] && echo ok || echo "FAILED ($status)"), $((SECONDS - begun)) s; $results/$name.log"
+  [ $status = 0 ] || { failed=1; grep -E '(FAIL|Error|expected|✗|×)' "$results/$name.log" | head -${SHOWN:-40}; }
+  return $status
+}
+
+doctor() { node dist/lib/cli/main.js doctor; }
+
+run_tests() {
+  local pattern=(test/cuda test/ops test/contract/)
+  [ ! -e test/fixtures/hf ] || pattern+=(test/model/layer test/model/families)
+  [ $# -eq 0 ] || pattern=("$@")
+  local status=0
+  MOE_KERNELS_TEST_BACKENDS=cuda "${vitest[@]}" "${pattern[@]}" || status=$?
+  cp out/test-results.json "$results/tests.json" && node scripts/offline/summary.mjs "$results/tests.json" "$results/tests-summary.json"
+  return $status
+}
+
+bench_ops() { node --expose-gc dist/bench/device.js "$results/ops.json"; }
+
+sanitize() {
+  command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer on this machine"; return 0; }
+  local tool status=0
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "sanitize-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+      node scripts/offline/sanitized.mjs || status=1
+  done
+  return $status
+}
+
+case ${1:-all} in
+  doctor) doctor ;;
+  test) shift; run_tests "$@"; failed=$? ;;
+  bench) bench_ops; failed=$? ;;
+  sanitize) sanitize; failed=$? ;;
+  node) shift; node "$@"; failed=$? ;;
+  all)
+    doctor
+    step tests run_tests
+    grep -E '^ *(Test Files|Tests) ' "$results/tests.log"
+    step bench-ops bench_ops && cat "$results/bench-ops.log"
+    for program in out/bench-cuda/*_bench; do
+      [ -x "$program" ] || continue
+      name=$(basename "$program")
+      step "$name-check" "$program" check
+      step "$name-time" "$program" time && cat "$results/$name-time.log"
+    done
+    sanitize
+    ;;
+  *) sed -n '2,12p' "${BASH_SOURCE[0]}" ; exit 2 ;;
+esac
+exit $failed

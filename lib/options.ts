@@ -12,17 +12,17 @@ export interface OptionKind<T = unknown> {
   /** `enum halves|interleaved`, `integer`, `real`, `flag`: what the native side describes for the same field. */
   readonly native: string;
   readonly expected: string;
-  readonly default: T | ((scope: OptionScope) => T) | undefined;
+  readonly default: Default<T> | undefined;
   accepts(value: unknown): value is T;
   encode(value: T): number;
 }
 
-type Default<T> = T | ((scope: OptionScope) => T);
+type Default<T> = T | ((scope: OptionScope) => T | undefined);
 
 /** One of a closed set of names; the native side numbers them in this order. */
 export function choice<const T extends string>(
   names: readonly T[],
-  fallback: Default<NoInfer<T>>,
+  fallback: Default<NoInfer<T>> | undefined,
 ): OptionKind<T> {
   return {
     native: `enum ${names.join('|')}`,
@@ -43,6 +43,15 @@ export function integer(range: { min: number; max: number; default?: Default<num
       Number.isInteger(value) && (value as number) >= range.min && (value as number) <= range.max,
     encode: (value) => value,
   };
+}
+
+/** The first id of zero experts: 0 where there are none, else it must be given. */
+export function firstZeroExpert(): OptionKind<number> {
+  return integer({
+    min: 0,
+    max: 0x7fffffff,
+    default: ({ options }) => (options.zeroExperts === 0 ? 0 : undefined),
+  });
 }
 
 /** A number that f32 can hold: kernels compute with that. */
@@ -80,6 +89,22 @@ export function flag(fallback: Default<boolean>): OptionKind<boolean> {
 
 // biome-ignore lint/suspicious/noExplicitAny: a kind is contravariant in the value it encodes
 export type OptionKinds = Readonly<Record<string, OptionKind<any>>>;
+
+/** Anything that a test accepts, for functions around ops; never part of a native call. */
+export function value<T>(
+  expected: string,
+  accepts: (given: unknown) => boolean,
+  fallback: T,
+  presence: 'optional' | 'required' = 'required',
+): OptionKind<T> {
+  return {
+    native: '',
+    expected,
+    default: fallback,
+    accepts: (given): given is T => (presence === 'optional' && given === undefined) || accepts(given),
+    encode: () => 0,
+  };
+}
 
 /** Checks options against their kinds and fills in the defaults, in the order of the kinds. */
 export function resolveOptions(

@@ -39,7 +39,7 @@ struct Buffer {
 
 // Slots with generations, reused in turn so that they wear evenly; a slot that has been through all its generations
 // is never used again. Used on the JS thread only. Handle 0 is nothing.
-template <class T>
+template <class T, uint32_t kGenerations = uint32_t{1} << 29>
 class HandleTable {
  public:
   // 0 when there is no room: more objects than any process has had.
@@ -78,7 +78,6 @@ class HandleTable {
 
  private:
   static constexpr double kSlots = 16777216.0;  // 2^24 slots and 2^29 generations fit a double
-  static constexpr uint32_t kGenerations = uint32_t{1} << 29;
   struct Slot {
     std::shared_ptr<T> object;
     uint32_t generation = 1;

@@ -29,7 +29,7 @@ export interface MoeFusedGateOptions {
   /**
    * What chooses: 'score' (plus `bias` where given, the default); 'logits' (raw logits choose; softmax then runs over
    * the chosen ones only, as in gpt-oss; sigmoid gives Llama 4); 'uniform' (a distinct random choice per token from
-   * `seed`, for profile runs: perfectly balanced load whatever the logits).
+   * `seed`, for profile runs: load that is balanced in expectation, whatever the logits).
    */
   selection?: 'score' | 'logits' | 'uniform';
   /** Groups that experts are divided into, in order. Default 1. */

@@ -174,7 +174,7 @@ describe.each(backends)('fused_moe on %s', (backend) => {
     });
 
     it('zero experts', async () => {
-      const options = { zeroExperts: 4, outputScale: 2.5 };
+      const options = { zeroExperts: 4, firstZeroExpert: 9, outputScale: 2.5 };
       await check(context, { ...base, dtype: hiddenDType, experts: 13, options });
       await check(context, {
         ...base,
@@ -220,15 +220,12 @@ describe.each(backends)('fused_moe on %s', (backend) => {
 
   it.each(floatDTypes)('equals dispatch, experts and combine in %s', async (dtype) => {
     const given: FusedCase = { ...base, dtype, experts: 11, biases: true, kind: 'holes' };
-    const options = { zeroExperts: 2, outputScale: 2.5 };
+    const options = { zeroExperts: 2, firstZeroExpert: 9, outputScale: 2.5 };
     using experts = packCase(context, given);
     const { hidden, ids, weights } = upload(context, given);
     const { rows, counts, offsets, inverse } = moeDispatch({ ids, hidden }, { experts: 9, blockSize: 4 });
     const outputs = moeExperts({ rows: rows!, counts, offsets, experts });
-    const combined = moeCombine(
-      { rows: outputs, inverse, weights, ids, hidden },
-      { ...options, firstZeroExpert: 9 },
-    );
+    const combined = moeCombine({ rows: outputs, inverse, weights, ids, hidden }, options);
     const fused = await fusedMoe({ hidden, ids, weights, experts }, options).read();
     expect(relativeNorm(await combined.read(), fused)).toBeLessThan(relativeTolerance[dtype]);
   });

@@ -21,12 +21,13 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
   const comm = new Set<number>(); // from * devices + to
   const received = rows.map(() => new Set<number>());
 
-  // Redundant slots: later occurrences in physical order
+  // Redundant slots: later occurrences, slot by slot over the devices
   const seen = new Set<number>();
   const free: number[][] = rows.map(() => []);
   const owner = new Int32Array(experts);
-  for (const [device, row] of rows.entries())
-    for (const [slot, expert] of row.entries()) {
+  for (let slot = 0; slot < current.slots; slot++)
+    for (const [device, row] of rows.entries()) {
+      const expert = row[slot]!;
       if (seen.has(expert)) {
         free[device]!.push(slot);
         row[slot] = -1;
@@ -52,14 +53,11 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
   }
   const share = (expert: number): number => loads[expert]! / copies[expert]!;
   const load = rows.map((row) => row.reduce((sum, expert) => sum + (expert < 0 ? 0 : share(expert)), 0));
-  const stays = (device: number, expert: number): boolean => current.has(device, expert);
   const put = (device: number, expert: number): void => {
     rows[device]![free[device]!.shift()!] = expert;
     load[device]! += share(expert);
-    if (!stays(device, expert)) {
-      comm.add(owner[expert]! * devices + device);
-      received[device]!.add(expert);
-    }
+    comm.add(owner[expert]! * devices + device);
+    received[device]!.add(expert);
   };
   chosen.sort((left, right) => share(right) - share(left) || left - right);
   const unplaced: number[] = [];
@@ -67,7 +65,7 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
     let best = -1;
     for (let device = 0; device < devices; device++) {
       if (free[device]!.length === 0 || rows[device]!.includes(expert)) continue;
-      if (!stays(device, expert) && comm.has(owner[expert]! * devices + device)) continue;
+      if (comm.has(owner[expert]! * devices + device)) continue;
       if (best < 0 || load[device]! < load[best]!) best = device;
     }
     if (best < 0) unplaced.push(expert);
@@ -78,11 +76,7 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
     while (free[device]!.length > 0) {
       let best = -1;
       for (let expert = 0; expert < experts; expert++)
-        if (
-          !rows[device]!.includes(expert) &&
-          (best < 0 || loads[expert]! / (copies[expert]! + 1) > loads[best]! / (copies[best]! + 1))
-        )
-          best = expert;
+        if (!rows[device]!.includes(expert) && (best < 0 || share(expert) > share(best))) best = expert;
       copies[best]!++;
       put(device, best);
     }

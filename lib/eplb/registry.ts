@@ -1,13 +1,15 @@
 // Every planning policy by name: the list that the planner, the command line and the tests iterate over.
 import { MoeError } from '../errors.js';
+import { adaptive } from './adaptive.js';
 import { deepseek } from './deepseek.js';
 import { flashlb } from './flashlb.js';
 import { greedy } from './greedy.js';
 import type { Policy } from './policy.js';
+import { rebuild } from './rebuild.js';
 import { linear } from './stay.js';
 import { swift } from './swift.js';
 
-const all = [deepseek, greedy, swift, flashlb, linear] as const;
+const all = [adaptive, rebuild, deepseek, greedy, swift, flashlb, linear] as const;
 
 /** All policies, our own default first. */
 export const policies: ReadonlyMap<string, Policy> = new Map(all.map((policy) => [policy.name, policy]));

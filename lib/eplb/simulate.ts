@@ -13,6 +13,11 @@ export interface SimulateOptions extends Omit<PlanRequest, 'loads' | 'policy' | 
   window: number;
   /** How a plan is made; default on the calling thread. */
   planner?: (request: PlanRequest) => Plan | Promise<Plan>;
+  /**
+   * True: maxMoves and maxMovesPerLayer bind the first plan too. Default false: the first plan starts from the layout
+   * the model was loaded with, before any traffic has to wait for moves.
+   */
+  budgetFirst?: boolean;
   onPlan?: (policy: string, plan: number, plans: number) => void;
   signal?: AbortSignal;
 }
@@ -47,7 +52,7 @@ const mean = (values: readonly number[]): number =>
  * ERR_MOE_INVALID_ARG if the trace has fewer than two windows, ERR_MOE_ABORTED on abort.
  */
 export async function simulate(trace: Loads, options: SimulateOptions): Promise<PolicyFigures[]> {
-  const { policies, window, planner = planSync, onPlan, signal, ...rest } = options;
+  const { policies, window, planner = planSync, onPlan, signal, budgetFirst = false, ...rest } = options;
   const windows = windowsOf(trace, window);
   const figures: PolicyFigures[] = [];
   for (const name of policies) {
@@ -71,6 +76,11 @@ export async function simulate(trace: Loads, options: SimulateOptions): Promise<
         ...(current === undefined ? {} : { current }),
         ...(memory === undefined ? {} : { memory }),
       };
+      if (index === 0 && rest.current === undefined && !budgetFirst) {
+        // The first plan is made before serving starts
+        delete request.maxMoves;
+        delete request.maxMovesPerLayer;
+      }
       const plan = await planner(request);
       current = plan.placements;
       memory = plan.memory;

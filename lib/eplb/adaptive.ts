@@ -1,0 +1,137 @@
+// The project's own planner, the default. The first plan is a full one. After that it moves only what pays:
+// 1. a layer whose device loads differ from what its placement was made for by no more than sampling noise stays;
+// 2. for the others, earlier windows are scenarios beside this one, weighted by how well the past predicted so far;
+// 3. changes are taken one by one, over all layers, in order of PAR gained per expert moved, until the budget is spent
+//    or the gain of a move falls below `worthwhile`.
+import { Placement } from '../placement/placement.js';
+import { pastDecay } from './forecast.js';
+import { type Change, LayerSearch } from './layer_search.js';
+import type { PlanProblem, Policy } from './policy.js';
+import { buildLayer } from './rebuild.js';
+import { type PastWindow, scenariosOf } from './scenario.js';
+
+/** PAR that one expert moved must gain in its layer. */
+const worthwhile = Number(process.env.G ?? 1e-4);
+/** A layer is left alone unless it gains this much PAR, and more than a search on nothing but noise would. */
+const leastGain = Number(process.env.LG ?? 0.002);
+const windowsKept = 4;
+const mostChanges = 64;
+
+interface Memory {
+  /** Totals of the windows seen, oldest first, f64[layers * experts] each. */
+  windows: Float64Array[];
+}
+
+function totalsOf({ loads }: PlanProblem): Float64Array {
+  const totals = new Float64Array(loads.layers * loads.experts);
+  for (let layer = 0; layer < loads.layers; layer++) totals.set(loads.total(layer), layer * loads.experts);
+  return totals;
+}
+
+function placementOf(search: LayerSearch): Placement {
+  const { devices, slots, experts, rows } = search;
+  return Placement.fromRows(
+    Array.from({ length: devices }, (_, device) => rows.subarray(device * slots, (device + 1) * slots)),
+    { experts },
+  );
+}
+
+function firstPlan(problem: PlanProblem, layerDone: () => void): Placement[] {
+  const { loads, devices, slots } = problem;
+  return problem.current.map((_, layer) => {
+    const search = buildLayer(scenariosOf(loads, layer, devices, []), devices, slots);
+    layerDone();
+    return placementOf(search);
+  });
+}
+
+/** The changes of one layer in the order they would be taken, and what has been moved and gained after each. */
+interface Course {
+  changes: Change[];
+  moves: number[];
+  gains: number[];
+}
+
+function courseOf(search: LayerSearch): Course {
+  const start = search.value;
+  const course: Course = { changes: [], moves: [], gains: [] };
+  while (course.changes.length < mostChanges && search.propose(Number.POSITIVE_INFINITY) >= worthwhile) {
+    course.changes.push(search.proposed);
+    search.apply(search.proposed);
+    course.moves.push(search.moves);
+    course.gains.push(start - search.value);
+  }
+  const gained = course.gains.at(-1) ?? 0;
+  return gained >= Math.max(leastGain, search.noiseGain) ? course : { changes: [], moves: [], gains: [] };
+}
+
+/** How many changes of each course to take: over all layers the best gain per move first, within the budget. */
+function choose(courses: readonly Course[], maxMoves: number, maxMovesPerLayer: number): Int32Array {
+  const taken = new Int32Array(courses.length);
+  let left = maxMoves;
+  for (;;) {
+    let best = -1;
+    let upTo = 0;
+    let bestRate = 0;
+    for (const [layer, { moves, gains }] of courses.entries()) {
+      const from = taken[layer]!;
+      const movesBefore = from > 0 ? moves[from - 1]! : 0;
+      const gainsBefore = from > 0 ? gains[from - 1]! : 0;
+      for (let end = from; end < moves.length; end++) {
+        const added = moves[end]! - movesBefore;
+        if (added > left || moves[end]! > maxMovesPerLayer) continue;
+        const rate = (gains[end]! - gainsBefore) / Math.max(0.5, added);
+        if (rate > bestRate) {
+          bestRate = rate;
+          best = layer;
+          upTo = end + 1;
+        }
+      }
+    }
+    if (best < 0) return taken;
+    const { moves } = courses[best]!;
+    left -= moves[upTo - 1]! - (taken[best]! > 0 ? moves[taken[best]! - 1]! : 0);
+    taken[best] = upTo;
+  }
+}
+
+export const adaptive: Policy = {
+  name: 'adaptive',
+  summary: 'the default: full first plan, then only moves that pay, most gain per move first, none for noise',
+  keepsBudget: true,
+  plan(problem, layerDone) {
+    const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer } = problem;
+    const totals = totalsOf(problem);
+    const memory = problem.memory as Memory | undefined;
+    const history = memory?.windows ?? [];
+    const windows = [...history, totals].slice(-windowsKept);
+    if (first && maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY)
+      return { placements: firstPlan(problem, layerDone), memory: { windows } satisfies Memory };
+
+    const decay = pastDecay(loads, history, totals);
+    const past: PastWindow[] = history
+      .map((window, index) => ({ totals: window, weight: decay ** (history.length - index) }))
+      .filter(({ weight }) => weight > 0.02);
+    const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;
+    const searches: LayerSearch[] = [];
+    const courses = current.map((placement, layer) => {
+      const search = new LayerSearch(scenariosOf(loads, layer, devices, past), devices, slots);
+      search.start(placement.physicalToLogical);
+      const course = courseOf(search);
+      searches.push(search);
+      layerDone();
+      return course;
+    });
+    const taken = unlimited ? courses.map(({ changes }) => changes.length) : choose(courses, maxMoves, maxMovesPerLayer);
+    const placements = searches.map((search, layer) => {
+      const { changes } = courses[layer]!;
+      if (taken[layer] === 0) return current[layer]!;
+      if (taken[layer]! < changes.length) {
+        search.start(current[layer]!.physicalToLogical);
+        for (const change of changes.slice(0, taken[layer])) search.apply(change);
+      }
+      return placementOf(search);
+    });
+    return { placements, memory: { windows } satisfies Memory };
+  },
+};

@@ -1,0 +1,438 @@
+// The local search of one layer. State: rows of experts, and per device the load in every scenario, the noise
+// variance and the window's load, all kept up to date by the two changes there are: exchanging two experts, and
+// replacing a replica of one expert by a replica of another.
+//
+// Objective: sum over devices of sum over scenarios of weight x (load + p/2 x noise variance)^p, p = 2^squarings.
+// Its p-th root is close to the expected peak of a step: like a soft maximum it looks at the hottest devices, and p
+// is chosen so that an imbalance that drowns in the noise of a step counts for little (scale sqrt(2 ln D) / noise).
+// Invariants: no expert twice on a device, at least one replica each, at most one per device.
+import type { Scenarios } from './scenario.js';
+
+/** Exchange of the experts in two slots, or (replaceBy >= 0) a replica of `replaceBy` for the one in slotB. */
+export interface Change {
+  slotA: number;
+  slotB: number;
+  replaceBy: number;
+}
+
+/** Standard errors beyond which an imbalance is no chance; searches on noise reach 3.7. */
+const surely = 4.5;
+
+/** How many of the coldest devices are looked at as partners of the hottest. */
+const coldest = 12;
+
+export class LayerSearch {
+  readonly experts: number;
+  readonly devices: number;
+  readonly slots: number;
+  readonly blocks: number;
+  /** i32[devices * slots]. */
+  readonly rows: Int32Array;
+  readonly replicas: Int32Array;
+  readonly #scenarios: Scenarios;
+  /** u8[devices * experts]: which device holds what, now and before the search. */
+  readonly #holds: Uint8Array;
+  readonly #before: Uint8Array;
+  /** Load of one replica: per scenario, its mean, its window load; and its noise variance. */
+  readonly #share: Float64Array;
+  readonly #meanShare: Float64Array;
+  readonly #windowShare: Float64Array;
+  readonly #noiseShare: Float64Array;
+  readonly #load: Float64Array;
+  readonly #noise: Float64Array;
+  readonly #mean: Float64Array;
+  readonly #window: Float64Array;
+  readonly #cost: Float64Array;
+  #squarings = 5;
+  #lift = 16;
+  #noiseGain = 0;
+  #moves = 0;
+  #total = 0;
+  #slotA = -1;
+  #slotB = -1;
+  #replaceBy = -1;
+
+  constructor(scenarios: Scenarios, devices: number, slots: number) {
+    const { experts, blocks } = scenarios;
+    this.experts = experts;
+    this.devices = devices;
+    this.slots = slots;
+    this.blocks = blocks;
+    this.rows = new Int32Array(devices * slots);
+    this.replicas = new Int32Array(experts);
+    this.#scenarios = scenarios;
+    this.#holds = new Uint8Array(devices * experts);
+    this.#before = new Uint8Array(devices * experts);
+    this.#share = new Float64Array(experts * blocks);
+    this.#meanShare = new Float64Array(experts);
+    this.#windowShare = new Float64Array(experts);
+    this.#noiseShare = new Float64Array(experts);
+    this.#load = new Float64Array(devices * blocks);
+    this.#noise = new Float64Array(devices);
+    this.#mean = new Float64Array(devices);
+    this.#window = new Float64Array(devices);
+    this.#cost = new Float64Array(devices);
+  }
+
+  /** Starts from rows (i32[devices * slots]); moves are counted from `before`. */
+  start(rows: ArrayLike<number>, before: ArrayLike<number> = rows): void {
+    const { experts, devices, slots } = this;
+    this.rows.set(rows);
+    this.replicas.fill(0);
+    this.#holds.fill(0);
+    this.#before.fill(0);
+    for (let device = 0; device < devices; device++)
+      for (let slot = device * slots; slot < (device + 1) * slots; slot++) {
+        this.replicas[rows[slot]!]!++;
+        this.#holds[device * experts + rows[slot]!] = 1;
+        this.#before[device * experts + before[slot]!] = 1;
+      }
+    this.#moves = 0;
+    for (let index = 0; index < this.#holds.length; index++)
+      if (this.#holds[index]! > this.#before[index]!) this.#moves++;
+    for (let expert = 0; expert < experts; expert++) this.#setShare(expert);
+    this.#recompute();
+    const noise = this.#noise.reduce((sum, value) => sum + value, 0) / devices;
+    let spread = 0;
+    for (let device = 0; device < devices; device++)
+      for (let block = 0; block < this.blocks; block++)
+        spread +=
+          (this.#scenarios.weights[block]! *
+            (this.#load[device * this.blocks + block]! - this.#mean[device]!) ** 2) /
+          devices;
+    const deviates = Math.sqrt(2 * Math.log(Math.max(2, devices)));
+    const variance = noise + spread + 1e-9;
+    this.#noiseGain = deviates * (Math.sqrt(variance + surely ** 2 * noise * this.#scenarios.uncertainty) - Math.sqrt(variance));
+    const scale = deviates / Math.sqrt(variance);
+    this.#squarings = Math.max(3, Math.min(6, Math.round(Math.log2(scale))));
+    this.#lift = 2 ** this.#squarings / 2;
+    this.#costs();
+  }
+
+  /** Expert weights to move from `before` to the rows now. */
+  get moves(): number {
+    return this.#moves;
+  }
+
+  /** The objective's p-th root: near the expected PAR of a step. */
+  get value(): number {
+    return this.#total ** (1 / 2 ** this.#squarings);
+  }
+
+  /**
+   * What a search may gain, in units of `value`, by fitting nothing but the sampling noise of the mean: the difference
+   * of the expected peaks sqrt(2 ln D) sd with and without an imbalance of `surely` standard errors of the mean.
+   * Searches on pure noise stay below it (test/eplb/adaptive.test.ts measures that over sizes and batches).
+   */
+  get noiseGain(): number {
+    return this.#noiseGain;
+  }
+
+  /** Highest window load over the mean device load. */
+  get windowPeak(): number {
+    let peak = 0;
+    for (let device = 0; device < this.devices; device++) peak = Math.max(peak, this.#window[device]!);
+    return peak;
+  }
+
+  #setShare(expert: number): void {
+    const { loads, mean, window, noise } = this.#scenarios;
+    const factor = 1 / this.replicas[expert]!;
+    const row = expert * this.blocks;
+    for (let block = 0; block < this.blocks; block++) this.#share[row + block] = loads[row + block]! * factor;
+    this.#meanShare[expert] = mean[expert]! * factor;
+    this.#windowShare[expert] = window[expert]! * factor;
+    this.#noiseShare[expert] = noise[expert]! * factor * factor;
+  }
+
+  #recompute(): void {
+    this.#load.fill(0);
+    this.#noise.fill(0);
+    this.#mean.fill(0);
+    this.#window.fill(0);
+    for (let device = 0; device < this.devices; device++)
+      for (let slot = device * this.slots; slot < (device + 1) * this.slots; slot++)
+        this.#add(device, this.rows[slot]!, 1);
+  }
+
+  #add(device: number, expert: number, sign: number): void {
+    const from = expert * this.blocks;
+    const to = device * this.blocks;
+    for (let block = 0; block < this.blocks; block++)
+      this.#load[to + block]! += sign * this.#share[from + block]!;
+    this.#noise[device]! += sign * this.#noiseShare[expert]!;
+    this.#mean[device]! += sign * this.#meanShare[expert]!;
+    this.#window[device]! += sign * this.#windowShare[expert]!;
+  }
+
+  #costs(): void {
+    this.#total = 0;
+    for (let device = 0; device < this.devices; device++) {
+      this.#cost[device] = this.#costOf(device);
+      this.#total += this.#cost[device]!;
+    }
+  }
+
+  #costOf(device: number): number {
+    const { weights } = this.#scenarios;
+    const shift = this.#lift * this.#noise[device]!;
+    const row = device * this.blocks;
+    const squarings = this.#squarings;
+    let cost = 0;
+    for (let block = 0; block < this.blocks; block++) {
+      let value = this.#load[row + block]! + shift;
+      for (let step = 0; step < squarings; step++) value *= value;
+      cost += weights[block]! * value;
+    }
+    return cost;
+  }
+
+  /** Cost of both devices after a (on one) and b (on two) change places. */
+  #exchangeCost(one: number, a: number, two: number, b: number): number {
+    const { weights } = this.#scenarios;
+    const { blocks } = this;
+    const share = this.#share;
+    const load = this.#load;
+    const squarings = this.#squarings;
+    const shift = this.#noiseShare[a]! - this.#noiseShare[b]!;
+    const shiftOne = this.#lift * (this.#noise[one]! - shift);
+    const shiftTwo = this.#lift * (this.#noise[two]! + shift);
+    const rowA = a * blocks;
+    const rowB = b * blocks;
+    const rowOne = one * blocks;
+    const rowTwo = two * blocks;
+    let cost = 0;
+    for (let block = 0; block < blocks; block++) {
+      const delta = share[rowA + block]! - share[rowB + block]!;
+      let first = load[rowOne + block]! - delta + shiftOne;
+      let second = load[rowTwo + block]! + delta + shiftTwo;
+      for (let step = 0; step < squarings; step++) {
+        first *= first;
+        second *= second;
+      }
+      cost += weights[block]! * (first + second);
+    }
+    return cost;
+  }
+
+  #transfers(device: number, leaves: number, comes: number): number {
+    const row = device * this.experts;
+    return (this.#before[row + comes]! ? 0 : 1) - (this.#before[row + leaves]! ? 0 : 1);
+  }
+
+  #put(slot: number, expert: number): void {
+    const device = Math.floor(slot / this.slots);
+    const old = this.rows[slot]!;
+    this.#moves += this.#transfers(device, old, expert);
+    this.#holds[device * this.experts + old] = 0;
+    this.#holds[device * this.experts + expert] = 1;
+    this.#add(device, old, -1);
+    this.#add(device, expert, 1);
+    this.rows[slot] = expert;
+  }
+
+  #exchange(slotA: number, slotB: number): void {
+    const a = this.rows[slotA]!;
+    const b = this.rows[slotB]!;
+    const one = Math.floor(slotA / this.slots);
+    const two = Math.floor(slotB / this.slots);
+    this.#total -= this.#cost[one]! + this.#cost[two]!;
+    this.#put(slotA, b);
+    this.#put(slotB, a);
+    this.#cost[one] = this.#costOf(one);
+    this.#cost[two] = this.#costOf(two);
+    this.#total += this.#cost[one]! + this.#cost[two]!;
+  }
+
+  /** Change of the objective if the replica of `old` in `slot` becomes one of `expert`. Both change their shares. */
+  #replaceDelta(slot: number, expert: number): number {
+    const { weights, loads, noise } = this.#scenarios;
+    const { blocks, devices, experts } = this;
+    const device = Math.floor(slot / this.slots);
+    const old = this.rows[slot]!;
+    const oldReplicas = this.replicas[old]!;
+    const newReplicas = this.replicas[expert]!;
+    const up = 1 / (oldReplicas - 1) - 1 / oldReplicas;
+    const down = 1 / (newReplicas + 1) - 1 / newReplicas;
+    const upNoise = 1 / (oldReplicas - 1) ** 2 - 1 / oldReplicas ** 2;
+    const downNoise = 1 / (newReplicas + 1) ** 2 - 1 / newReplicas ** 2;
+    let delta = 0;
+    for (let other = 0; other < devices; other++) {
+      let ofOld = 0;
+      let ofNew = 0;
+      let noiseOld = 0;
+      let noiseNew = 0;
+      if (other === device) {
+        ofOld = -1 / oldReplicas;
+        ofNew = 1 / (newReplicas + 1);
+        noiseOld = -1 / oldReplicas ** 2;
+        noiseNew = 1 / (newReplicas + 1) ** 2;
+      } else {
+        if (this.#holds[other * experts + old]) {
+          ofOld = up;
+          noiseOld = upNoise;
+        }
+        if (this.#holds[other * experts + expert]) {
+          ofNew = down;
+          noiseNew = downNoise;
+        }
+        if (ofOld === 0 && ofNew === 0) continue;
+      }
+      const shift = this.#lift * (this.#noise[other]! + noiseOld * noise[old]! + noiseNew * noise[expert]!);
+      let cost = 0;
+      for (let block = 0; block < blocks; block++) {
+        let value =
+          this.#load[other * blocks + block]! +
+          ofOld * loads[old * blocks + block]! +
+          ofNew * loads[expert * blocks + block]! +
+          shift;
+        for (let step = 0; step < this.#squarings; step++) value *= value;
+        cost += weights[block]! * value;
+      }
+      delta += cost - this.#cost[other]!;
+    }
+    return delta;
+  }
+
+  #replace(slot: number, expert: number): void {
+    const { devices, experts } = this;
+    const device = Math.floor(slot / this.slots);
+    const old = this.rows[slot]!;
+    for (const one of [old, expert])
+      for (let other = 0; other < devices; other++)
+        if (this.#holds[other * experts + one]) this.#add(other, one, -1);
+    this.#moves += this.#transfers(device, old, expert);
+    this.#holds[device * experts + old] = 0;
+    this.#holds[device * experts + expert] = 1;
+    this.rows[slot] = expert;
+    this.replicas[old]!--;
+    this.replicas[expert]!++;
+    for (const one of [old, expert]) {
+      this.#setShare(one);
+      for (let other = 0; other < devices; other++)
+        if (this.#holds[other * experts + one]) this.#add(other, one, 1);
+    }
+    this.#costs();
+  }
+
+  /** Devices by falling cost. */
+  #byCost(): number[] {
+    return Array.from(this.#cost.keys()).sort((left, right) => this.#cost[right]! - this.#cost[left]! || left - right);
+  }
+
+  /**
+   * Looks for the change with the largest gain per transfer among those that relieve the hottest device
+   * with the help of the coldest ones and keep the moves within `budget`. Returns the gain per transfer in units of the objective's value (of
+   * PAR), 0 when nothing gains; `apply` makes the change.
+   */
+  propose(budget: number): number {
+    const { devices, slots, experts, rows } = this;
+    let best = 0;
+    let transfersOfBest = 1;
+    this.#slotA = -1;
+    this.#slotB = -1;
+    this.#replaceBy = -1;
+    const order = this.#byCost();
+    const partners = order.slice(-coldest);
+    for (const hot of order.slice(0, 1)) {
+      for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
+        const a = rows[slotA]!;
+        const shareA = this.#meanShare[a]!;
+        for (const other of partners) {
+          if (other === hot || this.#holds[other * experts + a]) continue;
+          const gap = this.#mean[hot]! - this.#mean[other]! + 0.05;
+          const both = this.#cost[hot]! + this.#cost[other]!;
+          for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+            const b = rows[slotB]!;
+            const shift = shareA - this.#meanShare[b]!;
+            if (shift > gap || shift < -0.02 || this.#holds[hot * experts + b]) continue;
+            const transfers = this.#transfers(hot, a, b) + this.#transfers(other, b, a);
+            if (this.#moves + transfers > budget) continue;
+            const rate = (both - this.#exchangeCost(hot, a, other, b)) / Math.max(0.5, transfers);
+            if (rate > best) {
+              best = rate;
+              transfersOfBest = Math.max(0.5, transfers);
+              this.#slotA = slotA;
+              this.#slotB = slotB;
+              this.#replaceBy = -1;
+            }
+          }
+        }
+        if (this.replicas[a]! >= devices) continue;
+        // A further replica of a hot expert in place of a replica of a less needed one
+        for (const device of partners) {
+          if (device === hot || this.#holds[device * experts + a]) continue;
+          for (let slotB = device * slots; slotB < (device + 1) * slots; slotB++) {
+            const old = rows[slotB]!;
+            if (this.replicas[old]! < 2) continue;
+            if (this.#scenarios.mean[old]! / (this.replicas[old]! - 1) > shareA * 1.5) continue;
+            const transfers = this.#transfers(device, old, a);
+            if (this.#moves + transfers > budget) continue;
+            const rate = -this.#replaceDelta(slotB, a) / Math.max(0.5, transfers);
+            if (rate > best) {
+              best = rate;
+              transfersOfBest = Math.max(0.5, transfers);
+              this.#slotB = slotB;
+              this.#replaceBy = a;
+            }
+          }
+        }
+      }
+    }
+    if (best <= 0) return 0;
+    const power = 1 / 2 ** this.#squarings;
+    return (this.#total ** power - Math.max(1e-12, this.#total - best * transfersOfBest) ** power) / transfersOfBest;
+  }
+
+  /** The change that `propose` found last. */
+  get proposed(): Change {
+    return { slotA: this.#slotA, slotB: this.#slotB, replaceBy: this.#replaceBy };
+  }
+
+  /** Makes a change; the rows must be those for which it was proposed. */
+  apply({ slotA, slotB, replaceBy }: Change): void {
+    if (replaceBy >= 0) this.#replace(slotB, replaceBy);
+    else this.#exchange(slotA, slotB);
+  }
+
+  /** Exchanges until the window's peak is at most `target`, or nothing lowers it. Among fitting ones, least cost. */
+  polish(target: number, mostSteps: number): void {
+    const { devices, slots, experts, rows } = this;
+    for (let step = 0; step < mostSteps; step++) {
+      let hot = 0;
+      for (let device = 1; device < devices; device++)
+        if (this.#window[device]! > this.#window[hot]!) hot = device;
+      const peak = this.#window[hot]!;
+      if (peak <= target) return;
+      let bestA = -1;
+      let bestB = -1;
+      let lowest = peak - 1e-9;
+      let cost = Number.POSITIVE_INFINITY;
+      for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
+        const a = rows[slotA]!;
+        const shareA = this.#windowShare[a]!;
+        for (let other = 0; other < devices; other++) {
+          if (other === hot || this.#holds[other * experts + a]) continue;
+          const load = this.#window[other]!;
+          for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+            const b = rows[slotB]!;
+            const shift = shareA - this.#windowShare[b]!;
+            if (shift <= 0) continue;
+            const higher = Math.max(peak - shift, load + shift);
+            if (higher > Math.max(lowest, target) || this.#holds[hot * experts + b]) continue;
+            if (higher <= target) {
+              const added = this.#exchangeCost(hot, a, other, b) - this.#cost[other]!;
+              if (added >= cost) continue;
+              cost = added;
+            } else if (cost < Number.POSITIVE_INFINITY || higher >= lowest) continue;
+            lowest = higher;
+            bestA = slotA;
+            bestB = slotB;
+          }
+        }
+      }
+      if (bestA < 0) return;
+      this.#exchange(bestA, bestB);
+    }
+  }
+}

@@ -1,0 +1,38 @@
+// A full plan from the window alone, with any number of moves: replica counts, packing, local search on the
+// scenarios, and a last polish of the window's own peak.
+import { Placement } from '../placement/placement.js';
+import { matchRows } from './assignment.js';
+import { LayerSearch } from './layer_search.js';
+import { packReplicas } from './pack.js';
+import type { Policy } from './policy.js';
+import { minMaxReplicas } from './replicate.js';
+import { type Scenarios, scenariosOf } from './scenario.js';
+
+export const polishTarget = 1.0004;
+
+/** The search of one layer after a full plan. */
+export function buildLayer(scenarios: Scenarios, devices: number, slots: number): LayerSearch {
+  const replicas = minMaxReplicas(scenarios.mean, devices * slots, devices);
+  const search = new LayerSearch(scenarios, devices, slots);
+  search.start(packReplicas(scenarios, replicas, devices, slots));
+  search.polish(polishTarget, 4 * devices);
+  return search;
+}
+
+export const rebuild: Policy = {
+  name: 'rebuild',
+  summary: 'full plan for the window just seen, whatever it moves',
+  keepsBudget: false,
+  plan({ loads, devices, slots, current, first }, layerDone) {
+    const placements = current.map((placement, layer) => {
+      const search = buildLayer(scenariosOf(loads, layer, devices, []), devices, slots);
+      let rows = Array.from({ length: devices }, (_, device) =>
+        Array.from(search.rows.subarray(device * slots, (device + 1) * slots)),
+      );
+      if (!first) rows = matchRows(rows, placement.toRows());
+      layerDone();
+      return Placement.fromRows(rows, { experts: loads.experts });
+    });
+    return { placements };
+  },
+};

@@ -1,0 +1,191 @@
+// What one layer's load looks like to the planner: a few scenarios (blocks of steps of this window, and earlier
+// windows) and the noise of a single step around them. Every scenario is scaled so that the mean device load is 1,
+// because a step waits for its own peak, whatever its batch size. Deviations of blocks from the window's mean are
+// shrunk by the share that sampling noise explains, so that the planner does not fit what will not come again.
+import type { Loads } from './loads.js';
+
+export interface Scenarios {
+  experts: number;
+  /** Number of scenarios. */
+  blocks: number;
+  /** f64[experts, blocks]: load of an expert, in units of the mean device load. */
+  loads: Float64Array;
+  /** f64[blocks], sums to 1. */
+  weights: Float64Array;
+  /** f64[experts]: weighted mean over the scenarios. */
+  mean: Float64Array;
+  /** f64[experts]: the window alone, its steps summed. */
+  window: Float64Array;
+  /** f64[experts]: variance of one step around its scenario. */
+  noise: Float64Array;
+  /** Variance of the weighted mean that is left of `noise`: about 1 / steps. */
+  uncertainty: number;
+}
+
+const mostBlocks = 8;
+
+/** An earlier window's totals, f64[layers, experts], and its weight relative to this window's 1. */
+export interface PastWindow {
+  totals: Float64Array;
+  weight: number;
+}
+
+/** How the steps of a window are cut: enough blocks to see bursts, at least two steps each to see noise. */
+export function blocksOf(steps: number): number {
+  return steps < 4 ? steps : Math.min(mostBlocks, steps >> 1);
+}
+
+/** The scenarios of one layer. `past` may be empty. A layer without load gives equal loads. */
+export function scenariosOf(
+  loads: Loads,
+  layer: number,
+  devices: number,
+  past: readonly PastWindow[],
+): Scenarios {
+  const { experts, steps, layers, counts } = loads;
+  const recent = blocksOf(steps);
+  const blocks = recent + past.length;
+  const x = new Float64Array(experts * blocks);
+  const window = new Float64Array(experts);
+  const noise = new Float64Array(experts);
+  const used = new Float64Array(recent);
+  let poissonRate = 0;
+  let squares = 0;
+  let poissonSum = 0;
+  let degrees = 0;
+  const square = new Float64Array(experts);
+
+  // Shares of every step, summed by block
+  let total = 0;
+  for (let step = 0; step < steps; step++) {
+    const start = (step * layers + layer) * experts;
+    let sum = 0;
+    for (let expert = 0; expert < experts; expert++) sum += counts[start + expert]!;
+    if (sum === 0) continue;
+    const block = Math.floor((step * recent) / steps);
+    const scale = devices / sum;
+    used[block]!++;
+    total += sum;
+    poissonRate += scale;
+    for (let expert = 0; expert < experts; expert++) {
+      const count = counts[start + expert]!;
+      const share = count * scale;
+      window[expert]! += count;
+      x[expert * blocks + block]! += share;
+      square[expert]! += share * share;
+    }
+  }
+  const stepsUsed = used.reduce((sum, value) => sum + value, 0);
+  if (stepsUsed === 0) {
+    x.fill(devices / experts);
+    window.fill(devices / experts);
+    const even = new Float64Array(blocks).fill(1 / blocks);
+    return { experts, blocks, loads: x, weights: even, mean: window.slice(), window, noise, uncertainty: 1 };
+  }
+  poissonRate /= stepsUsed;
+
+  // Noise inside blocks, and how much of the blocks' spread it explains
+  const weights = new Float64Array(blocks);
+  let blocksUsed = 0;
+  for (let block = 0; block < recent; block++) {
+    if (used[block] === 0) continue;
+    blocksUsed++;
+    degrees += used[block]! - 1;
+    weights[block] = used[block]! / stepsUsed;
+  }
+  let between = 0;
+  for (let expert = 0; expert < experts; expert++) {
+    const row = expert * blocks;
+    let within = square[expert]!;
+    let mean = 0;
+    for (let block = 0; block < recent; block++) {
+      if (used[block] === 0) continue;
+      const sum = x[row + block]!;
+      within -= (sum * sum) / used[block]!;
+      x[row + block] = sum / used[block]!;
+      mean += sum / stepsUsed;
+    }
+    window[expert] = (window[expert]! * devices) / total;
+    squares += within;
+    poissonSum += mean;
+    for (let block = 0; block < recent; block++)
+      if (used[block]! > 0) between += weights[block]! * (x[row + block]! - mean) ** 2;
+  }
+  const dispersion = degrees > 0 ? Math.max(0.25, squares / degrees / (poissonSum * poissonRate)) : 1;
+  const expected = blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
+  const kept = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
+  if (kept > 0 && blocksUsed === recent) recencyWeights(x, experts, blocks, recent, weights);
+  const mean = new Float64Array(experts);
+  for (let expert = 0; expert < experts; expert++) {
+    const row = expert * blocks;
+    let centre = 0;
+    for (let block = 0; block < recent; block++) centre += weights[block]! * x[row + block]!;
+    for (let block = 0; block < recent; block++) x[row + block] = centre + kept * (x[row + block]! - centre);
+    noise[expert] = centre * poissonRate * dispersion;
+    mean[expert] = centre;
+  }
+
+  // Earlier windows as further scenarios
+  let pastWeight = 0;
+  for (const [index, { totals, weight }] of past.entries()) {
+    let sum = 0;
+    for (let expert = 0; expert < experts; expert++) sum += totals[layer * experts + expert]!;
+    const block = recent + index;
+    weights[block] = sum > 0 ? weight : 0;
+    pastWeight += weights[block]!;
+    for (let expert = 0; expert < experts; expert++)
+      x[expert * blocks + block] =
+        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
+  }
+  if (pastWeight > 0) {
+    for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
+    for (let expert = 0; expert < experts; expert++) {
+      let sum = 0;
+      for (let block = 0; block < blocks; block++) sum += weights[block]! * x[expert * blocks + block]!;
+      mean[expert] = sum;
+    }
+  }
+  let uncertainty = 0;
+  for (let block = 0; block < blocks; block++)
+    uncertainty += weights[block]! ** 2 / Math.max(1, block < recent ? used[block]! : stepsUsed);
+  return { experts, blocks, loads: x, weights, mean, window, noise, uncertainty };
+}
+
+/** Decays per block that are tried: from 'all blocks alike' to 'mostly the last few'. */
+const decays = [1, 0.8, 0.6];
+
+/**
+ * Weights of the recent blocks: the exponential decay whose weighted mean of the blocks so far best predicts the mean
+ * of the rest, over all cuts of this window. Without trend that is the plain mean.
+ */
+function recencyWeights(x: Float64Array, experts: number, blocks: number, recent: number, weights: Float64Array): void {
+  let best = 1;
+  let least = Number.POSITIVE_INFINITY;
+  for (const decay of decays) {
+    let error = 0;
+    for (let expert = 0; expert < experts; expert++) {
+      const row = expert * blocks;
+      let rest = 0;
+      for (let block = 0; block < recent; block++) rest += x[row + block]!;
+      let seen = 0;
+      let norm = 0;
+      for (let block = 0; block + 1 < recent; block++) {
+        const value = x[row + block]!;
+        seen = seen * decay + value;
+        norm = norm * decay + 1;
+        rest -= value;
+        if (block >= 1) error += (seen / norm - rest / (recent - 1 - block)) ** 2;
+      }
+    }
+    if (error < least * 0.999) {
+      least = error;
+      best = decay;
+    }
+  }
+  let sum = 0;
+  for (let block = 0; block < recent; block++) {
+    weights[block] = best ** (recent - 1 - block);
+    sum += weights[block]!;
+  }
+  for (let block = 0; block < recent; block++) weights[block]! /= sum;
+}

@@ -15,8 +15,8 @@ export interface Change {
   replaceBy: number;
 }
 
-/** Standard errors beyond which an imbalance is no chance; searches on noise reach 3.7. */
-const surely = 4.5;
+/** Standard errors beyond which an imbalance is no chance; searches on noise reach 2.9. */
+const surely = 3.2;
 
 /** How many of the coldest devices are looked at as partners of the hottest. */
 const coldest = 12;
@@ -51,6 +51,12 @@ export class LayerSearch {
   #slotA = -1;
   #slotB = -1;
   #replaceBy = -1;
+  #rate = 0;
+  #transfersOfBest = 1;
+  readonly #slope: Float64Array;
+  readonly #otherSlope: Float64Array;
+  readonly #hotSlope: Float64Array;
+  readonly #partnerSlope: Float64Array;
 
   constructor(scenarios: Scenarios, devices: number, slots: number) {
     const { experts, blocks } = scenarios;
@@ -72,6 +78,10 @@ export class LayerSearch {
     this.#mean = new Float64Array(devices);
     this.#window = new Float64Array(devices);
     this.#cost = new Float64Array(devices);
+    this.#slope = new Float64Array(blocks);
+    this.#otherSlope = new Float64Array(blocks);
+    this.#hotSlope = new Float64Array(slots);
+    this.#partnerSlope = new Float64Array(slots);
   }
 
   /** Starts from rows (i32[devices * slots]); moves are counted from `before`. */
@@ -102,7 +112,8 @@ export class LayerSearch {
           devices;
     const deviates = Math.sqrt(2 * Math.log(Math.max(2, devices)));
     const variance = noise + spread + 1e-9;
-    this.#noiseGain = deviates * (Math.sqrt(variance + surely ** 2 * noise * this.#scenarios.uncertainty) - Math.sqrt(variance));
+    const chance = surely ** 2 * noise * this.#scenarios.uncertainty;
+    this.#noiseGain = deviates * Math.min(Math.sqrt(variance + chance) - Math.sqrt(variance), 0.375 * Math.sqrt(chance));
     const scale = deviates / Math.sqrt(variance);
     this.#squarings = Math.max(3, Math.min(6, Math.round(Math.log2(scale))));
     this.#lift = 2 ** this.#squarings / 2;
@@ -244,54 +255,58 @@ export class LayerSearch {
     this.#total += this.#cost[one]! + this.#cost[two]!;
   }
 
-  /** Change of the objective if the replica of `old` in `slot` becomes one of `expert`. Both change their shares. */
-  #replaceDelta(slot: number, expert: number): number {
+  /** Cost of a device with parts of the loads of two experts added (noise in its own parts). */
+  #costWith(device: number, a: number, partA: number, noiseA: number, b: number, partB: number, noiseB: number): number {
     const { weights, loads, noise } = this.#scenarios;
-    const { blocks, devices, experts } = this;
-    const device = Math.floor(slot / this.slots);
-    const old = this.rows[slot]!;
-    const oldReplicas = this.replicas[old]!;
-    const newReplicas = this.replicas[expert]!;
-    const up = 1 / (oldReplicas - 1) - 1 / oldReplicas;
-    const down = 1 / (newReplicas + 1) - 1 / newReplicas;
-    const upNoise = 1 / (oldReplicas - 1) ** 2 - 1 / oldReplicas ** 2;
-    const downNoise = 1 / (newReplicas + 1) ** 2 - 1 / newReplicas ** 2;
-    let delta = 0;
-    for (let other = 0; other < devices; other++) {
-      let ofOld = 0;
-      let ofNew = 0;
-      let noiseOld = 0;
-      let noiseNew = 0;
-      if (other === device) {
-        ofOld = -1 / oldReplicas;
-        ofNew = 1 / (newReplicas + 1);
-        noiseOld = -1 / oldReplicas ** 2;
-        noiseNew = 1 / (newReplicas + 1) ** 2;
-      } else {
-        if (this.#holds[other * experts + old]) {
-          ofOld = up;
-          noiseOld = upNoise;
-        }
-        if (this.#holds[other * experts + expert]) {
-          ofNew = down;
-          noiseNew = downNoise;
-        }
-        if (ofOld === 0 && ofNew === 0) continue;
-      }
-      const shift = this.#lift * (this.#noise[other]! + noiseOld * noise[old]! + noiseNew * noise[expert]!);
-      let cost = 0;
-      for (let block = 0; block < blocks; block++) {
-        let value =
-          this.#load[other * blocks + block]! +
-          ofOld * loads[old * blocks + block]! +
-          ofNew * loads[expert * blocks + block]! +
-          shift;
-        for (let step = 0; step < this.#squarings; step++) value *= value;
-        cost += weights[block]! * value;
-      }
-      delta += cost - this.#cost[other]!;
+    const { blocks } = this;
+    const load = this.#load;
+    const shift = this.#lift * (this.#noise[device]! + noiseA * noise[a]! + noiseB * noise[b]!);
+    const squarings = this.#squarings;
+    const row = device * blocks;
+    const rowA = a * blocks;
+    const rowB = b * blocks;
+    let cost = 0;
+    for (let block = 0; block < blocks; block++) {
+      let value = load[row + block]! + partA * loads[rowA + block]! + partB * loads[rowB + block]! + shift;
+      for (let step = 0; step < squarings; step++) value *= value;
+      cost += weights[block]! * value;
     }
+    return cost;
+  }
+
+  /** Change of cost on the devices that hold `expert`, all but `except`, if it had `more` replicas more. */
+  #rippleOf(expert: number, more: number, except: number): number {
+    const count = this.replicas[expert]!;
+    const part = 1 / (count + more) - 1 / count;
+    const noisePart = 1 / (count + more) ** 2 - 1 / count ** 2;
+    let delta = 0;
+    for (let device = 0, at = expert; device < this.devices; device++, at += this.experts)
+      if (this.#holds[at] && device !== except) delta += this.#costWith(device, expert, part, noisePart, expert, 0, 0) - this.#cost[device]!;
     return delta;
+  }
+
+  /** w p L^(p-1) of every scenario and its sum times lift: the slope of a device's cost in load and in noise. */
+  #slopeOf(device: number, into: Float64Array): number {
+    const { weights } = this.#scenarios;
+    const power = 2 ** this.#squarings;
+    const shift = this.#lift * this.#noise[device]!;
+    let sum = 0;
+    for (let block = 0; block < this.blocks; block++) {
+      const base = this.#load[device * this.blocks + block]! + shift;
+      let value = base;
+      for (let step = 0; step < this.#squarings; step++) value *= value;
+      into[block] = base > 0 ? (weights[block]! * power * value) / base : 0;
+      sum += into[block]!;
+    }
+    return sum * this.#lift;
+  }
+
+  /** First-order change of a device's cost when one replica's share of `expert` is added. */
+  #slopeFor(expert: number, slope: Float64Array, noiseSlope: number): number {
+    let sum = noiseSlope * this.#noiseShare[expert]!;
+    const row = expert * this.blocks;
+    for (let block = 0; block < this.blocks; block++) sum += slope[block]! * this.#share[row + block]!;
+    return sum;
   }
 
   #replace(slot: number, expert: number): void {
@@ -326,62 +341,102 @@ export class LayerSearch {
    * PAR), 0 when nothing gains; `apply` makes the change.
    */
   propose(budget: number): number {
-    const { devices, slots, experts, rows } = this;
-    let best = 0;
-    let transfersOfBest = 1;
+    const order = this.#byCost();
+    const hot = order[0]!;
+    const partners = order.slice(-Math.min(coldest, this.devices - 1)).reverse();
     this.#slotA = -1;
     this.#slotB = -1;
     this.#replaceBy = -1;
-    const order = this.#byCost();
-    const partners = order.slice(-coldest);
-    for (const hot of order.slice(0, 1)) {
-      for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
-        const a = rows[slotA]!;
-        const shareA = this.#meanShare[a]!;
-        for (const other of partners) {
-          if (other === hot || this.#holds[other * experts + a]) continue;
-          const gap = this.#mean[hot]! - this.#mean[other]! + 0.05;
-          const both = this.#cost[hot]! + this.#cost[other]!;
-          for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
-            const b = rows[slotB]!;
-            const shift = shareA - this.#meanShare[b]!;
-            if (shift > gap || shift < -0.02 || this.#holds[hot * experts + b]) continue;
-            const transfers = this.#transfers(hot, a, b) + this.#transfers(other, b, a);
-            if (this.#moves + transfers > budget) continue;
-            const rate = (both - this.#exchangeCost(hot, a, other, b)) / Math.max(0.5, transfers);
-            if (rate > best) {
-              best = rate;
-              transfersOfBest = Math.max(0.5, transfers);
-              this.#slotA = slotA;
-              this.#slotB = slotB;
-              this.#replaceBy = -1;
-            }
-          }
-        }
-        if (this.replicas[a]! >= devices) continue;
-        // A further replica of a hot expert in place of a replica of a less needed one
-        for (const device of partners) {
-          if (device === hot || this.#holds[device * experts + a]) continue;
-          for (let slotB = device * slots; slotB < (device + 1) * slots; slotB++) {
-            const old = rows[slotB]!;
-            if (this.replicas[old]! < 2) continue;
-            if (this.#scenarios.mean[old]! / (this.replicas[old]! - 1) > shareA * 1.5) continue;
-            const transfers = this.#transfers(device, old, a);
-            if (this.#moves + transfers > budget) continue;
-            const rate = -this.#replaceDelta(slotB, a) / Math.max(0.5, transfers);
-            if (rate > best) {
-              best = rate;
-              transfersOfBest = Math.max(0.5, transfers);
-              this.#slotB = slotB;
-              this.#replaceBy = a;
-            }
+    this.#rate = 0;
+    this.#transfersOfBest = 1;
+    this.#proposeExchange(hot, partners, budget);
+    this.#proposeReplica(hot, partners, budget);
+    if (this.#rate <= 0) return 0;
+    const power = 1 / 2 ** this.#squarings;
+    const transfers = this.#transfersOfBest;
+    return (this.#total ** power - Math.max(1e-12, this.#total - this.#rate * transfers) ** power) / transfers;
+  }
+
+  /**
+   * Exchanges of an expert of the hot device with one of a partner. The cost is convex, so its slope bounds what an
+   * exchange can gain; only exchanges whose bound beats the best so far are worked out.
+   */
+  #proposeExchange(hot: number, partners: readonly number[], budget: number): void {
+    const { slots, experts, rows } = this;
+    const first = hot * slots;
+    const noiseHot = this.#slopeOf(hot, this.#slope);
+    for (let index = 0; index < slots; index++) this.#hotSlope[index] = this.#slopeFor(rows[first + index]!, this.#slope, noiseHot);
+    for (const other of partners) {
+      const noiseOther = this.#slopeOf(other, this.#otherSlope);
+      const both = this.#cost[hot]! + this.#cost[other]!;
+      for (let index = 0; index < slots; index++) this.#partnerSlope[index] = this.#slopeFor(rows[first + index]!, this.#otherSlope, noiseOther);
+      for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+        const b = rows[slotB]!;
+        if (this.#holds[hot * experts + b]) continue;
+        const leavesHot = this.#slopeFor(b, this.#slope, noiseHot);
+        const leavesOther = this.#slopeFor(b, this.#otherSlope, noiseOther);
+        for (let index = 0; index < slots; index++) {
+          const bound = Math.min(this.#cost[hot]!, this.#hotSlope[index]! - leavesHot) - this.#partnerSlope[index]! + leavesOther;
+          if (bound <= this.#rate * 0.5) continue;
+          const a = rows[first + index]!;
+          if (this.#holds[other * experts + a]) continue;
+          const transfers = this.#transfers(hot, a, b) + this.#transfers(other, b, a);
+          if (this.#moves + transfers > budget) continue;
+          const per = Math.max(0.5, transfers);
+          if (bound <= this.#rate * per) continue;
+          const rate = (both - this.#exchangeCost(hot, a, other, b)) / per;
+          if (rate > this.#rate) {
+            this.#rate = rate;
+            this.#transfersOfBest = per;
+            this.#slotA = first + index;
+            this.#slotB = slotB;
           }
         }
       }
     }
-    if (best <= 0) return 0;
-    const power = 1 / 2 ** this.#squarings;
-    return (this.#total ** power - Math.max(1e-12, this.#total - best * transfersOfBest) ** power) / transfersOfBest;
+  }
+
+  /** A further replica of an expert of the hot device, in place of a replica of a less needed one on a partner. */
+  #proposeReplica(hot: number, partners: readonly number[], budget: number): void {
+    const { slots, devices, experts, rows } = this;
+    const ripples = new Map<number, number>();
+    for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
+      const a = rows[slotA]!;
+      const count = this.replicas[a]!;
+      if (count >= devices) continue;
+      const relief = this.#rippleOf(a, 1, -1);
+      if (-relief <= this.#rate * 0.5) continue;
+      for (const device of partners) {
+        if (this.#holds[device * experts + a]) continue;
+        for (let slotB = device * slots; slotB < (device + 1) * slots; slotB++) {
+          const old = rows[slotB]!;
+          const oldCount = this.replicas[old]!;
+          if (oldCount < 2 || this.#scenarios.mean[old]! / (oldCount - 1) > this.#meanShare[a]! * 1.5) continue;
+          const transfers = this.#transfers(device, old, a);
+          if (this.#moves + transfers > budget) continue;
+          const per = Math.max(0.5, transfers);
+          if (-relief <= this.#rate * per) continue;
+          let ripple = ripples.get(old);
+          if (ripple === undefined) {
+            ripple = this.#rippleOf(old, -1, -1);
+            ripples.set(old, ripple);
+          }
+          // `ripple` counts this device as a holder; it stops being one
+          const up = 1 / (oldCount - 1) - 1 / oldCount;
+          const upNoise = 1 / (oldCount - 1) ** 2 - 1 / oldCount ** 2;
+          const here = this.#costWith(device, old, up, upNoise, old, 0, 0);
+          const after = this.#costWith(device, old, -1 / oldCount, -1 / oldCount ** 2, a, 1 / (count + 1), 1 / (count + 1) ** 2);
+          const rate = -(relief + ripple - here + after) / per;
+          if (rate > this.#rate) {
+            this.#rate = rate;
+            this.#transfersOfBest = per;
+            this.#slotA = -1;
+            this.#slotB = slotB;
+            this.#replaceBy = a;
+          }
+        }
+      }
+    }
   }
 
   /** The change that `propose` found last. */

@@ -18,7 +18,7 @@ export interface Scenarios {
   window: Float64Array;
   /** f64[experts]: variance of one step around its scenario. */
   noise: Float64Array;
-  /** Variance of the weighted mean that is left of `noise`: about 1 / steps. */
+  /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
   uncertainty: number;
 }
 
@@ -125,7 +125,11 @@ export function scenariosOf(
     mean[expert] = centre;
   }
 
-  // Earlier windows as further scenarios
+  let uncertainty = 0;
+  for (let block = 0; block < recent; block++)
+    if (used[block]! > 0) uncertainty += weights[block]! ** 2 / used[block]!;
+
+  // Earlier windows as further scenarios, all windows shrunk towards their mean by what noise explains
   let pastWeight = 0;
   for (const [index, { totals, weight }] of past.entries()) {
     let sum = 0;
@@ -134,20 +138,31 @@ export function scenariosOf(
     weights[block] = sum > 0 ? weight : 0;
     pastWeight += weights[block]!;
     for (let expert = 0; expert < experts; expert++)
-      x[expert * blocks + block] =
-        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
+      x[expert * blocks + block] = sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
   }
   if (pastWeight > 0) {
     for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
+    let apart = 0;
+    let byNoise = 0;
+    const pooled = new Float64Array(experts);
     for (let expert = 0; expert < experts; expert++) {
-      let sum = 0;
-      for (let block = 0; block < blocks; block++) sum += weights[block]! * x[expert * blocks + block]!;
-      mean[expert] = sum;
+      const row = expert * blocks;
+      for (let block = recent; block < blocks; block++) {
+        pooled[expert]! += weights[block]! * x[row + block]!;
+        apart += weights[block]! * (x[row + block]! - mean[expert]!) ** 2;
+        byNoise += (weights[block]! * 2 * noise[expert]!) / stepsUsed;
+      }
+      pooled[expert]! += mean[expert]! / (1 + pastWeight);
+    }
+    const real = apart > 0 ? Math.max(0, 1 - byNoise / apart) : 0;
+    for (let expert = 0; expert < experts; expert++) {
+      const row = expert * blocks;
+      const shift = (1 - real) * (pooled[expert]! - mean[expert]!);
+      for (let block = 0; block < recent; block++) x[row + block]! += shift;
+      for (let block = recent; block < blocks; block++) x[row + block] = pooled[expert]! + real * (x[row + block]! - pooled[expert]!);
+      mean[expert] = pooled[expert]!;
     }
   }
-  let uncertainty = 0;
-  for (let block = 0; block < blocks; block++)
-    uncertainty += weights[block]! ** 2 / Math.max(1, block < recent ? used[block]! : stepsUsed);
   return { experts, blocks, loads: x, weights, mean, window, noise, uncertainty };
 }
 

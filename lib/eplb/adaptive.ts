@@ -122,7 +122,9 @@ export const adaptive: Policy = {
       layerDone();
       return course;
     });
-    const taken = unlimited ? courses.map(({ changes }) => changes.length) : choose(courses, maxMoves, maxMovesPerLayer);
+    const taken = unlimited
+      ? courses.map(({ changes }) => changes.length)
+      : choose(courses, maxMoves, maxMovesPerLayer);
     const placements = searches.map((search, layer) => {
       const { changes } = courses[layer]!;
       if (taken[layer] === 0) return current[layer]!;

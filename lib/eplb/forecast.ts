@@ -29,7 +29,8 @@ export function pastDecay(loads: Loads, history: readonly Float64Array[], totals
       for (let age = 1; age <= earlier.length; age++) norm += decay ** age;
       for (let expert = 0; expert < experts; expert++) {
         let sum = latest[expert]!;
-        for (let age = 1; age <= earlier.length; age++) sum += decay ** age * earlier[earlier.length - age]![expert]!;
+        for (let age = 1; age <= earlier.length; age++)
+          sum += decay ** age * earlier[earlier.length - age]![expert]!;
         error += (sum / norm - target[expert]!) ** 2;
       }
       errors[index]! += error;
@@ -51,11 +52,13 @@ export function pastDecay(loads: Loads, history: readonly Float64Array[], totals
     if (history.length >= 2) {
       judged = true;
       const windows = [...past, scaled(totals, layer, experts)];
-      for (let index = 2; index < windows.length; index++) judge(windows[index]!, windows[index - 1]!, windows.slice(0, index - 1));
+      for (let index = 2; index < windows.length; index++)
+        judge(windows[index]!, windows[index - 1]!, windows.slice(0, index - 1));
     }
   }
   if (!judged) return untried;
   let best = 0;
-  for (let index = 1; index < decays.length; index++) if (errors[index]! < errors[best]! * 0.999) best = index;
+  for (let index = 1; index < decays.length; index++)
+    if (errors[index]! < errors[best]! * 0.999) best = index;
   return decays[best]!;
 }

@@ -113,7 +113,8 @@ export class LayerSearch {
     const deviates = Math.sqrt(2 * Math.log(Math.max(2, devices)));
     const variance = noise + spread + 1e-9;
     const chance = surely ** 2 * noise * this.#scenarios.uncertainty;
-    this.#noiseGain = deviates * Math.min(Math.sqrt(variance + chance) - Math.sqrt(variance), 0.375 * Math.sqrt(chance));
+    this.#noiseGain =
+      deviates * Math.min(Math.sqrt(variance + chance) - Math.sqrt(variance), 0.375 * Math.sqrt(chance));
     const scale = deviates / Math.sqrt(variance);
     this.#squarings = Math.max(3, Math.min(6, Math.round(Math.log2(scale))));
     this.#lift = 2 ** this.#squarings / 2;
@@ -256,7 +257,15 @@ export class LayerSearch {
   }
 
   /** Cost of a device with parts of the loads of two experts added (noise in its own parts). */
-  #costWith(device: number, a: number, partA: number, noiseA: number, b: number, partB: number, noiseB: number): number {
+  #costWith(
+    device: number,
+    a: number,
+    partA: number,
+    noiseA: number,
+    b: number,
+    partB: number,
+    noiseB: number,
+  ): number {
     const { weights, loads, noise } = this.#scenarios;
     const { blocks } = this;
     const load = this.#load;
@@ -281,7 +290,8 @@ export class LayerSearch {
     const noisePart = 1 / (count + more) ** 2 - 1 / count ** 2;
     let delta = 0;
     for (let device = 0, at = expert; device < this.devices; device++, at += this.experts)
-      if (this.#holds[at] && device !== except) delta += this.#costWith(device, expert, part, noisePart, expert, 0, 0) - this.#cost[device]!;
+      if (this.#holds[at] && device !== except)
+        delta += this.#costWith(device, expert, part, noisePart, expert, 0, 0) - this.#cost[device]!;
     return delta;
   }
 
@@ -332,7 +342,9 @@ export class LayerSearch {
 
   /** Devices by falling cost. */
   #byCost(): number[] {
-    return Array.from(this.#cost.keys()).sort((left, right) => this.#cost[right]! - this.#cost[left]! || left - right);
+    return Array.from(this.#cost.keys()).sort(
+      (left, right) => this.#cost[right]! - this.#cost[left]! || left - right,
+    );
   }
 
   /**
@@ -354,7 +366,9 @@ export class LayerSearch {
     if (this.#rate <= 0) return 0;
     const power = 1 / 2 ** this.#squarings;
     const transfers = this.#transfersOfBest;
-    return (this.#total ** power - Math.max(1e-12, this.#total - this.#rate * transfers) ** power) / transfers;
+    return (
+      (this.#total ** power - Math.max(1e-12, this.#total - this.#rate * transfers) ** power) / transfers
+    );
   }
 
   /**
@@ -365,18 +379,23 @@ export class LayerSearch {
     const { slots, experts, rows } = this;
     const first = hot * slots;
     const noiseHot = this.#slopeOf(hot, this.#slope);
-    for (let index = 0; index < slots; index++) this.#hotSlope[index] = this.#slopeFor(rows[first + index]!, this.#slope, noiseHot);
+    for (let index = 0; index < slots; index++)
+      this.#hotSlope[index] = this.#slopeFor(rows[first + index]!, this.#slope, noiseHot);
     for (const other of partners) {
       const noiseOther = this.#slopeOf(other, this.#otherSlope);
       const both = this.#cost[hot]! + this.#cost[other]!;
-      for (let index = 0; index < slots; index++) this.#partnerSlope[index] = this.#slopeFor(rows[first + index]!, this.#otherSlope, noiseOther);
+      for (let index = 0; index < slots; index++)
+        this.#partnerSlope[index] = this.#slopeFor(rows[first + index]!, this.#otherSlope, noiseOther);
       for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
         const b = rows[slotB]!;
         if (this.#holds[hot * experts + b]) continue;
         const leavesHot = this.#slopeFor(b, this.#slope, noiseHot);
         const leavesOther = this.#slopeFor(b, this.#otherSlope, noiseOther);
         for (let index = 0; index < slots; index++) {
-          const bound = Math.min(this.#cost[hot]!, this.#hotSlope[index]! - leavesHot) - this.#partnerSlope[index]! + leavesOther;
+          const bound =
+            Math.min(this.#cost[hot]!, this.#hotSlope[index]! - leavesHot) -
+            this.#partnerSlope[index]! +
+            leavesOther;
           if (bound <= this.#rate * 0.5) continue;
           const a = rows[first + index]!;
           if (this.#holds[other * experts + a]) continue;
@@ -411,7 +430,8 @@ export class LayerSearch {
         for (let slotB = device * slots; slotB < (device + 1) * slots; slotB++) {
           const old = rows[slotB]!;
           const oldCount = this.replicas[old]!;
-          if (oldCount < 2 || this.#scenarios.mean[old]! / (oldCount - 1) > this.#meanShare[a]! * 1.5) continue;
+          if (oldCount < 2 || this.#scenarios.mean[old]! / (oldCount - 1) > this.#meanShare[a]! * 1.5)
+            continue;
           const transfers = this.#transfers(device, old, a);
           if (this.#moves + transfers > budget) continue;
           const per = Math.max(0.5, transfers);
@@ -425,7 +445,15 @@ export class LayerSearch {
           const up = 1 / (oldCount - 1) - 1 / oldCount;
           const upNoise = 1 / (oldCount - 1) ** 2 - 1 / oldCount ** 2;
           const here = this.#costWith(device, old, up, upNoise, old, 0, 0);
-          const after = this.#costWith(device, old, -1 / oldCount, -1 / oldCount ** 2, a, 1 / (count + 1), 1 / (count + 1) ** 2);
+          const after = this.#costWith(
+            device,
+            old,
+            -1 / oldCount,
+            -1 / oldCount ** 2,
+            a,
+            1 / (count + 1),
+            1 / (count + 1) ** 2,
+          );
           const rate = -(relief + ripple - here + after) / per;
           if (rate > this.#rate) {
             this.#rate = rate;

@@ -2,6 +2,7 @@
 // scenarios, and a last polish of the window's own peak.
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
+import { exactRows, isSmall } from './exact.js';
 import { LayerSearch } from './layer_search.js';
 import { packReplicas } from './pack.js';
 import type { Policy } from './policy.js';
@@ -16,6 +17,8 @@ export function buildLayer(scenarios: Scenarios, devices: number, slots: number)
   const search = new LayerSearch(scenarios, devices, slots);
   search.start(packReplicas(scenarios, replicas, devices, slots));
   search.polish(polishTarget, 4 * devices);
+  if (isSmall(scenarios.experts, devices, slots))
+    search.start(exactRows(scenarios.window, devices, slots, search.rows));
   return search;
 }
 

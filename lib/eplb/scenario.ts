@@ -112,7 +112,8 @@ export function scenariosOf(
       if (used[block]! > 0) between += weights[block]! * (x[row + block]! - mean) ** 2;
   }
   const dispersion = degrees > 0 ? Math.max(0.25, squares / degrees / (poissonSum * poissonRate)) : 1;
-  const expected = blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
+  const expected =
+    blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
   const kept = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
   if (kept > 0 && blocksUsed === recent) recencyWeights(x, experts, blocks, recent, weights);
   const mean = new Float64Array(experts);
@@ -138,7 +139,8 @@ export function scenariosOf(
     weights[block] = sum > 0 ? weight : 0;
     pastWeight += weights[block]!;
     for (let expert = 0; expert < experts; expert++)
-      x[expert * blocks + block] = sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
+      x[expert * blocks + block] =
+        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
   }
   if (pastWeight > 0) {
     for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
@@ -159,7 +161,8 @@ export function scenariosOf(
       const row = expert * blocks;
       const shift = (1 - real) * (pooled[expert]! - mean[expert]!);
       for (let block = 0; block < recent; block++) x[row + block]! += shift;
-      for (let block = recent; block < blocks; block++) x[row + block] = pooled[expert]! + real * (x[row + block]! - pooled[expert]!);
+      for (let block = recent; block < blocks; block++)
+        x[row + block] = pooled[expert]! + real * (x[row + block]! - pooled[expert]!);
       mean[expert] = pooled[expert]!;
     }
   }
@@ -173,7 +176,13 @@ const decays = [1, 0.8, 0.6];
  * Weights of the recent blocks: the exponential decay whose weighted mean of the blocks so far best predicts the mean
  * of the rest, over all cuts of this window. Without trend that is the plain mean.
  */
-function recencyWeights(x: Float64Array, experts: number, blocks: number, recent: number, weights: Float64Array): void {
+function recencyWeights(
+  x: Float64Array,
+  experts: number,
+  blocks: number,
+  recent: number,
+  weights: Float64Array,
+): void {
   let best = 1;
   let least = Number.POSITIVE_INFINITY;
   for (const decay of decays) {

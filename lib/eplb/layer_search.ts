@@ -6,6 +6,7 @@
 // Its p-th root is close to the expected peak of a step: like a soft maximum it looks at the hottest devices, and p
 // is chosen so that an imbalance that drowns in the noise of a step counts for little (scale sqrt(2 ln D) / noise).
 // Invariants: no expert twice on a device, at least one replica each, at most one per device.
+import { uniform } from './random.js';
 import type { Scenarios } from './scenario.js';
 
 /** Exchange of the experts in two slots, or (replaceBy >= 0) a replica of `replaceBy` for the one in slotB. */
@@ -478,44 +479,97 @@ export class LayerSearch {
     else this.#exchange(slotA, slotB);
   }
 
-  /** Exchanges until the window's peak is at most `target`, or nothing lowers it. Among fitting ones, least cost. */
-  polish(target: number, mostSteps: number): void {
-    const { devices, slots, experts, rows } = this;
+  /**
+   * Exchanges until the window's peak is at most `target`; among exchanges that reach it, the one of least cost. Where
+   * no exchange lowers the peak, the hottest device gives load to another one all the same (at most `mostKicks`
+   * times) and the search goes on from there; the rows with the lowest peak are kept.
+   */
+  polish(target: number, mostSteps: number, mostKicks: number): void {
+    let best: Int32Array | undefined;
+    let lowest = Number.POSITIVE_INFINITY;
+    let kicks = 0;
+    const random = uniform(1);
     for (let step = 0; step < mostSteps; step++) {
-      let hot = 0;
-      for (let device = 1; device < devices; device++)
-        if (this.#window[device]! > this.#window[hot]!) hot = device;
+      const hot = this.#hottestOfWindow();
       const peak = this.#window[hot]!;
       if (peak <= target) return;
-      let bestA = -1;
-      let bestB = -1;
-      let lowest = peak - 1e-9;
-      let cost = Number.POSITIVE_INFINITY;
-      for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
-        const a = rows[slotA]!;
-        const shareA = this.#windowShare[a]!;
-        for (let other = 0; other < devices; other++) {
-          if (other === hot || this.#holds[other * experts + a]) continue;
-          const load = this.#window[other]!;
-          for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
-            const b = rows[slotB]!;
-            const shift = shareA - this.#windowShare[b]!;
-            if (shift <= 0) continue;
-            const higher = Math.max(peak - shift, load + shift);
-            if (higher > Math.max(lowest, target) || this.#holds[hot * experts + b]) continue;
-            if (higher <= target) {
-              const added = this.#exchangeCost(hot, a, other, b) - this.#cost[other]!;
-              if (added >= cost) continue;
-              cost = added;
-            } else if (cost < Number.POSITIVE_INFINITY || higher >= lowest) continue;
-            lowest = higher;
-            bestA = slotA;
-            bestB = slotB;
-          }
+      if (this.#coolWindow(hot, peak, target)) continue;
+      if (peak < lowest) {
+        lowest = peak;
+        best = this.rows.slice();
+      }
+      if (kicks++ >= mostKicks || !this.#kick(hot, target, random)) break;
+    }
+    if (best !== undefined && this.windowPeak > lowest) this.#restore(best);
+  }
+
+  #hottestOfWindow(): number {
+    let hot = 0;
+    for (let device = 1; device < this.devices; device++)
+      if (this.#window[device]! > this.#window[hot]!) hot = device;
+    return hot;
+  }
+
+  /** The exchange that best lowers the peak of the window; false if there is none. */
+  #coolWindow(hot: number, peak: number, target: number): boolean {
+    const { devices, slots, experts, rows } = this;
+    let bestA = -1;
+    let bestB = -1;
+    let lowest = peak - 1e-9;
+    let cost = Number.POSITIVE_INFINITY;
+    for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
+      const a = rows[slotA]!;
+      const shareA = this.#windowShare[a]!;
+      for (let other = 0; other < devices; other++) {
+        if (other === hot || this.#holds[other * experts + a]) continue;
+        const load = this.#window[other]!;
+        for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+          const b = rows[slotB]!;
+          const shift = shareA - this.#windowShare[b]!;
+          if (shift <= 0) continue;
+          const higher = Math.max(peak - shift, load + shift);
+          if (higher > Math.max(lowest, target) || this.#holds[hot * experts + b]) continue;
+          if (higher <= target) {
+            const added = this.#exchangeCost(hot, a, other, b) - this.#cost[other]!;
+            if (added >= cost) continue;
+            cost = added;
+          } else if (cost < Number.POSITIVE_INFINITY || higher >= lowest) continue;
+          lowest = higher;
+          bestA = slotA;
+          bestB = slotB;
         }
       }
-      if (bestA < 0) return;
-      this.#exchange(bestA, bestB);
     }
+    if (bestA < 0) return false;
+    this.#exchange(bestA, bestB);
+    return true;
+  }
+
+  /** Brings the hottest device to the target at the expense of a random other one. */
+  #kick(hot: number, target: number, random: () => number): boolean {
+    const { slots, experts, devices, rows } = this;
+    for (let trial = 0; trial < 4 * devices; trial++) {
+      const slotA = hot * slots + Math.floor(random() * slots);
+      const slotB = Math.floor(random() * devices * slots);
+      const other = Math.floor(slotB / slots);
+      const a = rows[slotA]!;
+      const b = rows[slotB]!;
+      const shift = this.#windowShare[a]! - this.#windowShare[b]!;
+      if (other === hot || this.#window[hot]! - shift > target || shift > 0.1) continue;
+      if (this.#holds[other * experts + a] || this.#holds[hot * experts + b]) continue;
+      this.#exchange(slotA, slotB);
+      return true;
+    }
+    return false;
+  }
+
+  /** Goes back to earlier rows of the same replica counts. */
+  #restore(rows: Int32Array): void {
+    for (let slot = 0; slot < rows.length; slot++)
+      if (this.rows[slot] !== rows[slot]) this.#put(slot, rows[slot]!);
+    this.#holds.fill(0);
+    for (let slot = 0; slot < rows.length; slot++)
+      this.#holds[Math.floor(slot / this.slots) * this.experts + rows[slot]!] = 1;
+    this.#costs();
   }
 }

@@ -9,17 +9,34 @@ import type { Policy } from './policy.js';
 import { minMaxReplicas } from './replicate.js';
 import { type Scenarios, scenariosOf } from './scenario.js';
 
-export const polishTarget = 1.0004;
+/** PAR of the window that polishing aims at, and the one with which it is content. */
+const polishTarget = 1.0004;
+const acceptable = 1.001;
 
-/** The search of one layer after a full plan. */
+/** The search of one layer after a full plan: packed for the scenarios, polished for the window's own peak. */
 export function buildLayer(scenarios: Scenarios, devices: number, slots: number): LayerSearch {
-  const replicas = minMaxReplicas(scenarios.mean, devices * slots, devices);
-  const search = new LayerSearch(scenarios, devices, slots);
-  search.start(packReplicas(scenarios, replicas, devices, slots));
-  search.polish(polishTarget, 4 * devices);
+  const search = pack(scenarios, devices, slots);
+  if (search.windowPeak > acceptable && scenarios.blocks > 1) {
+    // Counts made for the forecast can leave no way to balance the window: plan for the window itself
+    const flat = pack(windowOnly(scenarios), devices, slots);
+    if (flat.windowPeak < search.windowPeak) search.start(flat.rows);
+  }
   if (isSmall(scenarios.experts, devices, slots))
     search.start(exactRows(scenarios.window, devices, slots, search.rows));
   return search;
+}
+
+function pack(scenarios: Scenarios, devices: number, slots: number): LayerSearch {
+  const replicas = minMaxReplicas(scenarios.mean, devices * slots, devices);
+  const search = new LayerSearch(scenarios, devices, slots);
+  search.start(packReplicas(scenarios, replicas, devices, slots));
+  search.polish(polishTarget, 6 * devices, devices);
+  return search;
+}
+
+function windowOnly(scenarios: Scenarios): Scenarios {
+  const { window } = scenarios;
+  return { ...scenarios, blocks: 1, loads: window, weights: new Float64Array([1]), mean: window };
 }
 
 export const rebuild: Policy = {

@@ -11,9 +11,9 @@ import { buildLayer } from './rebuild.js';
 import { type PastWindow, scenariosOf } from './scenario.js';
 
 /** PAR that one expert moved must gain in its layer. */
-const worthwhile = Number(process.env.G ?? 1e-4);
+const worthwhile = 1e-4;
 /** A layer is left alone unless it gains this much PAR, and more than a search on nothing but noise would. */
-const leastGain = Number(process.env.LG ?? 0.002);
+const leastGain = 0.002;
 const windowsKept = 4;
 const mostChanges = 64;
 
@@ -28,12 +28,30 @@ function totalsOf({ loads }: PlanProblem): Float64Array {
   return totals;
 }
 
-function placementOf(search: LayerSearch): Placement {
-  const { devices, slots, experts, rows } = search;
-  return Placement.fromRows(
-    Array.from({ length: devices }, (_, device) => rows.subarray(device * slots, (device + 1) * slots)),
-    { experts },
+/** Devices by what they hold. The search sees them in this order, so that their names cannot change a plan. */
+function canonicalOrder(placement: Placement): number[] {
+  const held = placement.toRows().map((row) => row.sort((left, right) => left - right));
+  return held
+    .map((_, device) => device)
+    .sort((left, right) => {
+      const differs = held[left]!.findIndex((expert, index) => expert !== held[right]![index]);
+      return differs < 0 ? left - right : held[left]![differs]! - held[right]![differs]!;
+    });
+}
+
+function canonicalRows(placement: Placement, order: readonly number[]): Int32Array {
+  const rows = order.map((device) =>
+    Array.from(placement.expertsOn(device)).sort((left, right) => left - right),
   );
+  return Int32Array.from(rows.flat());
+}
+
+/** The rows of a search as a placement; order[row] is the device of each row. */
+function placementOf({ devices, slots, experts, rows }: LayerSearch, order?: readonly number[]): Placement {
+  const byDevice = new Array<Int32Array>(devices);
+  for (let row = 0; row < devices; row++)
+    byDevice[order?.[row] ?? row] = rows.subarray(row * slots, (row + 1) * slots);
+  return Placement.fromRows(byDevice, { experts });
 }
 
 function firstPlan(problem: PlanProblem, layerDone: () => void): Placement[] {
@@ -114,9 +132,10 @@ export const adaptive: Policy = {
       .filter(({ weight }) => weight > 0.02);
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;
     const searches: LayerSearch[] = [];
+    const orders = current.map(canonicalOrder);
     const courses = current.map((placement, layer) => {
       const search = new LayerSearch(scenariosOf(loads, layer, devices, past), devices, slots);
-      search.start(placement.physicalToLogical);
+      search.start(canonicalRows(placement, orders[layer]!));
       const course = courseOf(search);
       searches.push(search);
       layerDone();
@@ -129,10 +148,10 @@ export const adaptive: Policy = {
       const { changes } = courses[layer]!;
       if (taken[layer] === 0) return current[layer]!;
       if (taken[layer]! < changes.length) {
-        search.start(current[layer]!.physicalToLogical);
+        search.start(canonicalRows(current[layer]!, orders[layer]!));
         for (const change of changes.slice(0, taken[layer])) search.apply(change);
       }
-      return placementOf(search);
+      return placementOf(search, orders[layer]);
     });
     return { placements, memory: { windows } satisfies Memory };
   },

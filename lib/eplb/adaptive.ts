@@ -7,8 +7,8 @@ import { Placement } from '../placement/placement.js';
 import { pastDecay } from './forecast.js';
 import { type Change, LayerSearch } from './layer_search.js';
 import type { PlanProblem, Policy } from './policy.js';
-import { buildLayer } from './rebuild.js';
-import { type PastWindow, scenariosOf } from './scenario.js';
+import { buildLayer, polishTarget } from './rebuild.js';
+import { type PastWindow, type Scenarios, scenariosOf } from './scenario.js';
 
 /** PAR that one expert moved must gain in its layer. */
 const worthwhile = 1e-4;
@@ -54,10 +54,22 @@ function placementOf({ devices, slots, experts, rows }: LayerSearch, order?: rea
   return Placement.fromRows(byDevice, { experts });
 }
 
+/**
+ * How far from balanced the window's own sum may stay: nothing to speak of when it has many tokens, much when its
+ * sampling error is large, because balancing such a sum exactly would fit what will not come again at the expense of
+ * the steps. Ten times the variance of a device's mean load.
+ */
+function noiseAllowance({ noise, uncertainty, fine }: Scenarios, devices: number): number {
+  if (!fine) return 0;
+  const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
+  return 10 * variance * uncertainty;
+}
+
 function firstPlan(problem: PlanProblem, layerDone: () => void): Placement[] {
   const { loads, devices, slots } = problem;
   return problem.current.map((_, layer) => {
-    const search = buildLayer(scenariosOf(loads, layer, devices, []), devices, slots);
+    const scenarios = scenariosOf(loads, layer, devices, []);
+    const search = buildLayer(scenarios, devices, slots, polishTarget + noiseAllowance(scenarios, devices));
     layerDone();
     return placementOf(search);
   });

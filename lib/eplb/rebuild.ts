@@ -9,16 +9,28 @@ import type { Policy } from './policy.js';
 import { minMaxReplicas } from './replicate.js';
 import { type Scenarios, scenariosOf } from './scenario.js';
 
-/** PAR of the window that polishing aims at, and the one with which it is content. */
-const polishTarget = 1.0004;
-const acceptable = 1.001;
+/** PAR of the window that polishing aims at. */
+export const polishTarget = 1.0004;
+/** Changes tried after polishing that improve the scenarios and leave the window as it is. */
+const refinements = 16;
+/** How much of it may be given back for better scenarios. */
+const slack = 0.0005;
 
-/** The search of one layer after a full plan: packed for the scenarios, polished for the window's own peak. */
-export function buildLayer(scenarios: Scenarios, devices: number, slots: number): LayerSearch {
-  const search = pack(scenarios, devices, slots);
+/**
+ * The search of one layer after a full plan: packed for the scenarios, then polished until the window's own peak is
+ * at most `target`. `acceptable` is the peak from which on it is packed again for the window alone.
+ */
+export function buildLayer(
+  scenarios: Scenarios,
+  devices: number,
+  slots: number,
+  target = polishTarget,
+): LayerSearch {
+  const acceptable = target + 2 * slack;
+  const search = pack(scenarios, devices, slots, target);
   if (search.windowPeak > acceptable && scenarios.blocks > 1) {
     // Counts made for the forecast can leave no way to balance the window: plan for the window itself
-    const flat = pack(windowOnly(scenarios), devices, slots);
+    const flat = pack(windowOnly(scenarios), devices, slots, target);
     if (flat.windowPeak < search.windowPeak) search.start(flat.rows);
   }
   if (isSmall(scenarios.experts, devices, slots))
@@ -26,11 +38,16 @@ export function buildLayer(scenarios: Scenarios, devices: number, slots: number)
   return search;
 }
 
-function pack(scenarios: Scenarios, devices: number, slots: number): LayerSearch {
+function pack(scenarios: Scenarios, devices: number, slots: number, target: number): LayerSearch {
   const replicas = minMaxReplicas(scenarios.mean, devices * slots, devices);
   const search = new LayerSearch(scenarios, devices, slots);
   search.start(packReplicas(scenarios, replicas, devices, slots));
-  search.polish(polishTarget, 6 * devices, devices);
+  search.polish(target, 6 * devices, devices);
+  const cap = Math.max(target, search.windowPeak) + slack;
+  for (let step = 0; step < refinements && scenarios.blocks > 1; step++) {
+    if (search.propose(Number.POSITIVE_INFINITY, cap) < 1e-4) break;
+    search.apply(search.proposed);
+  }
   return search;
 }
 

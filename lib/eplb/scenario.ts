@@ -18,11 +18,18 @@ export interface Scenarios {
   window: Float64Array;
   /** f64[experts]: variance of one step around its scenario. */
   noise: Float64Array;
+  /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
+  fine: boolean;
   /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
   uncertainty: number;
 }
 
 const mostBlocks = 8;
+/** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
+const fineBlocks = 24;
+const structured = 1.5;
+/** Variance of a device's load from step to step, in units of the mean load squared, above which that matters. */
+const uneven = 0.1;
 
 /** An earlier window's totals, f64[layers, experts], and its weight relative to this window's 1. */
 export interface PastWindow {
@@ -30,10 +37,8 @@ export interface PastWindow {
   weight: number;
 }
 
-/** How the steps of a window are cut: enough blocks to see bursts, at least two steps each to see noise. */
-export function blocksOf(steps: number): number {
-  return steps < 4 ? steps : Math.min(mostBlocks, steps >> 1);
-}
+/** How the steps of a window are cut at first: enough blocks to see bursts, at least two steps each to see noise. */
+const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mostBlocks, steps >> 1));
 
 /** The scenarios of one layer. `past` may be empty. A layer without load gives equal loads. */
 export function scenariosOf(
@@ -42,8 +47,57 @@ export function scenariosOf(
   devices: number,
   past: readonly PastWindow[],
 ): Scenarios {
+  const coarse = coarseBlocks(loads.steps);
+  const fine = Math.min(fineBlocks, loads.steps);
+  const scenarios = cut(loads, layer, devices, past, coarse);
+  const variance = scenarios.noise.reduce((sum, value) => sum + value, 0) / devices;
+  if (fine <= coarse || variance < uneven || dispersionOf(loads, layer, coarse) < structured)
+    return scenarios;
+  return { ...cut(loads, layer, devices, past, fine), fine: true };
+}
+
+/** Variance of the steps' shares around their block's, over that of Poisson counts. */
+function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, blocks: number): number {
+  let observed = 0;
+  let poisson = 0;
+  const sum = new Float64Array(experts);
+  const square = new Float64Array(experts);
+  for (let block = 0; block < blocks; block++) {
+    sum.fill(0);
+    square.fill(0);
+    let used = 0;
+    let inverse = 0;
+    const end = Math.ceil(((block + 1) * steps) / blocks);
+    for (let step = Math.ceil((block * steps) / blocks); step < end; step++) {
+      const row = (step * layers + layer) * experts;
+      let tokens = 0;
+      for (let expert = 0; expert < experts; expert++) tokens += counts[row + expert]!;
+      if (tokens === 0) continue;
+      used++;
+      inverse += 1 / tokens;
+      for (let expert = 0; expert < experts; expert++) {
+        const share = counts[row + expert]! / tokens;
+        sum[expert]! += share;
+        square[expert]! += share * share;
+      }
+    }
+    if (used < 2) continue;
+    for (let expert = 0; expert < experts; expert++) {
+      observed += square[expert]! - (sum[expert]! * sum[expert]!) / used;
+      poisson += (sum[expert]! * inverse * (used - 1)) / used ** 2;
+    }
+  }
+  return poisson > 0 ? observed / poisson : 1;
+}
+
+function cut(
+  loads: Loads,
+  layer: number,
+  devices: number,
+  past: readonly PastWindow[],
+  recent: number,
+): Scenarios {
   const { experts, steps, layers, counts } = loads;
-  const recent = blocksOf(steps);
   const blocks = recent + past.length;
   const x = new Float64Array(experts * blocks);
   const window = new Float64Array(experts);
@@ -80,7 +134,17 @@ export function scenariosOf(
     x.fill(devices / experts);
     window.fill(devices / experts);
     const even = new Float64Array(blocks).fill(1 / blocks);
-    return { experts, blocks, loads: x, weights: even, mean: window.slice(), window, noise, uncertainty: 1 };
+    return {
+      experts,
+      blocks,
+      loads: x,
+      weights: even,
+      mean: window.slice(),
+      window,
+      noise,
+      fine: false,
+      uncertainty: 1,
+    };
   }
   poissonRate /= stepsUsed;
 
@@ -166,7 +230,7 @@ export function scenariosOf(
       mean[expert] = pooled[expert]!;
     }
   }
-  return { experts, blocks, loads: x, weights, mean, window, noise, uncertainty };
+  return { experts, blocks, loads: x, weights, mean, window, noise, fine: false, uncertainty };
 }
 
 /** Decays per block that are tried: from 'all blocks alike' to 'mostly the last few'. */

@@ -136,7 +136,18 @@ export function checkRequest(request: PlanRequest): {
       if (loads.total(layer).filter((value) => value > 0).length < Math.min(2, loads.experts))
         idle.add(layer);
   } else checkPlannable(loads);
-  const current = request.current ?? startPlacements(loads.layers, loads.experts, devices, slots);
+  const pinned = sharedPlacement === 'everyDevice' ? shared : 0;
+  const routed = loads.experts - pinned;
+  if (pinned > 0 && (slots - pinned < 1 || (slots - pinned) * devices < routed))
+    refuse(
+      `expected at least ${Math.ceil(routed / devices) + pinned} slots per device with ${pinned} shared experts on every device but received ${slots}`,
+      'slots',
+    );
+  const current =
+    request.current ??
+    startPlacements(loads.layers, routed, devices, slots - pinned).map((placement) =>
+      pinned === 0 ? placement : withShared(placement, pinned),
+    );
   if (current.length !== loads.layers)
     refuse(
       `expected a current placement for each of ${loads.layers} layers but received ${current.length}`,
@@ -153,7 +164,6 @@ export function checkRequest(request: PlanRequest): {
           `layer ${layer}: expected a current placement with ${wanted} ${name} but received ${placement[name]}`,
           'current',
         );
-  const pinned = sharedPlacement === 'everyDevice' ? shared : 0;
   const first = request.current === undefined && request.memory === undefined;
   const problem = {
     loads,
@@ -207,11 +217,6 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
 function withoutShared(problem: PlanProblem, pinned: number): PlanProblem {
   const { loads, slots, current } = problem;
   const routed = loads.experts - pinned;
-  if (slots - pinned < 1 || (slots - pinned) * problem.devices < routed)
-    refuse(
-      `expected at least ${Math.ceil(routed / problem.devices) + pinned} slots per device with ${pinned} shared experts on every device but received ${slots}`,
-      'slots',
-    );
   const counts = new Float64Array(loads.steps * loads.layers * routed);
   for (let row = 0; row < loads.steps * loads.layers; row++)
     counts.set(loads.counts.subarray(row * loads.experts, row * loads.experts + routed), row * routed);

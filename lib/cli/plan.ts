@@ -4,14 +4,17 @@ import { writeFile } from 'node:fs/promises';
 import type { Command } from 'commander';
 import { readLoads } from '../eplb/load_file.js';
 import { checkPlannable, Loads } from '../eplb/loads.js';
-import type { Plan } from '../eplb/plan.js';
+import { bytesToMove } from '../eplb/metrics.js';
+import { type Plan, startPlacements } from '../eplb/plan.js';
 import { planExperts } from '../eplb/planner.js';
 import { policies } from '../eplb/registry.js';
+import { type Transfer, transferSchedule } from '../eplb/transfer.js';
 import { MoeError } from '../errors.js';
 import { type ExpertMapFormat, formatExpertMap, readExpertMap } from '../placement/expert_map_file.js';
 import type { Placement } from '../placement/placement.js';
 import { planReport } from '../report/plan_report.js';
 import { writeReport } from '../report/report_file.js';
+import { aboutFile } from './about_file.js';
 import { integerOption } from './integer_option.js';
 
 const formats: readonly ExpertMapFormat[] = ['vllm-ascend', 'sglang', 'vllm'];
@@ -37,6 +40,8 @@ interface PlanFlags {
   keepDegenerate?: boolean;
   format: string;
   out?: string;
+  transfers?: string;
+  expertBytes?: number;
   report?: string;
   json?: boolean;
 }
@@ -88,6 +93,12 @@ export function registerPlan(program: Command): void {
     .option('--keep-degenerate', 'leave layers without usable load as they are instead of refusing')
     .option('--format <name>', `format of --out: ${formats.join(', ')}`, 'vllm-ascend')
     .option('--out <map>', 'write the expert map')
+    .option('--transfers <file>', 'write who sends which expert to whom, as JSON')
+    .option(
+      '--expert-bytes <n>',
+      "bytes of one expert's weights, to state the bytes to move",
+      integerOption('--expert-bytes', 1),
+    )
     .option('--report <file>', 'write a report: .html or .svg')
     .option('--json', 'print the plan as JSON')
     .action(runPlan);
@@ -106,7 +117,7 @@ async function runPlan(flags: PlanFlags): Promise<void> {
       'shared-placement',
     );
   const { loads, current } = await readInputs(flags);
-  if (flags.keepDegenerate !== true) named(flags.loads, () => checkPlannable(loads));
+  if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
   const plan = await planExperts({
     loads,
     devices: flags.devices,
@@ -125,25 +136,30 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   const map = flags.out === undefined ? undefined : formatExpertMap(plan.placements, format);
   if (flags.report !== undefined)
     await writeReport(flags.report, planReport({ loads, plan, current, title: flags.loads }));
-  if (flags.out !== undefined) await writeFile(flags.out, map!);
+  if (flags.out !== undefined) await writeText(flags.out, map!);
+  if (flags.transfers !== undefined)
+    await writeText(flags.transfers, `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`);
   process.stdout.write(
     flags.json === true ? `${JSON.stringify(planJson(plan, loads, flags))}\n` : planText(plan, flags),
   );
 }
 
-/** Puts the file's name in front of an error about its content. */
-function named<T>(file: string, act: () => T): T {
+async function writeText(file: string, text: string): Promise<void> {
   try {
-    return act();
-  } catch (error) {
-    if (error instanceof MoeError && error.code === 'ERR_MOE_INVALID_ARG')
-      throw new MoeError('ERR_MOE_CHECKPOINT', `${file}: ${error.message.replace(/^\[\w+\] /, '')}`, {
-        op: 'plan',
-        arg: 'loads',
-        cause: error,
-      });
-    throw error;
+    await writeFile(file, text);
+  } catch (cause) {
+    throw new MoeError('ERR_MOE_CHECKPOINT', `${file}: cannot be written (${(cause as Error).message})`, {
+      op: 'plan',
+      arg: 'file',
+      cause,
+    });
   }
+}
+
+function transfersOf(plan: Plan, loads: Loads, current: Placement[] | undefined): Transfer[][] {
+  const { experts, devices, slots } = plan.placements[0]!;
+  const from = current ?? startPlacements(loads.layers, experts, devices, slots);
+  return plan.placements.map((placement, layer) => transferSchedule(from[layer]!, placement));
 }
 
 async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Placement[] | undefined }> {
@@ -175,7 +191,8 @@ async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Pl
       `${flags.current}: expected ${raw.layers} layers, as in ${flags.loads}, but received ${current.length}`,
       { op: 'plan', arg: 'current' },
     );
-  const loads = flags.physical === true ? named(flags.loads, () => Loads.fromPhysical(raw, current!)) : raw;
+  const loads =
+    flags.physical === true ? aboutFile(flags.loads, () => Loads.fromPhysical(raw, current!)) : raw;
   return { loads: sharedAdded > 0 ? loads.withShared(sharedAdded, flags.sharedTopK!) : loads, current };
 }
 
@@ -190,11 +207,12 @@ function planJson(plan: Plan, loads: Loads, flags: PlanFlags): object {
     parStep: { before: plan.parStep.before.mean, after: plan.parStep.after.mean },
     moves: plan.moves,
     layersTouched: plan.layersTouched,
+    ...(flags.expertBytes === undefined ? {} : { bytes: bytesToMove(plan.movesPerLayer, flags.expertBytes) }),
     placement: plan.placements.map((placement) => placement.toRows()),
   };
 }
 
-function planText(plan: Plan, { devices, slots, out, report }: PlanFlags): string {
+function planText(plan: Plan, { devices, slots, out, transfers, report, expertBytes }: PlanFlags): string {
   const arrow = (before: number, after: number): string => `${before.toFixed(4)} -> ${after.toFixed(4)}`;
   return [
     `policy          ${plan.policy} (${plan.ms.toFixed(1)} ms)`,
@@ -202,7 +220,9 @@ function planText(plan: Plan, { devices, slots, out, report }: PlanFlags): strin
     `PAR of window   ${arrow(plan.par.before.mean, plan.par.after.mean)} (worst layer ${arrow(plan.par.before.max, plan.par.after.max)})`,
     `PAR of steps    ${arrow(plan.parStep.before.mean, plan.parStep.after.mean)}`,
     `moves           ${plan.moves} experts in ${plan.layersTouched} layers`,
+    ...(expertBytes === undefined ? [] : [`bytes to move   ${bytesToMove(plan.movesPerLayer, expertBytes)}`]),
     ...(out === undefined ? [] : [`map             ${out}`]),
+    ...(transfers === undefined ? [] : [`transfers       ${transfers}`]),
     ...(report === undefined ? [] : [`report          ${report}`]),
     '',
   ].join('\n');

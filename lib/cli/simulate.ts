@@ -8,6 +8,7 @@ import { type PolicyFigures, simulate } from '../eplb/simulate.js';
 import { MoeError } from '../errors.js';
 import { writeReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
+import { aboutFile } from './about_file.js';
 import { integerOption } from './integer_option.js';
 
 interface SimulateFlags {
@@ -27,6 +28,7 @@ interface SimulateFlags {
   stepTokens?: number;
   planSteps?: number;
   layersPerStep?: number;
+  keepDegenerate?: boolean;
   report?: string;
   json?: boolean;
 }
@@ -74,6 +76,10 @@ export function registerSimulate(program: Command): void {
       'layers exchanged per step when serving (default 1)',
       integerOption('--layers-per-step', 1),
     )
+    .option(
+      '--keep-degenerate',
+      'leave layers without usable load in a window as they are instead of refusing',
+    )
     .option('--report <file>', 'write a report: .html or .svg')
     .option('--json', 'print the figures as JSON')
     .action(runSimulate);
@@ -102,6 +108,7 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
   const shape = {
     devices: flags.devices,
     slots: flags.slots,
+    degenerate: flags.keepDegenerate === true ? ('keep' as const) : ('reject' as const),
     ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
     ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
     ...(flags.shared === undefined ? {} : { shared: flags.shared }),
@@ -111,25 +118,30 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
   };
   const rows: Row[] = [];
   try {
-    const figures = await simulate(trace, {
-      ...shape,
-      policies: names,
-      window: flags.window,
-      budgetFirst: flags.budgetFirst === true,
-      onPlan: (policy, plan, plans) => {
-        if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${policy}: plan ${plan} of ${plans}`);
-      },
-    });
+    const figures = await aboutFile(flags.trace, () =>
+      simulate(trace, {
+        ...shape,
+        policies: names,
+        window: flags.window,
+        budgetFirst: flags.budgetFirst === true,
+        onPlan: (policy, plan, plans) => {
+          if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${policy}: plan ${plan} of ${plans}`);
+        },
+      }),
+    );
+    const { planSteps } = flags;
     for (const figure of figures) {
-      if (flags.planSteps === undefined) rows.push(figure);
+      if (planSteps === undefined) rows.push(figure);
       else {
-        const served = await serveTrace(trace, {
-          ...shape,
-          policy: figure.name,
-          collect: flags.window,
-          plan: flags.planSteps,
-          layersPerStep: flags.layersPerStep ?? 1,
-        });
+        const served = await aboutFile(flags.trace, () =>
+          serveTrace(trace, {
+            ...shape,
+            policy: figure.name,
+            collect: flags.window,
+            plan: planSteps,
+            layersPerStep: flags.layersPerStep ?? 1,
+          }),
+        );
         rows.push({ ...figure, parServed: served.mean });
       }
     }

@@ -351,21 +351,60 @@ export class LayerSearch {
   /**
    * Looks for the change with the largest gain per transfer among those that relieve the hottest device
    * with the help of the coldest ones and keep the moves within `budget`. Returns the gain per transfer in units of the objective's value (of
-   * PAR), 0 when nothing gains; `apply` makes the change. With a `windowCap` only exchanges are looked at that leave the
-   * window's load of both devices at or below it.
+   * PAR), 0 when nothing gains; `apply` makes the change.
    */
-  propose(budget: number, windowCap = Number.POSITIVE_INFINITY): number {
+  propose(budget: number): number {
     const order = this.#byCost();
     const hot = order[0]!;
-    const capped = windowCap < Number.POSITIVE_INFINITY;
-    const partners = order.slice(-Math.min(capped ? this.devices : coldest, this.devices - 1)).reverse();
+    const partners = order.slice(-Math.min(coldest, this.devices - 1)).reverse();
     this.#slotA = -1;
     this.#slotB = -1;
     this.#replaceBy = -1;
     this.#rate = 0;
     this.#transfersOfBest = 1;
-    this.#proposeExchange(hot, partners, budget, windowCap);
-    if (!capped) this.#proposeReplica(hot, partners, budget);
+    this.#proposeExchange(hot, partners, budget);
+    this.#proposeReplica(hot, partners, budget);
+    return this.#gainOfBest();
+  }
+
+  /**
+   * Like `propose` without a budget, but only exchanges that leave the window's load of both devices at or below
+   * `cap`, with any device as the partner.
+   */
+  proposeWithin(cap: number): number {
+    const { devices, slots, experts, rows } = this;
+    let hot = 0;
+    for (let device = 1; device < devices; device++) if (this.#cost[device]! > this.#cost[hot]!) hot = device;
+    this.#slotA = -1;
+    this.#slotB = -1;
+    this.#replaceBy = -1;
+    this.#rate = 0;
+    this.#transfersOfBest = 1;
+    const room = cap - this.#window[hot]!;
+    for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
+      const a = rows[slotA]!;
+      const least = this.#windowShare[a]! + room;
+      for (let other = 0; other < devices; other++) {
+        if (other === hot || this.#holds[other * experts + a]) continue;
+        const most = this.#windowShare[a]! - (cap - this.#window[other]!);
+        for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+          const b = rows[slotB]!;
+          const share = this.#windowShare[b]!;
+          if (share > least || share < most || this.#holds[hot * experts + b]) continue;
+          const gain = this.#cost[hot]! + this.#cost[other]! - this.#exchangeCost(hot, a, other, b);
+          if (gain > this.#rate) {
+            this.#rate = gain;
+            this.#slotA = slotA;
+            this.#slotB = slotB;
+          }
+        }
+      }
+    }
+    return this.#gainOfBest();
+  }
+
+  /** The best change's gain per transfer in units of the objective's value. */
+  #gainOfBest(): number {
     if (this.#rate <= 0) return 0;
     const power = 1 / 2 ** this.#squarings;
     const transfers = this.#transfersOfBest;
@@ -378,7 +417,7 @@ export class LayerSearch {
    * Exchanges of an expert of the hot device with one of a partner. The cost is convex, so its slope bounds what an
    * exchange can gain; only exchanges whose bound beats the best so far are worked out.
    */
-  #proposeExchange(hot: number, partners: readonly number[], budget: number, windowCap: number): void {
+  #proposeExchange(hot: number, partners: readonly number[], budget: number): void {
     const { slots, experts, rows } = this;
     const first = hot * slots;
     const noiseHot = this.#slopeOf(hot, this.#slope);
@@ -402,8 +441,6 @@ export class LayerSearch {
           if (bound <= this.#rate * 0.5) continue;
           const a = rows[first + index]!;
           if (this.#holds[other * experts + a]) continue;
-          const shift = this.#windowShare[a]! - this.#windowShare[b]!;
-          if (this.#window[hot]! - shift > windowCap || this.#window[other]! + shift > windowCap) continue;
           const transfers = this.#transfers(hot, a, b) + this.#transfers(other, b, a);
           if (this.#moves + transfers > budget) continue;
           const per = Math.max(0.5, transfers);

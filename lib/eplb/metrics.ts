@@ -104,3 +104,14 @@ export function movesPerLayer(from: readonly Placement[], to: readonly Placement
     });
   return Int32Array.from(from, (placement, layer) => countMoves(placement, to[layer]!));
 }
+
+/** Bytes that devices must receive in all: moves x bytes of one expert's weights, scales included. */
+export function bytesToMove(moves: ArrayLike<number>, bytesPerExpert: number): number {
+  if (!(bytesPerExpert >= 0 && bytesPerExpert < Number.POSITIVE_INFINITY))
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected bytesPerExpert to be a finite number >= 0 but received ${bytesPerExpert}`,
+      { op: 'metrics', arg: 'bytesPerExpert' },
+    );
+  return Array.from(moves).reduce((sum, count) => sum + count, 0) * bytesPerExpert;
+}

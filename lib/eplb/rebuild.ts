@@ -45,7 +45,7 @@ function pack(scenarios: Scenarios, devices: number, slots: number, target: numb
   search.polish(target, 6 * devices, devices);
   const cap = Math.max(target, search.windowPeak) + slack;
   for (let step = 0; step < refinements && scenarios.blocks > 1; step++) {
-    if (search.propose(Number.POSITIVE_INFINITY, cap) < 1e-4) break;
+    if (search.proposeWithin(cap) < 1e-4) break;
     search.apply(search.proposed);
   }
   return search;

@@ -97,6 +97,29 @@ describe('moe-kernels plan', () => {
     expect(again.moves).toBe(0);
   });
 
+  it('states bytes and writes who sends what to whom', async () => {
+    const { out } = await run(
+      'plan',
+      '--loads',
+      file('window.json'),
+      ...shape,
+      '--transfers',
+      file('transfers.json'),
+      '--expert-bytes',
+      '1000',
+      '--json',
+    );
+    const plan = JSON.parse(out);
+    expect(plan.bytes).toBe(1000 * plan.moves);
+    const { layers } = JSON.parse(await readFile(file('transfers.json'), 'utf8'));
+    expect(
+      layers
+        .map((transfers: unknown[]) => transfers.length)
+        .reduce((sum: number, count: number) => sum + count, 0),
+    ).toBe(plan.moves);
+    expect(Object.keys(layers[0][0])).toEqual(['expert', 'from', 'fromSlot', 'to', 'toSlot', 'round']);
+  });
+
   it('reads traces, top-k ids and counts per slot', async () => {
     expect((await run('plan', '--loads', file('trace.npy'), ...shape, '--policy', 'greedy')).out).toMatch(
       /^policy +greedy/,

@@ -1,5 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { dispatchFigures } from '../../lib/eplb/dispatch_figures.js';
 import { dispatchRounds, dispatchShares, sharedDeviceLoads } from '../../lib/eplb/dispatch_shares.js';
 import { Loads } from '../../lib/eplb/loads.js';
 import { deviceLoads, peakToAverage, stepPar, windowPar } from '../../lib/eplb/metrics.js';
@@ -204,14 +205,17 @@ describe('weighted dispatch', () => {
       seed: 1,
       driftSteps: 60,
     });
-    const { placements } = planSync({ loads: trace.window(0, 32), devices: 32, slots: 9, policy: 'greedy' });
-    const next = trace.window(32, 32).total(0);
-    const even = peakToAverage(deviceLoads(placements[0]!, next));
-    const oracle = peakToAverage(dispatchShares(placements[0]!, next).deviceLoads);
-    const old = dispatchShares(placements[0]!, trace.window(0, 32).total(0)).shares;
-    const causal = peakToAverage(sharedDeviceLoads(placements[0]!, old, next));
-    expect(oracle - 1).toBeLessThan(0.8 * (even - 1));
-    expect(causal).toBeGreaterThan(oracle);
+    const before = trace.window(0, 32);
+    const { placements } = planSync({ loads: before, devices: 32, slots: 9, policy: 'greedy' });
+    const figures = dispatchFigures(placements, before, trace.window(32, 32));
+    expect(figures.oracle - 1).toBeLessThan(0.8 * (figures.even - 1));
+    expect(figures.stepOwn - 1).toBeLessThan(0.8 * (figures.stepEven - 1));
+    expect(figures.causal).toBeGreaterThan(figures.oracle);
+    // Shares of the window before are worth it only where that window comes again
+    const same = dispatchFigures(placements, trace.window(32, 32), trace.window(32, 32));
+    expect(same.use).toBe('weighted');
+    expect(same.causal).toBe(same.oracle);
+    expect(figures.use).toBe(figures.causal < figures.even - 0.002 ? 'weighted' : 'even');
   });
 });
 

@@ -11,6 +11,8 @@ import { type Scenarios, scenariosOf } from './scenario.js';
 
 /** PAR of the window that polishing aims at. */
 export const polishTarget = 1.0004;
+/** Deviates of the noise that replica counts allow for. */
+const noiseDeviates = 1.5;
 /** Changes tried after polishing that improve the scenarios and leave the window as it is. */
 const refinements = 16;
 /** How much of it may be given back for better scenarios. */
@@ -39,7 +41,11 @@ export function buildLayer(
 }
 
 function pack(scenarios: Scenarios, devices: number, slots: number, target: number): LayerSearch {
-  const replicas = minMaxReplicas(scenarios.mean, devices * slots, devices);
+  const { mean, noise, fine, structure } = scenarios;
+  // Where noise is all there is, replicas are worth most where they take variance out of the devices
+  const deviates = fine ? noiseDeviates : noiseDeviates * (1 - structure);
+  const risk = mean.map((load, expert) => load + deviates * Math.sqrt(noise[expert]!));
+  const replicas = minMaxReplicas(risk, devices * slots, devices);
   const search = new LayerSearch(scenarios, devices, slots);
   search.start(packReplicas(scenarios, replicas, devices, slots));
   search.polish(target, 6 * devices, devices);
@@ -53,7 +59,15 @@ function pack(scenarios: Scenarios, devices: number, slots: number, target: numb
 
 function windowOnly(scenarios: Scenarios): Scenarios {
   const { window } = scenarios;
-  return { ...scenarios, blocks: 1, loads: window, weights: new Float64Array([1]), mean: window };
+  return {
+    ...scenarios,
+    blocks: 1,
+    loads: window,
+    weights: new Float64Array([1]),
+    mean: window,
+    fine: false,
+    structure: 1,
+  };
 }
 
 export const rebuild: Policy = {

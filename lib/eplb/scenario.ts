@@ -20,6 +20,8 @@ export interface Scenarios {
   noise: Float64Array;
   /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
   fine: boolean;
+  /** The part of the blocks' spread that sampling noise does not explain, 0..1. */
+  structure: number;
   /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
   uncertainty: number;
 }
@@ -143,6 +145,7 @@ function cut(
       window,
       noise,
       fine: false,
+      structure: 0,
       uncertainty: 1,
     };
   }
@@ -230,7 +233,18 @@ function cut(
       mean[expert] = pooled[expert]!;
     }
   }
-  return { experts, blocks, loads: x, weights, mean, window, noise, fine: false, uncertainty };
+  return {
+    experts,
+    blocks,
+    loads: x,
+    weights,
+    mean,
+    window,
+    noise,
+    fine: false,
+    structure: kept,
+    uncertainty,
+  };
 }
 
 /** Decays per block that are tried: from 'all blocks alike' to 'mostly the last few'. */

@@ -558,24 +558,30 @@ export class LayerSearch {
     let bestB = -1;
     let lowest = peak - 1e-9;
     let cost = Number.POSITIVE_INFINITY;
-    for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
-      const a = rows[slotA]!;
-      const shareA = this.#windowShare[a]!;
-      for (let other = 0; other < devices; other++) {
-        if (other === hot || this.#holds[other * experts + a]) continue;
-        const load = this.#window[other]!;
-        for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
-          const b = rows[slotB]!;
-          const shift = shareA - this.#windowShare[b]!;
-          if (shift <= 0) continue;
+    for (let other = 0; other < devices; other++) {
+      const load = this.#window[other]!;
+      // Shifts that leave both devices at or below what is already reached, or the target
+      let bound = Math.max(lowest, target);
+      if (other === hot || peak - bound > bound - load) continue;
+      for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+        const b = rows[slotB]!;
+        if (this.#holds[hot * experts + b]) continue;
+        const shareB = this.#windowShare[b]!;
+        const least = shareB + Math.max(peak - bound, 1e-12);
+        const most = shareB + bound - load;
+        for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
+          const a = rows[slotA]!;
+          const shareA = this.#windowShare[a]!;
+          if (shareA < least || shareA > most || this.#holds[other * experts + a]) continue;
+          const shift = shareA - shareB;
           const higher = Math.max(peak - shift, load + shift);
-          if (higher > Math.max(lowest, target) || this.#holds[hot * experts + b]) continue;
           if (higher <= target) {
             const added = this.#exchangeCost(hot, a, other, b) - this.#cost[other]!;
             if (added >= cost) continue;
             cost = added;
           } else if (cost < Number.POSITIVE_INFINITY || higher >= lowest) continue;
           lowest = higher;
+          bound = Math.max(lowest, target);
           bestA = slotA;
           bestB = slotB;
         }

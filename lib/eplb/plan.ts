@@ -10,6 +10,7 @@ import { checkPlannable, Loads } from './loads.js';
 import { deviceLoads, movesPerLayer, type Par, peakToAverage, stepPar, windowPar } from './metrics.js';
 import type { PlanProblem, Policy } from './policy.js';
 import { defaultPolicy, policyNamed } from './registry.js';
+import { separateDoubles } from './separate.js';
 
 export interface PlanRequest {
   /** Logical loads of the window, [steps, layers, experts], shared experts in the last `shared` columns. */
@@ -187,17 +188,20 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
   const { problem, pinned, idle } = checkRequest(request);
   const policy = policyNamed(request.policy ?? defaultPolicy);
   const { loads, current } = problem;
-  const reduced = pinned === 0 ? problem : withoutShared(problem, pinned);
+  const legal = current.map((placement, layer) => withoutDoubles(placement, loads.total(layer)));
+  const repaired = legal.some((placement, layer) => placement !== current[layer]);
+  const usable = repaired ? { ...problem, current: legal } : problem;
+  const reduced = pinned === 0 ? usable : withoutShared(usable, pinned);
   const start = performance.now();
   const result = policy.plan(reduced, layerDone);
   const ms = performance.now() - start;
   const wanted =
     pinned === 0 ? result.placements : result.placements.map((placement) => withShared(placement, pinned));
   const aligned = wanted.map((placement, layer) => {
-    if (idle.has(layer)) return current[layer]!;
+    if (idle.has(layer) || placement === legal[layer]) return current[layer]!;
     return placement === current[layer] ? placement : keepSlots(current[layer]!, placement);
   });
-  const placements = policy.keepsBudget && pinned === 0 ? aligned : fitBudget(problem, aligned);
+  const placements = policy.keepsBudget && pinned === 0 && !repaired ? aligned : fitBudget(problem, aligned);
   checkLegal(policy, problem, placements);
   const moves = movesPerLayer(current, placements);
   return {
@@ -211,6 +215,20 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
     parStep: { before: stepPar(loads, current), after: stepPar(loads, placements) },
     memory: result.memory,
   };
+}
+
+/** The placement, or the nearest one without an expert twice on a device: maps of vLLM and SGLang may hold some. */
+function withoutDoubles(placement: Placement, total: Float64Array): Placement {
+  const rows = placement.toRows();
+  if (rows.every((row) => new Set(row).size === row.length)) return placement;
+  separateDoubles(
+    rows,
+    total.map((load, expert) => load / placement.replicaCount(expert)),
+  );
+  const separated = rows.every((row) => new Set(row).size === row.length);
+  return separated
+    ? Placement.fromRows(rows, { experts: placement.experts })
+    : startPlacements(1, placement.experts, placement.devices, placement.slots)[0]!;
 }
 
 /** The problem of the routed experts alone, when every device keeps a replica of each shared expert. */

@@ -96,6 +96,40 @@ describe.each(names)('%s', (policy) => {
   });
 });
 
+describe('maps that hold an expert twice on a device', () => {
+  it.each(names)('are a start for %s', (policy) => {
+    const random = uniform(12);
+    const doubled = Placement.fromRows(
+      [
+        [0, 0, 1, 2],
+        [3, 4, 5, 5],
+        [6, 7, 8, 9],
+      ],
+      { duplicates: 'allow' },
+    );
+    // Expert 0 has more replicas than there are devices
+    const crowded = Placement.fromRows(
+      [
+        [0, 0, 1, 2],
+        [3, 0, 0, 5],
+        [6, 7, 4, 0],
+      ],
+      { duplicates: 'allow', experts: 8 },
+    );
+    for (const current of [doubled, crowded])
+      for (const maxMoves of [Number.POSITIVE_INFINITY, 3, 0]) {
+        const loads = new Loads(
+          { steps: 2, layers: 1, experts: current.experts },
+          Float64Array.from({ length: 2 * current.experts }, () => 1 + Math.floor(900 * random() ** 3)),
+        );
+        const plan = planSync({ loads, devices: 3, slots: 4, policy, current: [current], maxMoves });
+        expect(plan.moves).toBeLessThanOrEqual(maxMoves);
+        if (plan.moves === 0) continue;
+        for (const row of plan.placements[0]!.toRows()) expect(new Set(row).size).toBe(4);
+      }
+  });
+});
+
 describe('names of devices', () => {
   it('change nothing about a plan of the default policy but the names', () => {
     const random = uniform(6);

@@ -11,8 +11,9 @@ import { type Scenarios, scenariosOf } from './scenario.js';
 
 /** PAR of the window that polishing aims at. */
 export const polishTarget = 1.0004;
-/** Deviates of the noise that replica counts allow for. */
+/** Deviates of a step's noise and of the swing between scenarios that replica counts allow for. */
 const noiseDeviates = 1.5;
+const swingDeviates = 0.5;
 /** Changes tried after polishing that improve the scenarios and leave the window as it is. */
 const refinements = 16;
 /** How much of it may be given back for better scenarios. */
@@ -41,11 +42,7 @@ export function buildLayer(
 }
 
 function pack(scenarios: Scenarios, devices: number, slots: number, target: number): LayerSearch {
-  const { mean, noise, fine, structure } = scenarios;
-  // Where noise is all there is, replicas are worth most where they take variance out of the devices
-  const deviates = fine ? noiseDeviates : noiseDeviates * (1 - structure);
-  const risk = mean.map((load, expert) => load + deviates * Math.sqrt(noise[expert]!));
-  const replicas = minMaxReplicas(risk, devices * slots, devices);
+  const replicas = minMaxReplicas(riskOf(scenarios), devices * slots, devices);
   const search = new LayerSearch(scenarios, devices, slots);
   search.start(packReplicas(scenarios, replicas, devices, slots));
   search.polish(target, 6 * devices, devices);
@@ -55,6 +52,23 @@ function pack(scenarios: Scenarios, devices: number, slots: number, target: numb
     search.apply(search.proposed);
   }
   return search;
+}
+
+/**
+ * Load of every expert plus what it may exceed it by: replicas are worth most where they take variance out of the
+ * devices, be it noise of single steps (all that counts where the scenarios show no structure) or swings between
+ * scenarios.
+ */
+function riskOf({ experts, blocks, loads, weights, mean, noise, fine, structure }: Scenarios): Float64Array {
+  const deviates = fine ? noiseDeviates : noiseDeviates * (1 - structure);
+  const risk = new Float64Array(experts);
+  for (let expert = 0; expert < experts; expert++) {
+    let swing = 0;
+    for (let block = 0; block < blocks; block++)
+      swing += weights[block]! * (loads[expert * blocks + block]! - mean[expert]!) ** 2;
+    risk[expert] = mean[expert]! + deviates * Math.sqrt(noise[expert]!) + swingDeviates * Math.sqrt(swing);
+  }
+  return risk;
 }
 
 function windowOnly(scenarios: Scenarios): Scenarios {

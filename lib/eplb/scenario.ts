@@ -247,6 +247,9 @@ function cut(
   };
 }
 
+/** A decay is taken only if its error is this part of the next slower one's: bursts that end look like drift. */
+const recencyMargin = 0.85;
+
 /** Decays per block that are tried: from 'all blocks alike' to 'mostly the last few'. */
 const decays = [1, 0.8, 0.6];
 
@@ -279,7 +282,7 @@ function recencyWeights(
         if (block >= 1) error += (seen / norm - rest / (recent - 1 - block)) ** 2;
       }
     }
-    if (error < least * 0.999) {
+    if (error < least * recencyMargin) {
       least = error;
       best = decay;
     }

@@ -176,7 +176,7 @@ describe('budgets', () => {
     const ours: number[] = [];
     const theirs: number[] = [];
     for (const kind of ['steady', 'drifting', 'bursty', 'mixed'] as const) {
-      const trace = generateTrace({ kind, steps: 96, layers: 6, experts: 256, seed: 9, tokens: 2048 });
+      const trace = generateTrace({ kind, steps: 96, layers: 58, experts: 256, seed: 9, tokens: 2048 });
       const [flashlb] = await simulate(trace, { ...shape, policies: ['flashlb'] });
       const maxMoves = Math.floor(flashlb!.moves / 4);
       const [adaptive] = await simulate(trace, { ...shape, policies: ['adaptive'], maxMoves });

@@ -1,8 +1,9 @@
-// The project's own planner, the default. The first plan is a full one. After that it moves only what pays:
-// 1. a layer whose device loads differ from what its placement was made for by no more than sampling noise stays;
-// 2. for the others, earlier windows are scenarios beside this one, weighted by how well the past predicted so far;
-// 3. changes are taken one by one, over all layers, in order of PAR gained per expert moved, until the budget is spent
-//    or the gain of a move falls below `worthwhile`.
+// The project's own planner, the default. The first plan is a full one (see rebuild.ts). After that it moves only what
+// pays:
+// 1. earlier windows are scenarios beside this one, weighted by how well the past predicted so far;
+// 2. every layer is searched from the placement in use, largest PAR gain per expert moved first, until a move gains
+//    less than `worthwhile`; a layer whose whole gain could come from fitting sampling noise stays as it is;
+// 3. a budget is spent over all layers where it gains most per move.
 import { Placement } from '../placement/placement.js';
 import { pastDecay } from './forecast.js';
 import { type Change, LayerSearch } from './layer_search.js';

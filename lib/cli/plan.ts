@@ -5,9 +5,10 @@ import type { Command } from 'commander';
 import { readLoads } from '../eplb/load_file.js';
 import { checkPlannable, Loads } from '../eplb/loads.js';
 import { bytesToMove } from '../eplb/metrics.js';
-import { type Plan, startPlacements } from '../eplb/plan.js';
-import { planExperts } from '../eplb/planner.js';
+import { type Plan, type PlanRequest, startPlacements } from '../eplb/plan.js';
+import { Planner } from '../eplb/planner.js';
 import { policies } from '../eplb/registry.js';
+import { linear } from '../eplb/stay.js';
 import { type Transfer, transferSchedule } from '../eplb/transfer.js';
 import { MoeError } from '../errors.js';
 import { type ExpertMapFormat, formatExpertMap, readExpertMap } from '../placement/expert_map_file.js';
@@ -118,7 +119,7 @@ async function runPlan(flags: PlanFlags): Promise<void> {
     );
   const { loads, current } = await readInputs(flags);
   if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
-  const plan = await planExperts({
+  const request: PlanRequest = {
     loads,
     devices: flags.devices,
     slots: flags.slots,
@@ -132,10 +133,23 @@ async function runPlan(flags: PlanFlags): Promise<void> {
     ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
     ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
     ...(flags.seed === undefined ? {} : { seed: flags.seed }),
-  });
+  };
+  const planner = new Planner();
+  let plan: Plan;
+  const others: Plan[] = [];
+  try {
+    plan = await planner.plan(request);
+    // The report shows what every policy that moves experts would make of these loads
+    if (flags.report !== undefined)
+      for (const policy of policies.keys())
+        if (policy !== plan.policy && policy !== linear.name)
+          others.push(await planner.plan({ ...request, policy }));
+  } finally {
+    await planner.close();
+  }
   const map = flags.out === undefined ? undefined : formatExpertMap(plan.placements, format);
   if (flags.report !== undefined)
-    await writeReport(flags.report, planReport({ loads, plan, current, title: flags.loads }));
+    await writeReport(flags.report, planReport({ loads, plan, current, others, title: flags.loads }));
   if (flags.out !== undefined) await writeText(flags.out, map!);
   if (flags.transfers !== undefined)
     await writeText(flags.transfers, `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`);

@@ -95,6 +95,16 @@ export function stepPar(loads: Loads, placements: readonly Placement[]): Par {
   );
 }
 
+/** f64[steps]: the PAR of each step, mean over layers. */
+export function parByStep(loads: Loads, placements: readonly Placement[]): Float64Array {
+  sameLayers(loads, placements);
+  const par = new Float64Array(loads.steps);
+  for (const [layer, placement] of placements.entries())
+    for (let step = 0; step < loads.steps; step++)
+      par[step]! += peakToAverage(deviceLoads(placement, loads.at(step, layer))) / loads.layers;
+  return par;
+}
+
 /** Moves of every layer: expert weights that devices must receive. */
 export function movesPerLayer(from: readonly Placement[], to: readonly Placement[]): Int32Array {
   if (from.length !== to.length)

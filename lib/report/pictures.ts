@@ -155,18 +155,19 @@ export function movesPicture(moves: readonly number[]): TopLevelSpec {
   } as TopLevelSpec;
 }
 
-/** PAR of the steps of each window under the placement planned before it, by policy. */
+/** PAR over windows or steps, one line for each policy. */
 export function parOverTimePicture(
   rows: readonly { policy: string; window: number; par: number }[],
   order: readonly string[],
+  unit: 'window' | 'step',
 ): TopLevelSpec {
   return {
     ...base(760, 320),
     data: { values: rows.map((row) => ({ ...row })) },
-    mark: { type: 'line', point: { size: 30 } },
+    mark: { type: 'line', ...(rows.length > 150 ? { strokeWidth: 1.5 } : { point: { size: 30 } }) },
     encoding: {
-      x: { field: 'window', type: 'quantitative', title: 'window', axis: { tickMinStep: 1, format: 'd' } },
-      y: { field: 'par', type: 'quantitative', title: 'mean PAR of its steps', scale: { zero: false } },
+      x: { field: 'window', type: 'quantitative', title: unit, axis: { tickMinStep: 1, format: 'd' } },
+      y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
       color: { field: 'policy', type: 'nominal', title: null, sort: [...order] },
     },
   } as TopLevelSpec;

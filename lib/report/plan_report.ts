@@ -1,6 +1,6 @@
 // The report of one plan: what the load looks like, what the devices carry before and after, and what it costs.
 import type { Loads } from '../eplb/loads.js';
-import { deviceLoads } from '../eplb/metrics.js';
+import { deviceLoads, parByStep } from '../eplb/metrics.js';
 import { type Plan, startPlacements } from '../eplb/plan.js';
 import { transferSchedule } from '../eplb/transfer.js';
 import type { Placement } from '../placement/placement.js';
@@ -11,6 +11,7 @@ import {
   heatPicture,
   movesPicture,
   parByLayerPicture,
+  parOverTimePicture,
 } from './pictures.js';
 import type { Report } from './report.js';
 
@@ -19,6 +20,8 @@ export interface PlanReportInput {
   plan: Plan;
   /** The placements before; default the layout the model starts with. */
   current?: readonly Placement[] | undefined;
+  /** What other policies plan for the same loads, to be drawn beside this plan over time. */
+  others?: readonly Plan[];
   /** What was planned, for the title: usually the file of the loads. */
   title: string;
 }
@@ -29,8 +32,22 @@ const overMean = (values: ArrayLike<number>): number[] => {
   return list.map((value) => (mean > 0 ? Math.round((value / mean) * 1000) / 1000 : 0));
 };
 
+const mostPoints = 200;
+
+/** At most `mostPoints` values: means of groups of neighbours. */
+const grouped = (values: Float64Array): number[] => {
+  const points = Math.min(mostPoints, values.length);
+  return Array.from({ length: points }, (_, point) => {
+    const part = values.subarray(
+      Math.floor((point * values.length) / points),
+      Math.floor(((point + 1) * values.length) / points),
+    );
+    return part.reduce((sum, value) => sum + value, 0) / part.length;
+  });
+};
+
 /** Builds the report. */
-export function planReport({ loads, plan, current, title }: PlanReportInput): Report {
+export function planReport({ loads, plan, current, others = [], title }: PlanReportInput): Report {
   const { devices, slots, experts } = plan.placements[0]!;
   const from = current ?? startPlacements(loads.layers, experts, devices, slots);
   const heat: HeatCell[] = [];
@@ -56,6 +73,10 @@ export function planReport({ loads, plan, current, title }: PlanReportInput): Re
       busiest = Math.max(busiest, sends.get(sender)!);
     }
   }
+  const series = [
+    { name: 'before', placements: from },
+    ...[plan, ...others].map(({ policy, placements }) => ({ name: policy, placements })),
+  ];
   const limit = Math.max(
     2,
     Math.min(
@@ -100,6 +121,17 @@ export function planReport({ loads, plan, current, title }: PlanReportInput): Re
         heading: 'Peak over average by layer',
         caption: 'PAR of the whole window. 1 is perfect balance.',
         spec: parByLayerPicture(parRows),
+      },
+      {
+        heading: 'PAR over time',
+        caption: `Mean PAR over layers of every step${loads.steps > mostPoints ? ', averaged in groups' : ''}: as it was, and under what each policy plans for these loads.`,
+        spec: parOverTimePicture(
+          series.flatMap(({ name, placements }) =>
+            grouped(parByStep(loads, placements)).map((par, index) => ({ policy: name, window: index, par })),
+          ),
+          series.map(({ name }) => name),
+          'step',
+        ),
       },
       {
         heading: 'Moves by layer',

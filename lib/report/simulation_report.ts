@@ -29,6 +29,7 @@ export function simulationReport({ figures, title }: SimulationReportInput): Rep
             parStepNextByWindow.map((par, index) => ({ policy: name, window: index + 1, par })),
           ),
           names,
+          'window',
         ),
       },
       {

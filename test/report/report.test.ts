@@ -18,11 +18,12 @@ if (!installed) console.warn(`skipped: the browser tests need ${executablePath} 
 
 const loads = generateTrace({ kind: 'bursty', steps: 24, layers: 6, experts: 64, seed: 2 });
 const plan = planSync({ loads, devices: 8, slots: 9 });
+const others = ['greedy', 'linear'].map((policy) => planSync({ loads, devices: 8, slots: 9, policy }));
 let folder: string;
 
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'moe-report-'));
-  const report = planReport({ loads, plan, title: 'a <trace> & "more"' });
+  const report = planReport({ loads, plan, others, title: 'a <trace> & "more"' });
   await writeReport(join(folder, 'plan.html'), report);
   await writeReport(join(folder, 'plan.svg'), report);
   const figures = await simulate(loads, {
@@ -92,12 +93,13 @@ describe.skipIf(!installed)('in a browser', () => {
       'Heat of experts by layer',
       'Device load, before and after',
       'Peak over average by layer',
+      'PAR over time',
       'Moves by layer',
       'Figures',
     ]);
     const svgs = page.locator('figure > svg');
-    expect(await svgs.count()).toBe(4);
-    for (let index = 0; index < 4; index++) {
+    expect(await svgs.count()).toBe(5);
+    for (let index = 0; index < 5; index++) {
       const box = (await svgs.nth(index).boundingBox())!;
       expect(box.width).toBeGreaterThan(200);
       expect(box.height).toBeGreaterThan(80);
@@ -111,7 +113,8 @@ describe.skipIf(!installed)('in a browser', () => {
       .locator('g.mark-rect.role-mark path')
       .evaluateAll((cells) => new Set(cells.map((cell) => getComputedStyle(cell).fill)).size);
     expect(colours).toBeGreaterThan(20);
-    expect(await svgs.nth(3).locator('g.mark-rect.role-mark path').count()).toBe(6);
+    expect(await svgs.nth(4).locator('g.mark-rect.role-mark path').count()).toBe(6);
+    expect(await svgs.nth(3).locator('g.mark-line path').count()).toBe(4);
     const rows = await page.locator('#figures tbody tr').allTextContents();
     expect(rows.length).toBe(6);
     expect(await page.locator('#figures tbody tr:first-child td:nth-child(3)').textContent()).toBe(
@@ -148,7 +151,7 @@ describe.skipIf(!installed)('in a browser', () => {
         name: document.documentElement.nodeName,
       };
     });
-    expect(box).toMatchObject({ name: 'svg', nested: 4 });
+    expect(box).toMatchObject({ name: 'svg', nested: 5 });
     expect(box.width).toBeGreaterThan(700);
     expect(problems).toEqual([]);
     await page.close();

@@ -409,6 +409,8 @@ void run_profile(int64_t T) {
   once(256, Scoring::kSigmoid, DType::kBF16, {4, 8, 16, 32});
   once(128, Scoring::kSoftmax, DType::kBF16, {4, 8});
   once(384, Scoring::kSigmoid, DType::kF32, {8});
+  once(60, Scoring::kSoftmax, DType::kBF16, {0});
+  once(512, Scoring::kSigmoid, DType::kBF16, {0});
 }
 
 void run_times() {

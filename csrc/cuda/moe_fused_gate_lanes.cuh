@@ -23,8 +23,8 @@ enum class Family { kGrouped, kSigmoid, kSoftmax };
 
 #ifdef __CUDACC__
 
-inline constexpr int kCandidates = 32;
-inline constexpr int kCandidateStride = 36;  // in words: keeps the lists of 8 tokens in different banks
+inline constexpr int kCandidates = 64;
+inline constexpr int kCandidateStride = 68;  // in words: keeps the lists of 8 tokens in different banks
 
 template <class T>
 struct Octet {

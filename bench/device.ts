@@ -76,12 +76,16 @@ function combine(
     make: (context) => {
       const choices = tokens * columns;
       const rows = random(context, dtype, [choices, hidden]);
-      const places = Int32Array.from({ length: choices }, (_, i) => i);
-      for (let i = choices - 1, state = 1; i > 0; i--) {
+      // As a dispatch leaves it: the last column is one shared expert, the others are uniform over 256 experts
+      let state = 1;
+      const experts = Int32Array.from({ length: choices }, (_, choice) => {
         state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-        const j = state % (i + 1);
-        [places[i], places[j]] = [places[j], places[i]];
-      }
+        return columns === 1 ? 0 : choice % columns === columns - 1 ? 256 : state >>> 24;
+      });
+      const next = new Int32Array(258);
+      for (const expert of experts) next[expert + 1]++;
+      for (let expert = 0; expert < 257; expert++) next[expert + 1] += next[expert];
+      const places = experts.map((expert) => next[expert]++);
       const inverse = context.tensor('i32', [tokens, columns], places);
       const weights = random(context, 'f32', [tokens, columns]) as Tensor<'f32'>;
       return { run: () => moeCombine({ rows, inverse, weights }), ...disposer(rows, inverse, weights) };

@@ -26,13 +26,13 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kManyExperts = 2048;
 constexpr int kSharedBytes = 39 * 1024;  // beside the slice of sort_few under 48 KB
 constexpr int kFewChoices = 1024;
-constexpr int kManyWarps = 16;  // of a block where choices are many: two blocks share a multiprocessor
+constexpr int kManyWarps = 16;  // of a block where choices are many, and twice that where they are very many
 constexpr int kSlice = 2048;  // places per block where choices are few
 
 struct Args {
   const int32_t* ids;
   int32_t *order, *inverse, *counts, *offsets, *block_experts;
-  uint32_t* rows;  // scratch: [blocks of the grid, pairs of experts], two counters of 16 bits in a word
+  uint32_t* rows;  // scratch: [blocks of the grid, row_words()], two counters of 16 bits in a word
   int64_t choices, places, blocks;
   int32_t experts, first_expert, block_size;
   int32_t bits;   // of an expert, and of -1 apart from all experts
@@ -218,41 +218,55 @@ __device__ void fill_order(const Args& a) {
   }
 }
 
+__host__ __device__ inline int row_words(int experts) { return (experts + 3) / 4 * 2; }
+
 __device__ void write_row(const Args& a, const Shared& s) {
-  const int pairs = (a.experts + 1) / 2;
-  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-    const uint32_t high = 2 * i + 1 < a.experts ? s.before[2 * i + 1] : 0;
-    a.rows[static_cast<int64_t>(blockIdx.x) * pairs + i] = s.before[2 * i] | high << 16;
+  const int words = row_words(a.experts);
+  for (int i = threadIdx.x; i < words; i += blockDim.x) {
+    const uint32_t low = 2 * i < a.experts ? s.before[2 * i] : 0, high = 2 * i + 1 < a.experts ? s.before[2 * i + 1] : 0;
+    a.rows[blockIdx.x * words + i] = low | high << 16;
   }
 }
 
-// Adds up the rows: before[e] = choices of blocks before this one, start[e] = choices of all.
+// Adds up the rows: before[e] = choices of blocks before this one, start[e] = choices of all. A thread takes four
+// experts of every so many-th row, 16 rows in flight: one trip to the L2 cache is all that most batches need.
 __device__ void add_rows(const Args& a, const Shared& s) {
-  const int pairs = (a.experts + 1) / 2, threads = blockDim.x;
+  constexpr int kFlight = 16;
+  const int columns = row_words(a.experts) / 2, threads = blockDim.x;
   for (int e = threadIdx.x; e < a.experts; e += threads) s.before[e] = s.start[e] = 0;
   __syncthreads();
-  const int teams = max(1, threads / pairs);
-  const int team = min(static_cast<int>(threadIdx.x) / pairs, teams);
-  if (team < teams) {
-    for (int i = threadIdx.x - team * pairs; i < pairs; i += threads) {
-      uint32_t before[2] = {}, all[2] = {};
-      const uint32_t* at = a.rows + static_cast<int64_t>(team) * pairs + i;
-      const int rows_before = (static_cast<int>(blockIdx.x) - team + teams - 1) / teams;
-      const int rows = (static_cast<int>(gridDim.x) - team + teams - 1) / teams;
-#pragma unroll 8
-      for (int row = 0; row < rows; row++, at += teams * pairs) {
-        const uint32_t word = __ldcg(at);
-        if (row == rows_before) before[0] = all[0], before[1] = all[1];
-        all[0] += word & 0xffffu;
-        all[1] += word >> 16;
-      }
-      if (rows_before >= rows) before[0] = all[0], before[1] = all[1];
+  const int teams = max(1, threads / columns), team = min(static_cast<int>(threadIdx.x) / columns, teams);
+  const uint2* rows = reinterpret_cast<const uint2*>(a.rows);
+  for (int i = threadIdx.x - team * columns; team < teams && i < columns; i += threads) {
+    uint32_t before[4] = {}, all[4] = {};
+    for (int base = team; base < static_cast<int>(gridDim.x); base += kFlight * teams) {
+      uint2 words[kFlight];
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        if (2 * i + k >= a.experts || all[k] == 0) continue;
-        atomicAdd(s.before + 2 * i + k, before[k]);
-        atomicAdd(s.start + 2 * i + k, all[k]);
+      for (int k = 0; k < kFlight; k++) {
+        const int row = base + k * teams;
+        words[k] = row < static_cast<int>(gridDim.x) ? __ldcg(rows + row * columns + i) : make_uint2(0, 0);
       }
+#pragma unroll
+      for (int k = 0; k < kFlight; k++) {
+        if (base + k * teams >= static_cast<int>(blockIdx.x) && base + (k - 1) * teams < static_cast<int>(blockIdx.x)) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) before[e] = all[e];
+        }
+        all[0] += words[k].x & 0xffffu;
+        all[1] += words[k].x >> 16;
+        all[2] += words[k].y & 0xffffu;
+        all[3] += words[k].y >> 16;
+      }
+      if (base + (kFlight - 1) * teams < static_cast<int>(blockIdx.x)) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) before[e] = all[e];
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if (4 * i + e >= a.experts || all[e] == 0) continue;
+      atomicAdd(s.before + 4 * i + e, before[e]);
+      atomicAdd(s.start + 4 * i + e, all[e]);
     }
   }
   __syncthreads();
@@ -292,8 +306,8 @@ __device__ void place_block(const Args& a, const Shared& s, int64_t first, const
 
 enum class Phase { kCount, kPlace, kPlaceOverlapped, kBoth };
 
-template <int Rounds, Phase P>
-__global__ void __launch_bounds__(32 * kManyWarps, 2) sort_many(const __grid_constant__ Args a) {
+template <int Rounds, int Warps, Phase P>
+__global__ void __launch_bounds__(32 * Warps, 32 / Warps) sort_many(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint32_t memory[];
   const Shared s(memory, blockDim.x / 32, a.experts);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x * Rounds;
@@ -301,7 +315,7 @@ __global__ void __launch_bounds__(32 * kManyWarps, 2) sort_many(const __grid_con
 #if __CUDA_ARCH__ >= 900
   if (P == Phase::kCount) cudaTriggerProgrammaticLaunchCompletion();
 #endif
-  sort_block<Rounds, kManyWarps>(a, s, first, expert, place);
+  sort_block<Rounds, Warps>(a, s, first, expert, place);
   if (P == Phase::kCount || P == Phase::kBoth) {
     write_row(a, s);
     fill_order(a);
@@ -426,7 +440,7 @@ constexpr int kRounds[] = {1, 2, 3, 4, 6, 8, 12, 16};
 
 Shape shape_of(const MoeDispatch& p, int sms) {
   const int64_t choices = p.T * p.C;
-  int warps = kManyWarps;
+  int warps = choices > int64_t{32} * kManyWarps * 2 * sms ? 2 * kManyWarps : kManyWarps;
   while (warps > 1 && shared_bytes(warps, p.experts) > kSharedBytes) warps /= 2;
   const int64_t round = 32 * warps;
   int rounds = kRounds[0];
@@ -456,19 +470,33 @@ cudaError_t run(Kernel kernel, const Args& args, const Shape& shape, int bytes, 
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <int Rounds>
+template <int Rounds, int Warps>
 cudaError_t run_many(const Args& a, const Shape& shape, Chain chain, cudaStream_t stream) {
   const int bytes = shared_bytes(shape.warps, a.experts);
   if (chain == Chain::kCooperative) {
-    return run(sort_many<Rounds, Phase::kBoth>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, true);
+    return run(sort_many<Rounds, Warps, Phase::kBoth>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, true);
   }
-  const cudaError_t counted = run(sort_many<Rounds, Phase::kCount>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+  const cudaError_t counted = run(sort_many<Rounds, Warps, Phase::kCount>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
   if (counted != cudaSuccess) return counted;
   if (chain == Chain::kOverlapped) {
-    return run(sort_many<Rounds, Phase::kPlaceOverlapped>, a, shape, bytes, stream,
+    return run(sort_many<Rounds, Warps, Phase::kPlaceOverlapped>, a, shape, bytes, stream,
                cudaLaunchAttributeProgrammaticStreamSerialization, true);
   }
-  return run(sort_many<Rounds, Phase::kPlace>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+  return run(sort_many<Rounds, Warps, Phase::kPlace>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+}
+
+template <int Warps>
+cudaError_t run_rounds(const Args& a, const Shape& shape, Chain chain, cudaStream_t stream) {
+  switch (shape.rounds) {
+    case 1: return run_many<1, Warps>(a, shape, chain, stream);
+    case 2: return run_many<2, Warps>(a, shape, chain, stream);
+    case 3: return run_many<3, Warps>(a, shape, chain, stream);
+    case 4: return run_many<4, Warps>(a, shape, chain, stream);
+    case 6: return run_many<6, Warps>(a, shape, chain, stream);
+    case 8: return run_many<8, Warps>(a, shape, chain, stream);
+    case 12: return run_many<12, Warps>(a, shape, chain, stream);
+    default: return run_many<16, Warps>(a, shape, chain, stream);
+  }
 }
 
 template <class V>
@@ -487,7 +515,7 @@ cudaError_t run_gather(const MoeDispatch& p, int sms, cudaStream_t stream) {
 size_t scratch_bytes(const MoeDispatch& p, int sms) {
   if (p.experts > kManyExperts) return size_t{4} * p.experts;
   if (p.T * p.C <= kFewChoices) return 0;
-  return static_cast<size_t>(shape_of(p, sms).blocks) * ((p.experts + 1) / 2) * 4;
+  return static_cast<size_t>(shape_of(p, sms).blocks) * row_words(p.experts) * 4;
 }
 
 cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t stream, const char** path, Chain chain) {
@@ -524,18 +552,9 @@ cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t st
     sort_few<<<blocks, 32 * warps, shared_bytes(warps, a.experts), stream>>>(a);
     error = cudaGetLastError();
   } else {
-    if (chain == Chain::kDefault || (chain == Chain::kCooperative && shape.blocks > 2 * sms)) chain = Chain::kPlain;
+    if (chain == Chain::kDefault || (chain == Chain::kCooperative && shape.blocks > (shape.warps > kManyWarps ? 1 : 2) * sms)) chain = Chain::kPlain;
     *path = chain == Chain::kCooperative ? "one cooperative kernel" : chain == Chain::kOverlapped ? "count and place, overlapped" : "count and place";
-    switch (shape.rounds) {
-      case 1: error = run_many<1>(a, shape, chain, stream); break;
-      case 2: error = run_many<2>(a, shape, chain, stream); break;
-      case 3: error = run_many<3>(a, shape, chain, stream); break;
-      case 4: error = run_many<4>(a, shape, chain, stream); break;
-      case 6: error = run_many<6>(a, shape, chain, stream); break;
-      case 8: error = run_many<8>(a, shape, chain, stream); break;
-      case 12: error = run_many<12>(a, shape, chain, stream); break;
-      default: error = run_many<16>(a, shape, chain, stream); break;
-    }
+    error = shape.warps > kManyWarps ? run_rounds<2 * kManyWarps>(a, shape, chain, stream) : run_rounds<kManyWarps>(a, shape, chain, stream);
   }
   if (error != cudaSuccess || !p.rows || p.P == 0 || p.H == 0) return error;
   const int64_t bytes = p.H * static_cast<int64_t>(size_of(p.rows.dtype));

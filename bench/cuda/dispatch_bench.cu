@@ -190,5 +190,21 @@ int main(int argc, char** argv) {
   }
   if (mode == "check" || mode == "sanitize") run_checks(mode == "sanitize");
   if (mode == "time") run_times();
+  if (mode == "profile") {
+    for (const int64_t T : {64, 4096, 40000}) {
+      Random random(1);
+      const std::vector<int32_t> ids = route(T, 9, 257, 0, Routing::kUniform, random);
+      const int64_t P = capacity(T * 9, 257, 128);
+      Set s{Buffer(T * 36), Buffer(0), Buffer(P * 4), Buffer(T * 36), Buffer(4096), Buffer(4096), Buffer(P / 32), Buffer(0), Buffer(1 << 20)};
+      s.ids.put(ids.data(), T * 36);
+      MoeDispatch d{};
+      d.T = T, d.C = 9, d.P = P, d.blocks = P / 128, d.experts = 257, d.block_size = 128;
+      d.ids = {s.ids.data, DType::kI32, T * 9}, d.order = {s.order.data, DType::kI32, P}, d.inverse = {s.inverse.data, DType::kI32, T * 9};
+      d.counts = {s.counts.data, DType::kI32, 257}, d.offsets = {s.offsets.data, DType::kI32, 258}, d.block_experts = {s.block_experts.data, DType::kI32, P / 128};
+      const char* path = "";
+      CHECK(dispatch::launch(d, 132, s.scratch.data, nullptr, &path, dispatch::Chain::kPlain));
+      CHECK(cudaDeviceSynchronize());
+    }
+  }
   return failures > 0;
 }

@@ -25,16 +25,18 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kManyExperts = 2048;
 constexpr int kSharedBytes = 39 * 1024;  // beside the slice of sort_few under 48 KB
-constexpr int kFewChoices = 4096;
+constexpr int kFewChoices = 1024;
+constexpr int kManyWarps = 16;  // of a block where choices are many, and twice that where they are very many
 constexpr int kSlice = 2048;  // places per block where choices are few
 
 struct Args {
   const int32_t* ids;
   int32_t *order, *inverse, *counts, *offsets, *block_experts;
-  uint32_t* rows;  // scratch: [blocks of the grid, pairs of experts], two counters of 16 bits in a word
+  uint32_t* rows;  // scratch: [blocks of the grid, row_words()], two counters of 16 bits in a word
   int64_t choices, places, blocks;
   int32_t experts, first_expert, block_size;
-  int32_t bits;  // of an expert, and of -1 apart from all experts
+  int32_t bits;   // of an expert, and of -1 apart from all experts
+  int32_t shift;  // block_size = 1 << shift, or -1
 };
 
 __device__ int local_expert(const Args& a, int64_t choice) {
@@ -44,8 +46,13 @@ __device__ int local_expert(const Args& a, int64_t choice) {
   return id >= 0 && expert >= 0 && expert < a.experts ? static_cast<int>(expert) : -1;
 }
 
-__device__ int padded(const Args& a, int count) {
-  return a.block_size > 0 ? (count + a.block_size - 1) / a.block_size * a.block_size : count;
+__device__ uint32_t blocks_of(const Args& a, uint32_t places) {
+  return a.shift >= 0 ? places >> a.shift : places / static_cast<uint32_t>(a.block_size);
+}
+
+__device__ uint32_t padded(const Args& a, uint32_t count) {
+  const uint32_t block = static_cast<uint32_t>(a.block_size);
+  return block > 0 ? blocks_of(a, count + block - 1) * block : count;
 }
 
 // Shared memory of a block: counters [warps, experts] of 16 bits, then two words per expert and the scan's 33.
@@ -63,7 +70,7 @@ int shared_bytes(int warps, int experts) { return 4 * (2 * experts + 34) + 2 * w
 
 // Experts and places within the block of this thread's Rounds choices; counters end as exclusive prefixes over the
 // warps, `before` as the block's counts.
-template <int Rounds>
+template <int Rounds, int MaxWarps>
 __device__ void sort_block(const Args& a, const Shared& s, int64_t first, int* expert, int* place) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int stride = (a.experts + 1) / 2 * 2;
@@ -95,31 +102,19 @@ __device__ void sort_block(const Args& a, const Shared& s, int64_t first, int* e
     __syncwarp();
   }
   __syncthreads();
-  // Four neighbouring threads share a pair of experts and a quarter of the warps each; a word adds as two counters.
-  const int pairs = stride / 2, quarter = threadIdx.x % 4, share = (warps + 3) / 4;
-  for (int i = threadIdx.x / 4; i - static_cast<int>(threadIdx.x) / 4 < pairs; i += blockDim.x / 4) {
-    uint32_t count[8], sum = 0;
+  // A thread takes a pair of experts: a word adds as two counters.
+  const int pairs = stride / 2;
+  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+    uint32_t count[MaxWarps], sum = 0;
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const int w = quarter * share + k;
-      count[k] = i < pairs && k < share && w < warps ? words[w * pairs + i] : 0;
-      sum += count[k];
-    }
-    uint32_t before = __shfl_up_sync(kAll, sum, 1, 4), total = sum;
-    before = quarter >= 1 ? before : 0;
-    total += before;
-    const uint32_t further = __shfl_up_sync(kAll, total, 2, 4);
-    if (quarter >= 2) before += further, total += further;
+    for (int w = 0; w < MaxWarps; w++) count[w] = w < warps ? words[w * pairs + i] : 0;
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const int w = quarter * share + k;
-      if (i < pairs && k < share && w < warps) words[w * pairs + i] = before;
-      before += count[k];
+    for (int w = 0; w < MaxWarps; w++) {
+      if (w < warps) words[w * pairs + i] = sum;
+      sum += count[w];
     }
-    if (quarter == 3 && i < pairs) {
-      s.before[2 * i] = total & 0xffffu;
-      if (2 * i + 1 < a.experts) s.before[2 * i + 1] = total >> 16;
-    }
+    s.before[2 * i] = sum & 0xffffu;
+    if (2 * i + 1 < a.experts) s.before[2 * i + 1] = sum >> 16;
   }
   __syncthreads();
 }
@@ -130,7 +125,7 @@ __device__ uint32_t scan_experts(const Args& a, const Shared& s) {
   const int each = (a.experts + blockDim.x - 1) / blockDim.x;
   const int begin = min(static_cast<int>(threadIdx.x) * each, a.experts), end = min(begin + each, a.experts);
   uint32_t sum = 0;
-  for (int e = begin; e < end; e++) sum += padded(a, static_cast<int>(s.start[e]));
+  for (int e = begin; e < end; e++) sum += padded(a, s.start[e]);
   uint32_t inclusive = sum;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -139,17 +134,19 @@ __device__ uint32_t scan_experts(const Args& a, const Shared& s) {
   }
   if (lane == 31) s.partial[warp] = inclusive;
   __syncthreads();
-  uint32_t base = 0, total = 0;
-  for (int w = 0; w < warps; w++) {
-    const uint32_t part = s.partial[w];
-    if (w < warp) base += part;
-    total += part;
+  uint32_t parts = lane < warps ? s.partial[lane] : 0;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const uint32_t other = __shfl_up_sync(kAll, parts, lanes);
+    if (lane >= lanes) parts += other;
   }
+  const uint32_t total = __shfl_sync(kAll, parts, 31);
+  const uint32_t base = warp > 0 ? __shfl_sync(kAll, parts, warp - 1) : 0;
   uint32_t place = base + inclusive - sum;
   for (int e = begin; e < end; e++) {
     const uint32_t count = s.start[e];
     s.start[e] = place;
-    place += padded(a, static_cast<int>(count));
+    place += padded(a, count);
   }
   __syncthreads();
   return total;
@@ -160,14 +157,13 @@ __device__ void write_expert(const Args& a, const Shared& s, int e, uint32_t tot
   const uint32_t begin = s.start[e], end = e + 1 < a.experts ? s.start[e + 1] : total;
   if (thread == 0) a.offsets[e] = static_cast<int32_t>(begin);
   if (a.block_size > 0) {
-    for (uint32_t b = begin / a.block_size + thread; b < end / a.block_size; b += threads) {
+    for (uint32_t b = blocks_of(a, begin) + thread; b < blocks_of(a, end); b += threads) {
       if (b < a.blocks) a.block_experts[b] = e;
     }
   }
 }
 
 // Few choices: every block sorts all of them and writes its slice of `order`.
-template <int Rounds>
 __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint32_t memory[];
   __shared__ __align__(16) int32_t slice[kSlice];
@@ -175,8 +171,8 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   const Shared s(memory, warps, a.experts);
   const int32_t empty = static_cast<int32_t>(a.choices);
   for (int i = threadIdx.x; i < kSlice; i += blockDim.x) slice[i] = empty;
-  int expert[Rounds], place[Rounds];
-  sort_block<Rounds>(a, s, 0, expert, place);
+  int expert[1], place[1];
+  sort_block<1, 32>(a, s, 0, expert, place);
   for (int e = threadIdx.x; e < a.experts; e += blockDim.x) {
     s.start[e] = s.before[e];
     if (blockIdx.x == 0) a.counts[e] = static_cast<int32_t>(s.before[e]);
@@ -185,16 +181,13 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   const uint32_t total = scan_experts(a, s);
   const int stride = (a.experts + 1) / 2 * 2;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSlice;
-#pragma unroll
-  for (int r = 0; r < Rounds; r++) {
-    const int choice = (threadIdx.x / 32 * Rounds + r) * 32 + threadIdx.x % 32;
-    int64_t at = -1;
-    if (expert[r] >= 0) {
-      at = static_cast<int64_t>(s.start[expert[r]]) + s.counters[threadIdx.x / 32 * stride + expert[r]] + place[r];
-      if (at >= begin && at < begin + kSlice) slice[at - begin] = choice;
-    }
-    if (blockIdx.x == 0 && choice < a.choices) a.inverse[choice] = static_cast<int32_t>(at);
+  const int choice = static_cast<int>(threadIdx.x);
+  int64_t at = -1;
+  if (expert[0] >= 0) {
+    at = static_cast<int64_t>(s.start[expert[0]]) + s.counters[threadIdx.x / 32 * stride + expert[0]] + place[0];
+    if (at >= begin && at < begin + kSlice) slice[at - begin] = choice;
   }
+  if (blockIdx.x == 0 && choice < a.choices) a.inverse[choice] = static_cast<int32_t>(at);
   __syncthreads();
   const int size = static_cast<int>(min(static_cast<int64_t>(kSlice), a.places - begin));
   for (int i = threadIdx.x; i < size; i += blockDim.x) a.order[begin + i] = slice[i];
@@ -207,7 +200,7 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
     }
     if (threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);
     if (a.block_size > 0) {
-      for (int64_t b = total / a.block_size + threadIdx.x; b < a.blocks; b += blockDim.x) a.block_experts[b] = -1;
+      for (int64_t b = blocks_of(a, total) + threadIdx.x; b < a.blocks; b += blockDim.x) a.block_experts[b] = -1;
     }
   }
 }
@@ -225,40 +218,55 @@ __device__ void fill_order(const Args& a) {
   }
 }
 
+__host__ __device__ inline int row_words(int experts) { return (experts + 3) / 4 * 2; }
+
 __device__ void write_row(const Args& a, const Shared& s) {
-  const int pairs = (a.experts + 1) / 2;
-  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-    const uint32_t high = 2 * i + 1 < a.experts ? s.before[2 * i + 1] : 0;
-    a.rows[static_cast<int64_t>(blockIdx.x) * pairs + i] = s.before[2 * i] | high << 16;
+  const int words = row_words(a.experts);
+  for (int i = threadIdx.x; i < words; i += blockDim.x) {
+    const uint32_t low = 2 * i < a.experts ? s.before[2 * i] : 0, high = 2 * i + 1 < a.experts ? s.before[2 * i + 1] : 0;
+    a.rows[blockIdx.x * words + i] = low | high << 16;
   }
 }
 
-// Adds up the rows: before[e] = choices of blocks before this one, start[e] = choices of all.
+// Adds up the rows: before[e] = choices of blocks before this one, start[e] = choices of all. A thread takes four
+// experts of every so many-th row, 16 rows in flight: one trip to the L2 cache is all that most batches need.
 __device__ void add_rows(const Args& a, const Shared& s) {
-  const int pairs = (a.experts + 1) / 2, threads = blockDim.x;
+  constexpr int kFlight = 16;
+  const int columns = row_words(a.experts) / 2, threads = blockDim.x;
   for (int e = threadIdx.x; e < a.experts; e += threads) s.before[e] = s.start[e] = 0;
   __syncthreads();
-  const int teams = max(1, threads / pairs);
-  const int team = min(static_cast<int>(threadIdx.x) / pairs, teams);
-  if (team < teams) {
-    for (int i = threadIdx.x - team * pairs; i < pairs; i += threads) {
-      uint32_t before[2] = {}, all[2] = {};
-#pragma unroll 8
-      for (int b = team; b < static_cast<int>(gridDim.x); b += teams) {
-        const uint32_t word = __ldcg(a.rows + static_cast<int64_t>(b) * pairs + i);
-        all[0] += word & 0xffffu;
-        all[1] += word >> 16;
-        if (b < static_cast<int>(blockIdx.x)) {
-          before[0] += word & 0xffffu;
-          before[1] += word >> 16;
-        }
+  const int teams = max(1, threads / columns), team = min(static_cast<int>(threadIdx.x) / columns, teams);
+  const uint2* rows = reinterpret_cast<const uint2*>(a.rows);
+  for (int i = threadIdx.x - team * columns; team < teams && i < columns; i += threads) {
+    uint32_t before[4] = {}, all[4] = {};
+    for (int base = team; base < static_cast<int>(gridDim.x); base += kFlight * teams) {
+      uint2 words[kFlight];
+#pragma unroll
+      for (int k = 0; k < kFlight; k++) {
+        const int row = base + k * teams;
+        words[k] = row < static_cast<int>(gridDim.x) ? __ldcg(rows + row * columns + i) : make_uint2(0, 0);
       }
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        if (2 * i + k >= a.experts || all[k] == 0) continue;
-        atomicAdd(s.before + 2 * i + k, before[k]);
-        atomicAdd(s.start + 2 * i + k, all[k]);
+      for (int k = 0; k < kFlight; k++) {
+        if (base + k * teams >= static_cast<int>(blockIdx.x) && base + (k - 1) * teams < static_cast<int>(blockIdx.x)) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) before[e] = all[e];
+        }
+        all[0] += words[k].x & 0xffffu;
+        all[1] += words[k].x >> 16;
+        all[2] += words[k].y & 0xffffu;
+        all[3] += words[k].y >> 16;
       }
+      if (base + (kFlight - 1) * teams < static_cast<int>(blockIdx.x)) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) before[e] = all[e];
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if (4 * i + e >= a.experts || all[e] == 0) continue;
+      atomicAdd(s.before + 4 * i + e, before[e]);
+      atomicAdd(s.start + 4 * i + e, all[e]);
     }
   }
   __syncthreads();
@@ -290,7 +298,7 @@ __device__ void place_block(const Args& a, const Shared& s, int64_t first, const
   if (blockIdx.x == 0 && threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);
   if (a.block_size > 0) {
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    for (int64_t b = total / a.block_size + thread; b < a.blocks; b += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    for (int64_t b = blocks_of(a, total) + thread; b < a.blocks; b += static_cast<int64_t>(gridDim.x) * blockDim.x) {
       a.block_experts[b] = -1;
     }
   }
@@ -298,8 +306,8 @@ __device__ void place_block(const Args& a, const Shared& s, int64_t first, const
 
 enum class Phase { kCount, kPlace, kPlaceOverlapped, kBoth };
 
-template <int Rounds, Phase P>
-__global__ void __launch_bounds__(1024, 1) sort_many(const __grid_constant__ Args a) {
+template <int Rounds, int Warps, Phase P>
+__global__ void __launch_bounds__(32 * Warps, 32 / Warps) sort_many(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint32_t memory[];
   const Shared s(memory, blockDim.x / 32, a.experts);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x * Rounds;
@@ -307,7 +315,7 @@ __global__ void __launch_bounds__(1024, 1) sort_many(const __grid_constant__ Arg
 #if __CUDA_ARCH__ >= 900
   if (P == Phase::kCount) cudaTriggerProgrammaticLaunchCompletion();
 #endif
-  sort_block<Rounds>(a, s, first, expert, place);
+  sort_block<Rounds, Warps>(a, s, first, expert, place);
   if (P == Phase::kCount || P == Phase::kBoth) {
     write_row(a, s);
     fill_order(a);
@@ -335,7 +343,7 @@ __global__ void __launch_bounds__(1024, 1) sort_many_experts(const __grid_consta
   __syncthreads();
   for (int base = 0; base < a.experts; base += 1024) {
     const int e = base + static_cast<int>(threadIdx.x);
-    const uint32_t count = e < a.experts ? next[e] : 0, size = static_cast<uint32_t>(padded(a, static_cast<int>(count)));
+    const uint32_t count = e < a.experts ? next[e] : 0, size = padded(a, count);
     uint32_t inclusive = size;
     for (int lanes = 1; lanes < 32; lanes *= 2) {
       const uint32_t other = __shfl_up_sync(kAll, inclusive, lanes);
@@ -428,13 +436,18 @@ struct Shape {
   int64_t blocks;
 };
 
-Shape shape_of(const MoeDispatch& p) {
+constexpr int kRounds[] = {1, 2, 3, 4, 6, 8, 12, 16};
+
+Shape shape_of(const MoeDispatch& p, int sms) {
   const int64_t choices = p.T * p.C;
-  int warps = 32;
+  int warps = choices > int64_t{32} * kManyWarps * 2 * sms ? 2 * kManyWarps : kManyWarps;
   while (warps > 1 && shared_bytes(warps, p.experts) > kSharedBytes) warps /= 2;
-  int rounds = 1;
-  while (rounds < 16 && choices > int64_t{warps} * 32 * rounds * (rounds < 4 ? 64 : 128)) rounds *= 2;
-  return {warps, rounds, std::max<int64_t>(1, (choices + int64_t{warps} * 32 * rounds - 1) / (int64_t{warps} * 32 * rounds))};
+  const int64_t round = 32 * warps;
+  int rounds = kRounds[0];
+  for (const int more : kRounds) {
+    if (choices > round * rounds * sms) rounds = more;
+  }
+  return {warps, rounds, std::max<int64_t>(1, (choices + round * rounds - 1) / (round * rounds))};
 }
 
 template <class Kernel>
@@ -457,19 +470,33 @@ cudaError_t run(Kernel kernel, const Args& args, const Shape& shape, int bytes, 
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <int Rounds>
+template <int Rounds, int Warps>
 cudaError_t run_many(const Args& a, const Shape& shape, Chain chain, cudaStream_t stream) {
   const int bytes = shared_bytes(shape.warps, a.experts);
   if (chain == Chain::kCooperative) {
-    return run(sort_many<Rounds, Phase::kBoth>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, true);
+    return run(sort_many<Rounds, Warps, Phase::kBoth>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, true);
   }
-  const cudaError_t counted = run(sort_many<Rounds, Phase::kCount>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+  const cudaError_t counted = run(sort_many<Rounds, Warps, Phase::kCount>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
   if (counted != cudaSuccess) return counted;
   if (chain == Chain::kOverlapped) {
-    return run(sort_many<Rounds, Phase::kPlaceOverlapped>, a, shape, bytes, stream,
+    return run(sort_many<Rounds, Warps, Phase::kPlaceOverlapped>, a, shape, bytes, stream,
                cudaLaunchAttributeProgrammaticStreamSerialization, true);
   }
-  return run(sort_many<Rounds, Phase::kPlace>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+  return run(sort_many<Rounds, Warps, Phase::kPlace>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, false);
+}
+
+template <int Warps>
+cudaError_t run_rounds(const Args& a, const Shape& shape, Chain chain, cudaStream_t stream) {
+  switch (shape.rounds) {
+    case 1: return run_many<1, Warps>(a, shape, chain, stream);
+    case 2: return run_many<2, Warps>(a, shape, chain, stream);
+    case 3: return run_many<3, Warps>(a, shape, chain, stream);
+    case 4: return run_many<4, Warps>(a, shape, chain, stream);
+    case 6: return run_many<6, Warps>(a, shape, chain, stream);
+    case 8: return run_many<8, Warps>(a, shape, chain, stream);
+    case 12: return run_many<12, Warps>(a, shape, chain, stream);
+    default: return run_many<16, Warps>(a, shape, chain, stream);
+  }
 }
 
 template <class V>
@@ -485,10 +512,10 @@ cudaError_t run_gather(const MoeDispatch& p, int sms, cudaStream_t stream) {
 
 }  // namespace
 
-size_t scratch_bytes(const MoeDispatch& p, int) {
+size_t scratch_bytes(const MoeDispatch& p, int sms) {
   if (p.experts > kManyExperts) return size_t{4} * p.experts;
   if (p.T * p.C <= kFewChoices) return 0;
-  return static_cast<size_t>(shape_of(p).blocks) * ((p.experts + 1) / 2) * 4;
+  return static_cast<size_t>(shape_of(p, sms).blocks) * row_words(p.experts) * 4;
 }
 
 cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t stream, const char** path, Chain chain) {
@@ -507,37 +534,27 @@ cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t st
   a.first_expert = p.first_expert;
   a.block_size = p.block_experts ? p.block_size : 0;
   while (a.experts >> a.bits != 0) a.bits++;
-  const Shape shape = shape_of(p);
+  a.shift = -1;
+  for (int bit = 0; bit < 31; bit++) {
+    if (a.block_size == 1 << bit) a.shift = bit;
+  }
+  const Shape shape = shape_of(p, sms);
   cudaError_t error = cudaSuccess;
   if (p.experts > kManyExperts) {
     *path = "one block";
     sort_many_experts<<<1, 1024, 0, stream>>>(a, static_cast<uint32_t*>(scratch));
     error = cudaGetLastError();
-  } else if (a.choices <= int64_t{32} * shape.warps * 4 && a.choices <= kFewChoices) {
+  } else if (a.choices <= kFewChoices && shared_bytes(32, a.experts) <= kSharedBytes) {
     *path = "few choices: every block sorts all";
-    const unsigned blocks = static_cast<unsigned>(std::max<int64_t>(1, (a.places + kSlice - 1) / kSlice));
-    const int64_t each = (a.choices + 32 * shape.warps - 1) / (32 * shape.warps);
     // Fewer warps where choices are few: less to clear and to add up. At least eight share the slice.
-    const int warps = each > 1 ? shape.warps : std::min<int>(shape.warps, std::max<int>(8, static_cast<int>((a.choices + 31) / 32)));
-    const int bytes = shared_bytes(warps, a.experts);
-    if (each <= 1) {
-      sort_few<1><<<blocks, 32 * warps, bytes, stream>>>(a);
-    } else if (each <= 2) {
-      sort_few<2><<<blocks, 32 * warps, bytes, stream>>>(a);
-    } else {
-      sort_few<4><<<blocks, 32 * warps, bytes, stream>>>(a);
-    }
+    const int warps = std::max(8, static_cast<int>((a.choices + 31) / 32));
+    const unsigned blocks = static_cast<unsigned>(std::max<int64_t>(1, (a.places + kSlice - 1) / kSlice));
+    sort_few<<<blocks, 32 * warps, shared_bytes(warps, a.experts), stream>>>(a);
     error = cudaGetLastError();
   } else {
-    if (chain == Chain::kDefault || (chain == Chain::kCooperative && shape.blocks > sms)) chain = Chain::kPlain;
+    if (chain == Chain::kDefault || (chain == Chain::kCooperative && shape.blocks > (shape.warps > kManyWarps ? 1 : 2) * sms)) chain = Chain::kPlain;
     *path = chain == Chain::kCooperative ? "one cooperative kernel" : chain == Chain::kOverlapped ? "count and place, overlapped" : "count and place";
-    switch (shape.rounds) {
-      case 1: error = run_many<1>(a, shape, chain, stream); break;
-      case 2: error = run_many<2>(a, shape, chain, stream); break;
-      case 4: error = run_many<4>(a, shape, chain, stream); break;
-      case 8: error = run_many<8>(a, shape, chain, stream); break;
-      default: error = run_many<16>(a, shape, chain, stream); break;
-    }
+    error = shape.warps > kManyWarps ? run_rounds<2 * kManyWarps>(a, shape, chain, stream) : run_rounds<kManyWarps>(a, shape, chain, stream);
   }
   if (error != cudaSuccess || !p.rows || p.P == 0 || p.H == 0) return error;
   const int64_t bytes = p.H * static_cast<int64_t>(size_of(p.rows.dtype));

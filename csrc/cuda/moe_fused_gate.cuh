@@ -81,7 +81,6 @@ __device__ inline float fast_sigmoid(float x) {
   return score;
 }
 
-__device__ inline float exact_sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + expf(-x)); }
 
 __device__ inline float sqrt_softplus(float x) {
   if (isnan(x)) return x;
@@ -93,6 +92,11 @@ __device__ inline uint32_t rank_key(float value) {
   if (isnan(value)) return 1;
   const uint32_t bits = __float_as_uint(value + 0.0f);
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+// The float of a key that is no NaN.
+__device__ inline float key_value(uint32_t key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }
 
 __device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id) {

@@ -3,15 +3,16 @@
 // Layout: experts come in octets of 8 consecutive ids; lane l of a token holds octets l, l + L, ... in registers, so
 // that a group of 32 experts lies in one octet of 4 neighbouring lanes.
 // 1. Every lane scores its experts (two special-function instructions each) and keeps the two best of each octet.
-// 2. Eight of these bests, two of each kept group or of each of four virtual groups of lanes, bound the eighth best
-//    choice from below: what lies under that threshold cannot be chosen. The test is a subtraction whose sign is
+// 2. Eight of these bests (two of each kept group; or the eight best of all lanes' bests) bound the eighth best choice
+//    from below: what lies under that threshold cannot be chosen. The test is a subtraction whose sign is
 //    shifted into a bit mask, so that no register is indexed and nothing branches per expert.
 // 3. The candidates (about 14 of 128 or 256) go to a list in shared memory with an exact score; each finds its rank by
 //    counting who beats it, and those with rank below K are the choices.
 // A token that this does not cover (NaN, infinite scores, equal groups at the cut, more than kCandidates candidates)
 // is routed by gate_row of the general kernel.
 //
-// Limits: experts, groups and dtype as instantiated; K <= 8; logits aligned to 16 bytes. Ties go to the lower id. Order
+// Limits: experts, groups and dtype as instantiated (Ragged: fewer experts too, any alignment, a softmax); K <= 8;
+// logits and bias aligned to 16 bytes. Ties go to the lower id. Order
 // of accumulation: butterfly over the slots.
 #pragma once
 #include "moe_fused_gate_row.cuh"
@@ -23,8 +24,8 @@ enum class Family { kGrouped, kSigmoid, kSoftmax };
 
 #ifdef __CUDACC__
 
-inline constexpr int kCandidates = 32;
-inline constexpr int kCandidateStride = 36;  // in words: keeps the lists of 8 tokens in different banks
+inline constexpr int kCandidates = 64;
+inline constexpr int kCandidateStride = 68;  // in words: keeps the lists of 8 tokens in different banks
 
 template <class T>
 struct Octet {
@@ -65,18 +66,30 @@ __device__ inline Octet<T> load_octet(const T* at) {
   return o;
 }
 
+// Unlike fmaxf and fminf these keep a NaN, so that what it would spoil is seen in the end.
+__device__ inline float larger(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ inline float smaller(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // Merges the two best of others into the two best.
 __device__ inline void merge_best(float& best, float& next, float other_best, float other_next) {
-  next = fmaxf(fminf(best, other_best), fmaxf(next, other_next));
-  best = fmaxf(best, other_best);
+  next = larger(smaller(best, other_best), larger(next, other_next));
+  best = larger(best, other_best);
 }
 
 __device__ inline void best_of_octet(const float* c, float& best, float& next) {
   float high[4], low[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    high[i] = fmaxf(c[2 * i], c[2 * i + 1]);
-    low[i] = fminf(c[2 * i], c[2 * i + 1]);
+    high[i] = larger(c[2 * i], c[2 * i + 1]);
+    low[i] = smaller(c[2 * i], c[2 * i + 1]);
   }
   merge_best(high[0], low[0], high[1], low[1]);
   merge_best(high[2], low[2], high[3], low[3]);
@@ -86,8 +99,8 @@ __device__ inline void best_of_octet(const float* c, float& best, float& next) {
 }
 
 __device__ inline void order(float& a, float& b) {
-  const float high = fmaxf(a, b);
-  b = fminf(a, b);
+  const float high = larger(a, b);
+  b = smaller(a, b);
   a = high;
 }
 
@@ -111,6 +124,43 @@ __device__ inline void middle_of_eight(float* v, float& fourth, float& fifth) {
   }
   fourth = fminf(fminf(high[0], high[1]), fminf(high[2], high[3]));
   fifth = fmaxf(fmaxf(low[0], low[1]), fmaxf(low[2], low[3]));
+}
+
+// Sorts eight that rise and fall, or the other way round, best first.
+__device__ inline void sort_bitonic_eight(float* v) {
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if ((i & distance) == 0) order(v[i], v[i + distance]);
+    }
+  }
+}
+
+// The eighth largest among the two best of each of L lanes, and the largest.
+template <int L>
+__device__ inline float eighth_of_lanes(float best, float next, float& most) {
+  float v[8];
+  const float other_best = __shfl_xor_sync(kAll, best, 1), other_next = __shfl_xor_sync(kAll, next, 1);
+  v[0] = larger(best, other_best);
+  v[3] = smaller(next, other_next);
+  v[1] = smaller(best, other_best);
+  v[2] = larger(next, other_next);
+  order(v[1], v[2]);
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[7 - i] = __shfl_xor_sync(kAll, v[i], 2);
+  sort_bitonic_eight(v);
+#pragma unroll
+  for (int lanes = 4; lanes < L; lanes *= 2) {
+    float other[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) other[i] = __shfl_xor_sync(kAll, v[i], lanes);
+    most = larger(v[0], other[0]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = larger(v[i], other[7 - i]);
+    if (2 * lanes < L) sort_bitonic_eight(v);
+  }
+  return smaller(smaller(smaller(v[0], v[1]), smaller(v[2], v[3])), smaller(smaller(v[4], v[5]), smaller(v[6], v[7])));
 }
 
 template <int L>
@@ -173,14 +223,14 @@ __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, in
 }
 
 // Shared memory: histogram counters, the bias where registers do not hold it, then kLanesScratch words per warp.
-template <class T, int E, int L, Family F, int Warps>
-__global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__ Args a) {
+template <class T, int E, int L, Family F, int Warps, int Blocks, bool Ragged>
+__global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_constant__ Args a) {
   constexpr int J = E / (8 * L), N = 8 * J, kTokens = 32 / L;
   constexpr bool kBiased = F != Family::kSoftmax;
   constexpr bool kDirect = N <= 16;  // candidates go to the list from registers, scores included
   constexpr bool kBiasInRegisters = kBiased && N <= 16;
   constexpr bool kBiasInShared = kBiased && !kBiasInRegisters;
-  static_assert(E % (8 * L) == 0 && (F != Family::kGrouped || E == 256));
+  static_assert(E % (8 * L) == 0 && (F != Family::kGrouped || E == 256) && (!Ragged || F == Family::kSoftmax));
 
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
@@ -192,11 +242,21 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * Warps * kTokens;
   int64_t first = (static_cast<int64_t>(blockIdx.x) * Warps + warp) * kTokens;
-  Octet<T> octets[J];
+  Octet<T> octets[Ragged ? 1 : J];
+  float ragged[Ragged ? N : 1];
+  const int row_size = Ragged ? a.E : E;
   const auto load = [&](int64_t t) {
-    const T* row = static_cast<const T*>(a.logits) + (t < a.T ? t : a.T - 1) * E + 8 * l;
+    const T* row = static_cast<const T*>(a.logits) + (t < a.T ? t : a.T - 1) * row_size + 8 * l;
+    if constexpr (Ragged) {
 #pragma unroll
-    for (int j = 0; j < J; j++) octets[j] = load_octet(row + 8 * L * j);
+      for (int i = 0; i < N; i++) {
+        const int e = i / 8 * 8 * L + i % 8;
+        ragged[i] = 8 * l + e < row_size ? widen(__ldg(row + e)) : -infinity();
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < J; j++) octets[j] = load_octet(row + 8 * L * j);
+    }
   };
   float4 bias_part = {};
   if constexpr (kBiasInShared) {
@@ -225,11 +285,15 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
 
     // Scores
     float c[N], score[kDirect ? N : 1];
-    float check = 0;
 #pragma unroll
     for (int j = 0; j < J; j++) {
       float* x = c + 8 * j;
-      unpack(octets[j], x);
+      if constexpr (Ragged) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = ragged[8 * j + i];
+      } else {
+        unpack(octets[j], x);
+      }
       if constexpr (kBiased) {
         float b[8];
         if constexpr (kBiasInShared) {
@@ -248,9 +312,8 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
           x[i] = s + b[i];
         }
       }
-      check += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
     }
-    bool plain = check < infinity();  // no NaN, no +inf
+    bool plain = true;
 
     // The threshold
     float threshold, most = 0;
@@ -272,15 +335,17 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
       for (int i = 0; i < 8; i++) sums[i] = i < J ? sum[i % J] : __shfl_xor_sync(kAll, sum[i % J], i / J * 4);
       float fourth, fifth;
       middle_of_eight(sums, fourth, fifth);
-      plain = plain && fourth > fifth;
+      plain = fourth > fifth;
+#pragma unroll
+      for (int j = 0; j < J; j++) plain = plain && sum[j] < infinity();  // a NaN among the group's experts is still here
       threshold = infinity();
 #pragma unroll
       for (int j = 0; j < J; j++) {
         kept[j] = sum[j] >= fourth;
-        if (kept[j]) threshold = fminf(threshold, next[j]);
+        if (kept[j]) threshold = smaller(threshold, next[j]);
       }
 #pragma unroll
-      for (int lanes = 4; lanes < L; lanes *= 2) threshold = fminf(threshold, __shfl_xor_sync(kAll, threshold, lanes));
+      for (int lanes = 4; lanes < L; lanes *= 2) threshold = smaller(threshold, __shfl_xor_sync(kAll, threshold, lanes));
     } else {
       float best, next;
       best_of_octet(c, best, next);
@@ -290,18 +355,23 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
         best_of_octet(c + 8 * j, other_best, other_next);
         merge_best(best, next, other_best, other_next);
       }
+      if constexpr (L == 8 || L == 16) {
+        threshold = eighth_of_lanes<L>(best, next, most);
+      } else {
 #pragma unroll
-      for (int lanes = 1; lanes < L / 4; lanes *= 2) {
-        const float other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
-        merge_best(best, next, other_best, other_next);
-      }
-      threshold = next;
-      most = best;
+        for (int lanes = 1; lanes < L / 4; lanes *= 2) {
+          const float other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
+          merge_best(best, next, other_best, other_next);
+        }
+        threshold = next;
+        most = best;
 #pragma unroll
-      for (int lanes = L / 4; lanes < L; lanes *= 2) {
-        threshold = fminf(threshold, __shfl_xor_sync(kAll, threshold, lanes));
-        if (F == Family::kSoftmax) most = fmaxf(most, __shfl_xor_sync(kAll, most, lanes));
+        for (int lanes = L / 4; lanes < L; lanes *= 2) {
+          threshold = smaller(threshold, __shfl_xor_sync(kAll, threshold, lanes));
+          most = larger(most, __shfl_xor_sync(kAll, most, lanes));
+        }
       }
+      plain = most < infinity();
       // Where powers underflow, they tie, and the logits do not tell.
       if (F == Family::kSoftmax && a.selection == Selection::kScore) plain = plain && threshold > most - 80.0f;
     }
@@ -369,7 +439,7 @@ __global__ void __launch_bounds__(32 * Warps) gate_lanes(const __grid_constant__
 
     // Exact scores
     if constexpr (!kDirect) {
-      const T* row = static_cast<const T*>(a.logits) + t * E;
+      const T* row = static_cast<const T*>(a.logits) + t * row_size;
 #pragma unroll 1
       for (int i = l; i < count; i += L) {
         const unsigned code = static_cast<unsigned>(lists.expert[token][i]);

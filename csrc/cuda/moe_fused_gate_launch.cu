@@ -10,11 +10,11 @@ namespace {
 constexpr int kHistogramSlots = 4096;       // counted in shared memory up to here
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
-template <class T, int E, int L, Family F, int Warps>
+template <class T, int E, int L, Family F, int Warps, int Blocks = 0, bool Ragged = false>
 cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream, bool one_pass = false) {
   constexpr int kTokens = 32 / L * Warps;
   constexpr bool kBiasInShared = F != Family::kSoftmax && E / L > 16;
-  const auto kernel = gate_lanes<T, E, L, F, Warps>;
+  const auto kernel = gate_lanes<T, E, L, F, Warps, Blocks, Ragged>;
   const int bytes = 4 * (a.histogram + (kBiasInShared ? E : 0) + Warps * kLanesScratch<E, L>);
   const int64_t blocks = (a.T + kTokens - 1) / kTokens;
   static const int resident = [&] {
@@ -53,7 +53,11 @@ cudaError_t run_variant(const Args& a, int lanes, int sms, cudaStream_t stream) 
   if constexpr (L == 32) {
     if (a.T <= 4 * sms) return run_lanes<T, E, L, F, 1>(a, sms, stream);
   }
-  return run_lanes<T, E, L, F, 4>(a, sms, stream, lanes > 100);
+  // 80 registers and 24 warps per multiprocessor are best where 16-bit logits allow it without spills.
+  if constexpr (F == Family::kGrouped && L == 8 && sizeof(T) == 2) {
+    return run_lanes<T, E, L, F, 4, 6>(a, sms, stream, lanes / 100 == 1);
+  }
+  return run_lanes<T, E, L, F, 4>(a, sms, stream, lanes / 100 == 1);
 }
 
 template <int E, Family F, int... L>
@@ -61,6 +65,13 @@ cudaError_t run_dtype(const Args& a, int lanes, int sms, cudaStream_t stream) {
   if (a.dtype == DType::kF32) return run_variant<float, E, F, L...>(a, lanes, sms, stream);
   if (a.dtype == DType::kBF16) return run_variant<__nv_bfloat16, E, F, L...>(a, lanes, sms, stream);
   return run_variant<__half, E, F, L...>(a, lanes, sms, stream);
+}
+
+template <int E, int L>
+cudaError_t run_ragged(const Args& a, int sms, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_lanes<float, E, L, Family::kSoftmax, 4, 0, true>(a, sms, stream);
+  if (a.dtype == DType::kBF16) return run_lanes<__nv_bfloat16, E, L, Family::kSoftmax, 4, 0, true>(a, sms, stream);
+  return run_lanes<__half, E, L, Family::kSoftmax, 4, 0, true>(a, sms, stream);
 }
 
 const char* name(int lanes) {
@@ -125,18 +136,22 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   const bool softmax = a.scoring == Scoring::kSoftmax && single && a.bias == nullptr &&
                        ((a.selection == Selection::kScore && a.renormalize) || a.selection == Selection::kLogits);
   const auto pick = [&](int few, int some, int many) {
-    const int lanes = force != 0 ? force : a.T <= 8 * sms ? few : a.T <= 64 * sms ? some : many;
+    const int lanes = force != 0 ? force : a.T <= 8 * sms ? few : a.T <= 48 * sms ? some : many;
     *path = name(lanes);
     return lanes;
   };
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
-    return run_dtype<256, Family::kGrouped, 4, 8, 16, 32>(a, pick(32, 8, 4), sms, stream);
+    return run_dtype<256, Family::kGrouped, 8, 16, 32>(a, pick(32, 8, 8), sms, stream);
   }
   if (fits && sigmoid && single && a.E == 384) return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
   if (fits && sigmoid && single && a.E == 256) return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
-  if (fits && softmax && a.E == 128) return run_dtype<128, Family::kSoftmax, 4, 8, 16>(a, pick(16, 8, 4), sms, stream);
-  if (fits && softmax && a.E == 64) return run_dtype<64, Family::kSoftmax, 4, 8>(a, pick(8, 4, 4), sms, stream);
+  if (fits && softmax && a.E == 128) return run_dtype<128, Family::kSoftmax, 4, 8, 16>(a, pick(16, 8, 8), sms, stream);
+  if (fits && softmax && a.E == 64) return run_dtype<64, Family::kSoftmax, 4, 8>(a, pick(8, 8, 8), sms, stream);
+  if (force != 1 && softmax && a.K <= 8 && a.E >= 8 && a.E < 64) {
+    *path = "8 lanes per token, ragged";
+    return run_ragged<64, 8>(a, sms, stream);
+  }
   *path = name(1);
   return run_smallest_rows<2, 4, 5, 6, 8, 12, 16, 24, 32>(a, sms, stream);
 }

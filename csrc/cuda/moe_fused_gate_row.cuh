@@ -67,7 +67,7 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratc
     sum = warp_sum(sum);
   }
   const auto score = [&](float logit) {
-    if (a.scoring == Scoring::kSigmoid) return exact_sigmoid(logit);
+    if (a.scoring == Scoring::kSigmoid) return fast_sigmoid(logit);
     if (a.scoring == Scoring::kSqrtSoftplus) return sqrt_softplus(logit);
     const float power = softmax_power(logit, most);
     return sum == 0 || isnan(power) ? power : __fdiv_rn(power, sum);
@@ -95,19 +95,26 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratc
     if (grouped) {
       uint32_t* group_keys = reinterpret_cast<uint32_t*>(scratch + a.E);
       __syncwarp();
-      for (int g = lane; g < a.groups; g += 32) {
-        float best = nan_value(), next = nan_value();
-        for (int i = 0; i < a.group_size; i++) {
-          const float choice = scratch[g * a.group_size + i];
-          if (choice > best || isnan(best)) {
-            next = best;
-            best = choice;
-          } else if (choice > next || isnan(next)) {
-            next = choice;
+      // As many lanes per group as there are, each with every so many-th of its experts.
+      const int team = a.groups >= 32 ? 1 : a.groups > 16 ? 1 : a.groups > 8 ? 2 : a.groups > 4 ? 4 : a.groups > 2 ? 8 : 16;
+      for (int base = 0; base < a.groups; base += 32 / team) {
+        const int g = base + lane / team;
+        uint32_t best = 0, next = 0;
+        if (g < a.groups) {
+          const float* choices = scratch + g * a.group_size;
+          for (int i = lane % team; i < a.group_size; i += team) {
+            const uint32_t other = rank_key(choices[i]);
+            next = max(next, min(best, other));
+            best = max(best, other);
           }
         }
-        const bool both = a.group_score == GroupScore::kTop2Sum && !isnan(next);
-        group_keys[g] = rank_key(both ? best + next : best);
+        for (int lanes = 1; lanes < team; lanes *= 2) {
+          const uint32_t other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
+          next = max(min(best, other_best), max(next, other_next));
+          best = max(best, other_best);
+        }
+        const bool both = a.group_score == GroupScore::kTop2Sum && next > 1;  // 1 is NaN, 0 nobody
+        if (g < a.groups && lane % team == 0) group_keys[g] = both ? rank_key(key_value(best) + key_value(next)) : best;
       }
       __syncwarp();
       uint32_t* kept = reinterpret_cast<uint32_t*>(scratch);  // the choices are not needed any more

@@ -1,14 +1,15 @@
 // moe_router: logits[t, e] = hidden[t] . weight[e] + bias[e], everything widened to f32 first.
 //
 // Algorithm: up to 16 tokens, a block per expert and 4 tokens: 128 threads take vectors of the row in turn, and partial
-// sums meet in a fixed tree. More tokens, the f32 tiles of tile.cuh, 64 x 64 or 128 x 128; where there are fewer tiles
-// than multiprocessors, the inner dimension is split into pieces that go to scratch and are added in order. Tensor
-// cores are left alone: they add in less than f32, and choices depend on the last bits. Limits: none. The order of
-// accumulation depends on the number of tokens, never on the run. NaN and infinities take their course.
+// sums meet in a fixed tree. More tokens, tiles: on tensor cores where both sides are bf16 or both f16 and rows are whole
+// vectors (tensor_tile.cuh: exact products, added in f32), else on ordinary cores (tile.cuh). Where there are fewer tiles
+// than multiprocessors, the inner dimension is split into pieces that go to scratch and are added in order. Limits: none.
+// The order of accumulation depends on the sizes, never on the run. NaN and infinities take their course.
 #include <algorithm>
 
 #include "backend.h"
 #include "floats.cuh"
+#include "tensor_tile.cuh"
 #include "tile.cuh"
 
 namespace moe {
@@ -73,6 +74,30 @@ __global__ void __launch_bounds__(kTileThreads) route_tiles(MoeRouter p, float* 
   }
 }
 
+template <class T, int WARPS_M, int N>
+__global__ void __launch_bounds__(kTensorThreads) route_tensor(MoeRouter p, float* out, int64_t depth) {
+  using Shape = TensorShape<WARPS_M, N>;
+  const int64_t first = int64_t{blockIdx.x} * Shape::kRows, column = int64_t{blockIdx.y} * Shape::kColumns;
+  const int64_t begin = blockIdx.z * depth, end = begin + depth < p.H ? begin + depth : p.H;
+  float sum[2][N / 8][4] = {};
+  multiply_tensor_tile<T, WARPS_M, N>(p.hidden.as<const T>() + first * p.H, p.weight.as<const T>() + column * p.H,
+                                      p.T - first, p.E - column, p.H, begin, end, sum);
+  const bool whole = gridDim.z == 1;
+  out += blockIdx.z * p.T * p.E;
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int64_t t = first + Shape::row(m, i), e = column + Shape::column(n, i);
+        if (t >= p.T || e >= p.E) continue;
+        out[t * p.E + e] = whole && p.bias ? sum[m][n][i] + p.bias.as<const float>()[e] : sum[m][n][i];
+      }
+    }
+  }
+}
+
 __global__ void add_pieces(MoeRouter p, const float* pieces, int count) {
   const int64_t size = p.T * p.E;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += int64_t{gridDim.x} * blockDim.x) {
@@ -83,18 +108,17 @@ __global__ void add_pieces(MoeRouter p, const float* pieces, int count) {
   }
 }
 
-template <class X, class W, int TM, int TN>
-Status run_tiles(CudaBackend& device, const MoeRouter& p) {
-  using Shape = TileShape<TM, TN>;
+// Calls launch(grid, out, depth) for tiles of rows x columns, and adds the pieces up where it splits the inner dimension.
+template <class Launch>
+Status in_pieces(CudaBackend& device, const MoeRouter& p, int rows, int columns, int step, Launch&& launch) {
   constexpr int64_t kShortest = 128, kMostPieces = 32;  // of the inner dimension
-  const int64_t down = ceil_div(p.T, Shape::kRows), across = ceil_div(p.E, Shape::kColumns);
+  const int64_t down = ceil_div(p.T, rows), across = ceil_div(p.E, columns);
   const int64_t wanted = std::min({2 * device.sm_count() / (down * across), p.H / kShortest, kMostPieces});
-  const int64_t depth = ceil_div(ceil_div(p.H, std::max<int64_t>(wanted, 1)), kTileDepth) * kTileDepth;
-  const int64_t pieces = std::max<int64_t>(1, ceil_div(p.H, std::max<int64_t>(depth, 1)));
+  const int64_t depth = std::max<int64_t>(step, ceil_div(ceil_div(p.H, std::max<int64_t>(wanted, 1)), step) * step);
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(p.H, depth));
   float* out = p.logits.as<float>();
   if (pieces > 1) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(pieces * p.T * p.E), &out));
-  const dim3 grid(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(pieces));
-  route_tiles<X, W, TM, TN><<<grid, kTileThreads, 0, device.stream()>>>(p, out, depth, p.H % 4 == 0);
+  launch(dim3(static_cast<unsigned>(down), static_cast<unsigned>(across), static_cast<unsigned>(pieces)), out, depth);
   MOE_CUDA_LAUNCHED("moe_router");
   if (pieces > 1) {
     const int64_t blocks = std::min<int64_t>(ceil_div(p.T * p.E, 256), 8 * device.sm_count());
@@ -102,6 +126,24 @@ Status run_tiles(CudaBackend& device, const MoeRouter& p) {
     MOE_CUDA_LAUNCHED("moe_router");
   }
   return Status::Ok();
+}
+
+template <class X, class W, int TM, int TN>
+Status run_tiles(CudaBackend& device, const MoeRouter& p) {
+  using Shape = TileShape<TM, TN>;
+  return in_pieces(device, p, Shape::kRows, Shape::kColumns, kTileDepth, [&](dim3 grid, float* out, int64_t depth) {
+    route_tiles<X, W, TM, TN><<<grid, kTileThreads, 0, device.stream()>>>(p, out, depth, p.H % 4 == 0);
+  });
+}
+
+template <class T, int WARPS_M, int N>
+Status run_tensor(CudaBackend& device, const MoeRouter& p) {
+  using Shape = TensorShape<WARPS_M, N>;
+  const auto kernel = route_tensor<T, WARPS_M, N>;
+  MOE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes));
+  return in_pieces(device, p, Shape::kRows, Shape::kColumns, kTensorDepth, [&](dim3 grid, float* out, int64_t depth) {
+    kernel<<<grid, kTensorThreads, Shape::kSharedBytes, device.stream()>>>(p, out, depth);
+  });
 }
 
 }  // namespace
@@ -114,6 +156,12 @@ Status moe_router(Backend& backend, const MoeRouter& p) {
     using X = pointee<decltype(hidden_type)>;
     return with_float(p.weight.dtype, [&](auto* weight_type) {
       using W = pointee<decltype(weight_type)>;
+      if constexpr (std::is_same_v<X, W> && !std::is_same_v<X, float>) {
+        if (p.T > kFewTokens && p.H % 8 == 0) {
+          backend.note_path("moe_router", p.T > 64 ? "tensor tiles of 128 x 64" : "tensor tiles of 64 x 64");
+          return p.T > 64 ? run_tensor<X, 4, 32>(device, p) : run_tensor<X, 2, 16>(device, p);
+        }
+      }
       if (p.T > kFewTokens) {
         const int64_t large = ceil_div(p.T, 128) * ceil_div(p.E, 128);
         backend.note_path("moe_router", large >= device.sm_count() ? "tiles of 128" : "tiles of 64");

@@ -1,0 +1,114 @@
+// One tile of a product of bf16 or f16 rows on tensor cores (mma.sync), C = A B^T, both with the inner dimension last.
+//
+// 256 threads, 8 warps in WARPS_M x (8 / WARPS_M), each with 32 rows x N columns. 64 of the inner dimension at a time
+// come through a ring of shared memory that cp.async fills; 16-byte pieces of a row are swizzled by the row, so that
+// ldmatrix meets every bank once. Products are exact in f32; tensor cores add 64 of them with a little less than f32's
+// rounding, so their sums are added up in ordinary f32 outside, in ascending order: the error stays that of f32. Bitwise
+// the same from run to run. Rows must be multiples of 8 elements.
+#pragma once
+#include "floats.cuh"
+
+namespace moe {
+
+constexpr int kTensorThreads = 256, kTensorDepth = 64, kTensorStages = 4;
+
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, __nv_bfloat16*) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, __half*) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+// 16 bytes, or zeros where there is nothing to load.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+template <int WARPS_M, int N>
+struct TensorShape {
+  static constexpr int kWarpsN = 8 / WARPS_M, kRows = 32 * WARPS_M, kColumns = N * kWarpsN;
+  static constexpr int kStageBytes = (kRows + kColumns) * kTensorDepth * 2;
+  static constexpr int kSharedBytes = kTensorStages * kStageBytes;
+  static_assert(N % 16 == 0);
+  // Where a thread's results lie: sum[m][n][i].
+  __device__ static int row(int m, int i) {
+    return threadIdx.x / 32 / kWarpsN * 32 + m * 16 + i / 2 * 8 + threadIdx.x % 32 / 4;
+  }
+  __device__ static int column(int n, int i) {
+    return threadIdx.x / 32 % kWarpsN * N + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+  }
+};
+
+// a and b: the first rows of the tile, of which rows_a and rows_b are there; K elements a row; over [begin, end) of them.
+template <class T, int WARPS_M, int N>
+__device__ void multiply_tensor_tile(const T* a, const T* b, int64_t rows_a, int64_t rows_b, int64_t K, int64_t begin,
+                                     int64_t end, float (&sum)[2][N / 8][4]) {
+  using Shape = TensorShape<WARPS_M, N>;
+  extern __shared__ __align__(128) char shared[];
+  const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int steps = static_cast<int>((end - begin + kTensorDepth - 1) / kTensorDepth);
+
+  const auto load = [&](int step) {
+    if (step < steps) {
+      const uint32_t stage = base + step % kTensorStages * Shape::kStageBytes;
+      const int64_t k = begin + int64_t{step} * kTensorDepth;
+      constexpr int kPieces = (Shape::kRows + Shape::kColumns) * 8;
+#pragma unroll
+      for (int i = threadIdx.x; i < kPieces; i += kTensorThreads) {
+        const int row = i / 8, piece = i % 8;
+        const bool of_a = row < Shape::kRows;
+        const int r = of_a ? row : row - Shape::kRows;
+        const bool there = r < (of_a ? rows_a : rows_b) && k + piece * 8 < end;
+        const T* from = of_a ? a : b;
+        copy_async(stage + row * 128 + ((piece ^ (row & 7)) << 4), there ? from + r * K + k + piece * 8 : from, there);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  const auto address = [&](uint32_t stage, int row, int piece) { return stage + row * 128 + ((piece ^ (row & 7)) << 4); };
+
+#pragma unroll
+  for (int step = 0; step < kTensorStages - 1; step++) load(step);
+  const int first_row = warp / Shape::kWarpsN * 32, first_column = Shape::kRows + warp % Shape::kWarpsN * N;
+  for (int step = 0; step < steps; step++) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kTensorStages - 2) : "memory");
+    __syncthreads();  // the stage has arrived, and everybody has left the one that is loaded next
+    load(step + kTensorStages - 1);
+    const uint32_t stage = base + step % kTensorStages * Shape::kStageBytes;
+    float part[2][N / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < kTensorDepth / 16; k++) {
+      uint32_t x[2][4], y[N / 16][4];
+#pragma unroll
+      for (int m = 0; m < 2; m++) load_matrices(x[m], address(stage, first_row + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
+#pragma unroll
+      for (int n = 0; n < N / 16; n++) {
+        load_matrices(y[n], address(stage, first_column + n * 16 + (lane & 7) + ((lane >> 4) << 3), k * 2 + ((lane >> 3) & 1)));
+      }
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) mma_16x8x16(part[m][n], x[m], y[n / 2] + n % 2 * 2, static_cast<T*>(nullptr));
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+      for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[m][n][i] += part[m][n][i];
+      }
+    }
+  }
+}
+
+}  // namespace moe

@@ -107,8 +107,9 @@ function prebuiltOrBuilt(): { path: string; error?: string } {
 
 /** The command that builds an addon here: in a clone, or in the package as others have installed it. */
 function buildCommand(script: string): string {
-  const installed = packageRoot.includes(`${sep}node_modules${sep}`);
-  return installed ? `npm explore moe-kernels -- npm run ${script}` : `npm run ${script}`;
+  if (!packageRoot.includes(`${sep}node_modules${sep}`)) return `npm run ${script}`;
+  // The published package carries the sources of the CPU addon only.
+  return script === 'build' ? `npm explore moe-kernels -- npm run ${script}` : `npm run ${script} in a clone`;
 }
 
 export const nativeBackends = Object.keys(rows) as (keyof typeof rows)[];

@@ -11,6 +11,7 @@ import { type BackendStatus, describeStatus, loadBackend, nativeBackends, requir
 import type { Call } from './op.js';
 import { choice, describeValue, integer, resolveOptions } from './options.js';
 import {
+  arrayType,
   constructionKey,
   type DType,
   dtypes,
@@ -21,7 +22,9 @@ import {
   type TensorData,
 } from './tensor.js';
 
-const backendNames = [...nativeBackends, 'oracle'] as const;
+/** Every backend, in the order that 'auto' tries them. */
+export const backendNames = [...nativeBackends, 'oracle'] as const;
+const MAX_THREADS = 1024;
 
 export interface ContextOptions {
   /** 'auto' (default) takes the first of cuda, ascend, cpu that is ready, else the pure TypeScript oracle. */
@@ -51,17 +54,12 @@ export interface ContextDescription {
  */
 export async function createContext(options: ContextOptions = {}): Promise<Context> {
   const op = 'createContext';
-  const threads = env.threads.read();
   const resolved = resolveOptions(
     op,
     {
       backend: choice(['auto', ...backendNames], 'auto'),
       device: integer({ min: 0, max: 1023, default: 0 }),
-      threads: integer({
-        min: 1,
-        max: 1024,
-        default: threads === undefined ? availableParallelism() : Number(threads),
-      }),
+      threads: integer({ min: 1, max: MAX_THREADS, default: () => threadsOf(op) }),
     },
     options,
     { given: new Set(), dim: () => 0 },
@@ -69,9 +67,31 @@ export async function createContext(options: ContextOptions = {}): Promise<Conte
   const { backend: requested } = resolved;
   const passedOver: { backend: BackendName; reason: string }[] = [];
   const name = requested === 'auto' ? (preferred(op) ?? firstReady(passedOver)) : requested;
+  if (name === 'oracle' && resolved.device !== 0) {
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected device: 0 (the oracle is one) but received ${resolved.device}`,
+      {
+        op,
+        arg: 'device',
+      },
+    );
+  }
   const backend =
     name === 'oracle' ? new OracleBackend() : new NativeBackend(name, requireBackend(name), resolved);
   return new Context(constructionKey, backend, requested, passedOver);
+}
+
+/** The threads of a context that does not say. */
+function threadsOf(op: string): number {
+  const text = env.threads.read();
+  const threads = text === undefined ? availableParallelism() : Number(text);
+  if (Number.isInteger(threads) && threads >= 1 && threads <= MAX_THREADS) return threads;
+  throw new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected ${env.threads.name}: an integer from 1 to ${MAX_THREADS} but received '${text}'`,
+    { op, arg: env.threads.name },
+  );
 }
 
 function preferred(op: string): BackendName | undefined {
@@ -117,6 +137,8 @@ export class Context {
   readonly #net: FinalizationRegistry<Handle>;
   #state: 'open' | 'closed' | 'lost' = 'open';
   #closing: Promise<void> | undefined;
+  readonly #captureNet: FinalizationRegistry<Handle>;
+  readonly #captureOf = new WeakMap<object, Capture<unknown>>();
   /** Tensors made while a capture is being recorded; they live and die with it. */
   #recorded: Set<{ dispose(): void }> | undefined;
 
@@ -136,6 +158,9 @@ export class Context {
     this.#passedOver = passedOver;
     this.#net = new FinalizationRegistry((handle) => {
       if (this.#state === 'open') backend.release(handle);
+    });
+    this.#captureNet = new FinalizationRegistry((handle) => {
+      if (this.#state === 'open') backend.releaseCapture(handle);
     });
   }
 
@@ -166,8 +191,13 @@ export class Context {
   }
 
   /** Waits until everything enqueued so far is done; rejects when any of it failed, naming the op. */
-  async synchronize(): Promise<void> {
-    this.#assertMayWait('synchronize');
+  synchronize(): Promise<void> {
+    this.assertNotRecording('synchronize');
+    return this.#synchronize();
+  }
+
+  async #synchronize(): Promise<void> {
+    this.assertUsable('synchronize');
     await this.#watch(this.#backend.synchronize());
   }
 
@@ -200,8 +230,8 @@ export class Context {
     let handle: Handle;
     try {
       const output = record();
-      if (output instanceof Promise) {
-        output.catch(() => {});
+      if (typeof (output as PromiseLike<T> | undefined)?.then === 'function') {
+        (output as PromiseLike<T>).then(undefined, () => {});
         throw new MoeError(
           'ERR_MOE_CAPTURE',
           'expected a synchronous function: nothing can be awaited in a capture',
@@ -213,7 +243,7 @@ export class Context {
       }
       handle = this.#noticing(() => this.#backend.endCapture());
       this.#recorded = undefined;
-      return new Capture(constructionKey, output, {
+      const capture: Capture<T> = new Capture(constructionKey, output, {
         replay: () => {
           this.assertUsable('replay');
           if (this.#recorded !== undefined) {
@@ -222,10 +252,15 @@ export class Context {
           this.#noticing(() => this.#backend.replay(handle));
         },
         dispose: () => {
+          this.#captureNet.unregister(recorded);
           for (const tensor of recorded) tensor.dispose();
           if (this.#state === 'open') this.#backend.releaseCapture(handle);
         },
       });
+      // The tensors' memory may be the recording's own, so whoever holds one holds the capture.
+      for (const tensor of recorded) this.#captureOf.set(tensor, capture);
+      this.#captureNet.register(capture, handle, recorded);
+      return capture;
     } catch (error) {
       if (this.#recorded !== undefined) this.#backend.abortCapture();
       this.#recorded = undefined;
@@ -310,15 +345,34 @@ export class Context {
         },
       );
     }
-    const handle = this.#noticing(() => this.#backend.allocate(dtype, elements));
+    const handle = this.#room(op, arg, `${dtype}[${shape.join(', ')}]`, () =>
+      this.#backend.allocate(dtype, elements),
+    );
     return this.#own(new Tensor(constructionKey, this, dtype, shape, handle), handle);
   }
 
   /** @internal */
   allocateExperts(layout: ExpertsLayout): ExpertWeights {
     this.assertUsable('allocate_experts');
-    const { handle, bytes } = this.#noticing(() => this.#backend.allocateExperts(layout));
+    const { slots, hidden, intermediate, dtype } = layout;
+    const { handle, bytes } = this.#room(
+      'allocate_experts',
+      'experts',
+      `experts ${dtype}[${slots}, ${hidden}, ${intermediate}]`,
+      () => this.#backend.allocateExperts(layout),
+    );
     return this.#own(new ExpertWeights(constructionKey, this, layout, handle, bytes), handle);
+  }
+
+  /** Memory for an argument, or an error that says for which. */
+  #room<T>(op: string, arg: string, what: string, allocate: () => T): T {
+    try {
+      return this.#noticing(allocate);
+    } catch (cause) {
+      if (!(cause instanceof MoeError) || cause.code !== 'ERR_MOE_OOM') throw cause;
+      const text = cause.message.replace(/^\[\w+\] (out of memory: )?/, '');
+      throw new MoeError('ERR_MOE_OOM', `out of memory for ${arg}: ${what}: ${text}`, { op, arg, cause });
+    }
   }
 
   #own<T extends { dispose(): void }>(owner: T, handle: Handle): T {
@@ -371,13 +425,19 @@ export class Context {
 
   #assertMayWait(op: string): void {
     this.assertUsable(op);
-    if (this.#recorded !== undefined) {
-      throw new MoeError(
-        'ERR_MOE_CAPTURE',
-        'nothing can be read or awaited while a capture is being recorded',
-        { op },
-      );
-    }
+    this.assertNotRecording(op);
+  }
+
+  /** @internal Throws at the call, so that a recording fails although nobody awaits what it returns. */
+  assertNotRecording(op: string): void {
+    if (this.#recorded === undefined) return;
+    throw new MoeError(
+      'ERR_MOE_CAPTURE',
+      'nothing can be read or awaited while a capture is being recorded',
+      {
+        op,
+      },
+    );
   }
 
   async #watch<T>(wait: Promise<T>): Promise<T> {
@@ -467,17 +527,13 @@ function checkShape(op: string, dtype: unknown, shape: unknown): void {
 function checkData(op: string, dtype: DType, elements: number, data: RawArray): void {
   const { raw, values } = dtypes[dtype];
   const types = raw === (values as unknown) ? raw.name : `${values.name} or ${raw.name}`;
-  if (!(data instanceof raw || data instanceof values) || data.length !== elements) {
-    const received = ArrayBuffer.isView(data)
-      ? `${Object.prototype.toString.call(data).slice(8, -1)}(${(data as RawArray).length ?? data.byteLength})`
-      : describeValue(data);
+  const type = arrayType(data);
+  if ((type !== raw.name && type !== values.name) || data.length !== elements) {
+    const received = type === undefined ? describeValue(data) : `${type}(${data.length})`;
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
       `expected data: ${types}(${elements}) for ${dtype} but received ${received}`,
-      {
-        op,
-        arg: 'data',
-      },
+      { op, arg: 'data' },
     );
   }
 }

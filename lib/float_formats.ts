@@ -35,7 +35,8 @@ export const f16: FloatFormat = {
     return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
   },
   encode(value) {
-    return encodeIeee(value, 5, 10, 15);
+    if (Number.isNaN(value)) return 0x7e00;
+    return encodeFloat(value, { exponentBits: 5, fractionBits: 10, largest: 0x7c00 });
   },
 };
 
@@ -50,19 +51,20 @@ export const f8e4m3: FloatFormat = {
     return sign * (1 + fraction / 8) * 2 ** (exponent - 7);
   },
   encode(value) {
-    const sign = value < 0 || Object.is(value, -0) ? 0x80 : 0;
     if (Number.isNaN(value)) return 0x7f;
-    if (Math.abs(value) >= 448) return sign | 0x7e;
-    return encodeIeee(value, 4, 3, 7);
+    return encodeFloat(value, { exponentBits: 4, fractionBits: 3, largest: 0x7e });
   },
 };
 
-function encodeIeee(value: number, exponentBits: number, fractionBits: number, bias: number): number {
+/** Rounds to a sign, an exponent and a fraction; `largest` is the pattern of infinity, or of what stands in for it. */
+function encodeFloat(
+  value: number,
+  { exponentBits, fractionBits, largest }: { exponentBits: number; fractionBits: number; largest: number },
+): number {
+  const bias = 2 ** (exponentBits - 1) - 1;
   const sign = value < 0 || Object.is(value, -0) ? 1 << (exponentBits + fractionBits) : 0;
-  const infinity = ((1 << exponentBits) - 1) << fractionBits;
-  if (Number.isNaN(value)) return infinity | (1 << (fractionBits - 1));
   const magnitude = Math.abs(Math.fround(value));
-  if (magnitude === Number.POSITIVE_INFINITY) return sign | infinity;
+  if (magnitude === Number.POSITIVE_INFINITY) return sign | largest;
   f32[0] = magnitude;
   const exponent = Math.max((u32[0] >>> 23) - 127, 1 - bias); // subnormals share the smallest exponent
   const scaled = magnitude * 2 ** (fractionBits - exponent); // exact: a power of two
@@ -71,5 +73,5 @@ function encodeIeee(value: number, exponentBits: number, fractionBits: number, b
   const rounded = rest > 0.5 || (rest === 0.5 && floor % 2 === 1) ? floor + 1 : floor;
   // A carry out of the fraction runs into the exponent field, which is what rounding up to a power of two means.
   const bits = rounded + ((exponent + bias - 1) << fractionBits);
-  return sign | Math.min(bits, infinity);
+  return sign | Math.min(bits, largest);
 }

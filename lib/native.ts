@@ -2,7 +2,7 @@
 // can say what was tried, what happened and what would help. Nothing is loaded before somebody asks.
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { join } from 'node:path';
+import { join, sep } from 'node:path';
 import type { BackendName, MemoryInfo } from './backend/backend.js';
 import { MoeError } from './errors.js';
 import { packageRoot } from './package.js';
@@ -76,28 +76,39 @@ export interface BackendStatus {
 }
 
 interface Row {
-  /** Where the .node may be, best first; a thrown error is an attempt that failed. */
-  readonly find: () => string;
-  readonly build: string;
+  /** Where the addon is, or the place that was looked at and what was wrong there. */
+  readonly locate: () => { readonly path: string; readonly error?: string };
+  /** The npm script that makes it; absent where this version has no sources for it. */
+  readonly build?: string;
 }
 
 const require = createRequire(import.meta.url);
 
 /** Backends that are addons, in the order that 'auto' tries them. */
 const rows: Record<Exclude<BackendName, 'oracle'>, Row> = {
-  cuda: { find: () => inOut('cuda'), build: 'npm run build:cuda' },
-  ascend: { find: () => inOut('ascend'), build: 'npm run build:ascend' },
-  cpu: {
-    find: () => (require('node-gyp-build') as { resolve(folder: string): string }).resolve(packageRoot),
-    build: 'npm run build',
-  },
+  cuda: { locate: () => inOut('cuda'), build: 'build:cuda' },
+  ascend: { locate: () => inOut('ascend') },
+  cpu: { locate: prebuiltOrBuilt, build: 'build' },
 };
 
 /** CMake builds live outside build/, which node-gyp and prebuildify clear. */
-function inOut(backend: string): string {
+function inOut(backend: string): { path: string; error?: string } {
   const path = join(packageRoot, 'out', backend, `moe_${backend}.node`);
-  if (!existsSync(path)) throw new Error(`no such file: ${path}`);
-  return path;
+  return existsSync(path) ? { path } : { path, error: 'no such file' };
+}
+
+function prebuiltOrBuilt(): { path: string; error?: string } {
+  try {
+    return { path: (require('node-gyp-build') as { resolve(folder: string): string }).resolve(packageRoot) };
+  } catch (error) {
+    return { path: packageRoot, error: (error as Error).message.split('\n')[0] };
+  }
+}
+
+/** The command that builds an addon here: in a clone, or in the package as others have installed it. */
+function buildCommand(script: string): string {
+  const installed = packageRoot.includes(`${sep}node_modules${sep}`);
+  return installed ? `npm explore moe-kernels -- npm run ${script}` : `npm run ${script}`;
 }
 
 export const nativeBackends = Object.keys(rows) as (keyof typeof rows)[];
@@ -119,35 +130,43 @@ export function loadBackend(backend: keyof typeof rows): Loaded {
 }
 
 function load(backend: keyof typeof rows): Loaded {
-  const { find, build } = rows[backend];
-  const none = { attempts: [], devices: [], facts: {} };
-  let path: string;
-  try {
-    path = find();
-  } catch (error) {
-    const detail = `no addon for ${process.platform}-${process.arch}; '${build}' makes one from source`;
-    const attempts = [{ path: packageRoot, error: (error as Error).message.split('\n')[0] }];
-    return { status: { ...none, backend, state: 'not built', detail, attempts } };
+  const { locate, build } = rows[backend];
+  const none = { backend, attempts: [], devices: [], facts: {} };
+  const { path, error } = locate();
+  if (error !== undefined) {
+    const detail =
+      build === undefined
+        ? `the ${backend} backend is not in this version`
+        : `no addon for ${process.platform}-${process.arch}; '${buildCommand(build)}' makes one from source`;
+    return { status: { ...none, state: 'not built', detail, attempts: [{ path, error }] } };
   }
   try {
     const addon = require(path) as Addon;
     addon.setErrorClass(MoeError);
-    const { state, detail, devices, facts } = addon.probe();
-    return { addon, status: { backend, state, detail, loadedFrom: path, attempts: [], devices, facts } };
+    return { addon, status: { ...none, ...addon.probe(), loadedFrom: path } };
   } catch (error) {
     const message = (error as Error).message;
-    const detail = `${message}; ${adviseFor(message, build)}`;
-    return { status: { ...none, backend, state: 'failed', detail, attempts: [{ path, error: message }] } };
+    const advice = build === undefined ? '' : `; ${adviseFor(message, buildCommand(build))}`;
+    return {
+      status: {
+        ...none,
+        state: 'failed',
+        detail: `${message}${advice}`,
+        attempts: [{ path, error: message }],
+      },
+    };
   }
 }
 
 /** A next step chosen by symptom. */
-function adviseFor(message: string, build: string): string {
-  if (/GLIBC|GLIBCXX|CXXABI/.test(message))
-    return `the prebuilt addon needs a newer C library: '${build}' makes one for this machine`;
-  if (/invalid ELF|wrong ELF class|not a mach-o|not a valid Win32/i.test(message))
-    return `the addon is for another platform or damaged: '${build}' makes a new one`;
-  return `'${build}' may mend it`;
+function adviseFor(message: string, command: string): string {
+  if (/GLIBC|GLIBCXX|CXXABI/.test(message)) {
+    return `the prebuilt addon needs a newer C library: '${command}' makes one for this machine`;
+  }
+  if (/invalid ELF|wrong ELF class|not a mach-o|not a valid Win32/i.test(message)) {
+    return `the addon is for another platform or damaged: '${command}' makes a new one`;
+  }
+  return `'${command}' may mend it`;
 }
 
 /** The addon of a backend that is ready, or the error that says what was tried. */

@@ -138,7 +138,9 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   for (const input of inputs) bind(op, input, bound, boundBy);
   const scope: CallScope = {
     options: {},
-    given: new Set(inputs.filter(({ value, count }) => value ?? count).map(({ name }) => name)),
+    given: new Set(
+      inputs.filter(({ value, count }) => value !== undefined || count !== undefined).map(({ name }) => name),
+    ),
     dim: (name) => bound.get(name) ?? 0,
     input: (name) => inputs.find((input) => input.name === name)?.value,
   };

@@ -12,17 +12,17 @@ export interface OptionKind<T = unknown> {
   /** `enum halves|interleaved`, `integer`, `real`, `flag`: what the native side describes for the same field. */
   readonly native: string;
   readonly expected: string;
-  readonly default: T | ((scope: OptionScope) => T) | undefined;
+  readonly default: Default<T> | undefined;
   accepts(value: unknown): value is T;
   encode(value: T): number;
 }
 
-type Default<T> = T | ((scope: OptionScope) => T);
+type Default<T> = T | ((scope: OptionScope) => T | undefined);
 
 /** One of a closed set of names; the native side numbers them in this order. */
 export function choice<const T extends string>(
   names: readonly T[],
-  fallback: Default<NoInfer<T>>,
+  fallback: Default<NoInfer<T>> | undefined,
 ): OptionKind<T> {
   return {
     native: `enum ${names.join('|')}`,
@@ -45,14 +45,34 @@ export function integer(range: { min: number; max: number; default?: Default<num
   };
 }
 
-/** A finite number, optionally above a bound. */
-export function real(range: { above?: number; default?: Default<number> }): OptionKind<number> {
+/** The first id of zero experts: 0 where there are none, else it must be given. */
+export function firstZeroExpert(): OptionKind<number> {
+  return integer({
+    min: 0,
+    max: 0x7fffffff,
+    default: ({ options }) => (options.zeroExperts === 0 ? 0 : undefined),
+  });
+}
+
+/** A number that f32 can hold: kernels compute with that. */
+export function real(range: { default?: Default<number> } = {}): OptionKind<number> {
   return {
     native: 'real',
-    expected: range.above === undefined ? 'a finite number' : `a finite number above ${range.above}`,
+    expected: 'a finite number (in f32)',
     default: range.default,
-    accepts: (value): value is number =>
-      Number.isFinite(value) && (range.above === undefined || (value as number) > range.above),
+    accepts: (value): value is number => typeof value === 'number' && Number.isFinite(Math.fround(value)),
+    encode: (value) => value,
+  };
+}
+
+/** A factor that f32 can multiply by and divide by. */
+export function positive(range: { default?: Default<number> } = {}): OptionKind<number> {
+  const holds = (value: number) => Number.isFinite(Math.fround(value)) && Math.fround(value) > 0;
+  return {
+    native: 'real',
+    expected: 'a finite number above 0 (in f32, and so its reciprocal)',
+    default: range.default,
+    accepts: (value): value is number => typeof value === 'number' && holds(value) && holds(1 / value),
     encode: (value) => value,
   };
 }
@@ -69,6 +89,22 @@ export function flag(fallback: Default<boolean>): OptionKind<boolean> {
 
 // biome-ignore lint/suspicious/noExplicitAny: a kind is contravariant in the value it encodes
 export type OptionKinds = Readonly<Record<string, OptionKind<any>>>;
+
+/** Anything that a test accepts, for functions around ops; never part of a native call. */
+export function value<T>(
+  expected: string,
+  accepts: (given: unknown) => boolean,
+  fallback: T,
+  presence: 'optional' | 'required' = 'required',
+): OptionKind<T> {
+  return {
+    native: '',
+    expected,
+    default: fallback,
+    accepts: (given): given is T => (presence === 'optional' && given === undefined) || accepts(given),
+    encode: () => 0,
+  };
+}
 
 /** Checks options against their kinds and fills in the defaults, in the order of the kinds. */
 export function resolveOptions(

@@ -95,10 +95,24 @@ export function decode<D extends DType>(dtype: D, raw: Raw<D>): Values<D> {
   return values as unknown as Values<D>;
 }
 
+const typedArrayTag = Object.getOwnPropertyDescriptor(
+  Object.getPrototypeOf(Uint8Array.prototype),
+  Symbol.toStringTag,
+)!.get!;
+
+/** `Float32Array` for any Float32Array, one of another realm (a vm context, a test runner) too. */
+export function arrayType(value: unknown): string | undefined {
+  return typedArrayTag.call(value);
+}
+
 /** Raw bits of values, rounded to nearest even; data that is raw already is copied. */
 export function encode<D extends DType>(dtype: D, data: TensorData<D>): Raw<D> {
   const { format, raw } = dtypeRow(dtype);
-  if (format === undefined || data instanceof raw) return (data as RawArray).slice() as Raw<D>;
+  if (format === undefined || arrayType(data) === raw.name) {
+    const copy = new raw(data.length);
+    copy.set(data as never);
+    return copy as Raw<D>;
+  }
   const bits = new raw(data.length) as Uint16Array | Uint8Array;
   const values = data as Float32Array;
   for (let i = 0; i < bits.length; i++) bits[i] = format.encode(values[i]);
@@ -153,14 +167,19 @@ export class Tensor<D extends DType = DType> {
     return this.#handle;
   }
 
-  /** Waits for the work enqueued so far and copies the values out; rejects when that work failed, naming the op. */
-  async read(): Promise<Values<D>> {
-    return (await this.context.readTensor(this, 'values')) as unknown as Values<D>;
+  /**
+   * Waits for the work enqueued so far and copies the values out; rejects when that work failed, naming the op.
+   * @throws MoeError ERR_MOE_CAPTURE, at the call, while a capture is being recorded.
+   */
+  read(): Promise<Values<D>> {
+    this.context.assertNotRecording('read');
+    return this.context.readTensor(this, 'values') as Promise<unknown> as Promise<Values<D>>;
   }
 
   /** Like `read`, but the bits as stored: Uint16Array for bf16 and f16. */
-  async readRaw(): Promise<Raw<D>> {
-    return (await this.context.readTensor(this, 'raw')) as unknown as Raw<D>;
+  readRaw(): Promise<Raw<D>> {
+    this.context.assertNotRecording('readRaw');
+    return this.context.readTensor(this, 'raw') as Promise<unknown> as Promise<Raw<D>>;
   }
 
   /** `read` that blocks the thread. For benchmarks and scripts. */
@@ -184,6 +203,12 @@ export class Tensor<D extends DType = DType> {
 
   /** A copy of this tensor in another context. */
   async to(context: Context): Promise<Tensor<D>> {
+    if (context?.constructor !== this.context.constructor) {
+      throw new MoeError('ERR_MOE_INVALID_ARG', 'expected context: a context from createContext', {
+        op: 'to',
+        arg: 'context',
+      });
+    }
     return context.tensor(this.dtype, this.shape, (await this.readRaw()) as TensorData<D>);
   }
 

@@ -35,7 +35,8 @@ const answers = (command, ...args) => spawnSync(command, args, { stdio: 'ignore'
 export function missingTools() {
   if (process.platform === 'win32') return []; // node-gyp finds Visual Studio by itself
   const missing = [];
-  if (!answers(process.env.CXX ?? 'c++', '--version')) missing.push('a C++20 compiler (c++)');
+  const [compiler, ...prefix] = (process.env.CXX ?? 'c++').trim().split(/\s+/); // CXX="ccache g++" is usual
+  if (!answers(compiler, ...prefix, '--version')) missing.push('a C++20 compiler (c++)');
   if (!answers('make', '--version')) missing.push('make');
   if (!answers(process.env.PYTHON ?? 'python3', '--version')) missing.push('python3');
   return missing;

@@ -10,7 +10,7 @@ const env = { ...process.env };
 if (headers !== undefined) env.npm_config_nodedir = headers.replace('--nodedir=', '');
 
 // One N-API addon serves every Node version, so one target is enough: the one that runs this.
-const args = ['--napi', '--strip', '--name', 'moe_cpu', '--target', process.version.slice(1)];
+const args = ['--napi', '--strip', '--tag-libc', '--name', 'moe_cpu', '--target', process.version.slice(1)];
 const prebuildify = join(root, 'node_modules', 'prebuildify', 'bin.js');
 const { status } = spawnSync(process.execPath, [prebuildify, ...args], {
   cwd: root,

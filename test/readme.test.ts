@@ -1,19 +1,24 @@
 // The examples of the README run as they stand, on what a laptop has.
 import { spawnSync } from 'node:child_process';
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import ts from 'typescript';
-import { describe, expect, it } from 'vitest';
+import { afterAll, describe, expect, it } from 'vitest';
 import { errorCodes } from '../lib/index.js';
 import { packageRoot } from '../lib/package.js';
 
 const readme = readFileSync(join(packageRoot, 'README.md'), 'utf8');
-const examples = [...readme.matchAll(/^## (.*)\n[^]*?(?=^## |(?![^]))/gm)].flatMap(([section, title]) =>
-  [...section.matchAll(/```ts\n([^]*?)```/g)].map(([, code], i) => ({ title: `${title} ${i + 1}`, code })),
+const examples = [...readme.matchAll(/^## (.*)\n[\s\S]*?(?=^## |(?![\s\S]))/gm)].flatMap(([section, title]) =>
+  [...section.matchAll(/```ts\n([\s\S]*?)```/g)].map(([, code], i) => ({ title: `${title} ${i + 1}`, code })),
 );
 
 /** Files inside the package resolve its name to itself. */
 const folder = join(packageRoot, 'out', 'readme');
+/** Examples write files; the checkpoint that one of them reads is found from here too. */
+const workplace = mkdtempSync(join(tmpdir(), 'moe-kernels-readme-'));
+symlinkSync(join(packageRoot, 'test'), join(workplace, 'test'));
+afterAll(() => rmSync(workplace, { recursive: true, force: true }));
 
 describe('README', () => {
   it('has examples', () => expect(examples.length).toBeGreaterThanOrEqual(4));
@@ -27,7 +32,7 @@ describe('README', () => {
     });
     writeFileSync(join(folder, `${name}.mjs`), outputText);
     const run = spawnSync(process.execPath, [join(folder, `${name}.mjs`)], {
-      cwd: packageRoot,
+      cwd: workplace,
       encoding: 'utf8',
     });
     expect(run.status, run.stderr).toBe(0);

@@ -2,6 +2,7 @@
 // stale or invented one is noticed, never followed. A buffer lives as long as a handle or work in flight refers to it.
 #pragma once
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -36,18 +37,21 @@ struct Buffer {
   }
 };
 
-// Slots with generations. Used on the JS thread only. Handle 0 is nothing.
-template <class T>
+// Slots with generations, reused in turn so that they wear evenly; a slot that has been through all its generations
+// is never used again. Used on the JS thread only. Handle 0 is nothing.
+template <class T, uint32_t kGenerations = uint32_t{1} << 29>
 class HandleTable {
  public:
+  // 0 when there is no room: more objects than any process has had.
   double add(std::shared_ptr<T> object) {
     uint32_t slot;
     if (free_.empty()) {
+      if (slots_.size() == static_cast<size_t>(kSlots)) return 0;
       slot = static_cast<uint32_t>(slots_.size());
       slots_.push_back({});
     } else {
-      slot = free_.back();
-      free_.pop_back();
+      slot = free_.front();
+      free_.pop_front();
     }
     slots_[slot].object = std::move(object);
     return static_cast<double>(slots_[slot].generation) * kSlots + slot;
@@ -63,8 +67,7 @@ class HandleTable {
     if (slot == nullptr) return nullptr;
     std::shared_ptr<T> object = std::move(slot->object);
     slot->object = nullptr;
-    slot->generation++;
-    free_.push_back(static_cast<uint32_t>(slot - slots_.data()));
+    if (++slot->generation < kGenerations) free_.push_back(static_cast<uint32_t>(slot - slots_.data()));
     return object;
   }
 
@@ -91,7 +94,7 @@ class HandleTable {
   }
 
   std::vector<Slot> slots_;
-  std::vector<uint32_t> free_;
+  std::deque<uint32_t> free_;
 };
 
 }  // namespace moe

@@ -12,26 +12,34 @@ namespace moe {
 
 namespace {
 
-// Copies `count` elements, rounding f32 to a narrower float where `from` is f32 and the buffer is not.
-void convert(void* to, DType dtype, const void* from, bool from_f32, size_t count) {
-  const auto* values = static_cast<const float*>(from);
-  if (!from_f32 || dtype == DType::kF32) {
-    std::memcpy(to, from, count * size_of(dtype));
-  } else if (dtype == DType::kBF16) {
-    for (size_t i = 0; i < count; i++) static_cast<bf16*>(to)[i] = from_float<bf16>(values[i]);
-  } else {
-    for (size_t i = 0; i < count; i++) static_cast<f16*>(to)[i] = from_float<f16>(values[i]);
-  }
+// Floats that JavaScript has no array for: their values travel as f32.
+bool widens(DType dtype) { return dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF8E4M3; }
+
+// Calls `visit` with a value of the C++ type of a dtype that widens.
+template <class Visit>
+void with_narrow_type(DType dtype, Visit visit) {
+  if (dtype == DType::kBF16) return visit(bf16{});
+  if (dtype == DType::kF16) return visit(f16{});
+  visit(f8e4m3{});
 }
 
-bool widens(DType dtype) { return dtype == DType::kBF16 || dtype == DType::kF16; }
+// Copies `count` elements, rounding f32 to a narrower float where `from` is f32 and the buffer is not.
+void convert(void* to, DType dtype, const void* from, bool from_f32, size_t count) {
+  if (count == 0) return;
+  if (!from_f32 || dtype == DType::kF32) {
+    std::memcpy(to, from, count * size_of(dtype));
+    return;
+  }
+  with_narrow_type(dtype, [=]<class T>(T) {
+    const auto* values = static_cast<const float*>(from);
+    for (size_t i = 0; i < count; i++) static_cast<T*>(to)[i] = from_float<T>(values[i]);
+  });
+}
 
 void widen(float* to, DType dtype, const void* from, size_t count) {
-  if (dtype == DType::kBF16) {
-    for (size_t i = 0; i < count; i++) to[i] = to_float(static_cast<const bf16*>(from)[i]);
-  } else {
-    for (size_t i = 0; i < count; i++) to[i] = to_float(static_cast<const f16*>(from)[i]);
-  }
+  with_narrow_type(dtype, [=]<class T>(T) {
+    for (size_t i = 0; i < count; i++) to[i] = to_float(static_cast<const T*>(from)[i]);
+  });
 }
 
 Status no_host_memory(size_t bytes) {
@@ -50,12 +58,12 @@ bool holds(napi_typedarray_type type, DType dtype) {
     case DType::kF32: return type == napi_float32_array;
     case DType::kBF16:
     case DType::kF16: return type == napi_uint16_array || type == napi_float32_array;
+    case DType::kF8E4M3: return type == napi_uint8_array || type == napi_float32_array;
     case DType::kI32: return type == napi_int32_array;
     case DType::kI64: return type == napi_bigint64_array;
     case DType::kI8: return type == napi_int8_array;
     case DType::kU8:
-    case DType::kBool:
-    case DType::kF8E4M3: return type == napi_uint8_array;
+    case DType::kBool: return type == napi_uint8_array;
   }
   return false;
 }
@@ -212,6 +220,12 @@ Napi::Value NativeContext::device(const Napi::CallbackInfo& info) {
   return Napi::String::New(info.Env(), backend_->device_name());
 }
 
+// Lets the collector know what its small objects stand for.
+void NativeContext::account(Napi::Env env, int64_t bytes) {
+  external_ += bytes;
+  Napi::MemoryManagement::AdjustExternalMemory(env, bytes);
+}
+
 double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,
                                  std::optional<ExpertsLayout> experts) {
   auto buffer = std::make_shared<Buffer>();
@@ -223,8 +237,17 @@ double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DT
   buffer->dtype = dtype;
   buffer->elements = elements;
   buffer->experts = std::move(experts);
-  Napi::MemoryManagement::AdjustExternalMemory(env, static_cast<int64_t>(bytes));
-  return buffers_.add(std::move(buffer));
+  // Until a replay has written it there is nothing in it.
+  if (recording_ != nullptr && !buffer->experts.has_value()) {
+    static const auto unwritten = std::make_shared<const Fault>(
+        Fault{Status::Error(Code::kCapture, "expected a replay before the first read of what a capture made"), "capture"});
+    buffer->fault = unwritten;
+    recording_->made.push_back(buffer);
+  }
+  const double handle = buffers_.add(std::move(buffer));
+  if (handle == 0) throw make_error(env, Status::Error(Code::kOutOfMemory, "out of memory: too many tensors"), op);
+  account(env, static_cast<int64_t>(bytes));
+  return handle;
 }
 
 Napi::Value NativeContext::allocate(const Napi::CallbackInfo& info) {
@@ -262,8 +285,9 @@ Napi::Value NativeContext::allocate_experts(const Napi::CallbackInfo& info) {
       // Three matrices of 4-byte elements must stay far from the end of the address space.
       const double elements = 3.0 * field[0] * field[1] * field[2];
       if (elements > 0x1p50) {
-        throw make_error(env, Status::Error(Code::kOutOfMemory, "out of memory: requested " + std::to_string(elements) +
-                                                                     " weights"), op);
+        throw make_error(env, Status::Error(Code::kOutOfMemory, "out of memory: requested " +
+                                                                   std::to_string(static_cast<uint64_t>(elements)) +
+                                                                   " weights"), op);
       }
     }
   }
@@ -293,7 +317,7 @@ void NativeContext::release(const Napi::CallbackInfo& info) {
   if (!open_ || info.Length() == 0 || !info[0].IsNumber()) return;
   const auto buffer = buffers_.remove(info[0].As<Napi::Number>().DoubleValue());
   if (buffer == nullptr) return;
-  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), -static_cast<int64_t>(buffer->bytes));
+  account(info.Env(), -static_cast<int64_t>(buffer->bytes));
 }
 
 void NativeContext::submit(Napi::Env env, std::shared_ptr<const Task> task) {
@@ -480,7 +504,10 @@ void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) 
 
 void NativeContext::settle(Napi::Env env, Wait& wait) {
   std::shared_ptr<const Fault> found = wait.status.ok() && wait.fault == nullptr ? device_fault() : nullptr;
-  if (wait.kind == Wait::Kind::kClose) shut_down();
+  if (wait.kind == Wait::Kind::kClose) {
+    shut_down();
+    account(env, -external_);
+  }
   if (--pending_ == 0) {
     if (mailbox_->sender != nullptr) napi_unref_threadsafe_function(env, mailbox_->sender);
     Unref();
@@ -624,6 +651,9 @@ void NativeContext::replay(const Napi::CallbackInfo& info) {
   if ((*found)->graph != nullptr) {
     Status status = backend_->replay(*(*found)->graph);
     if (!status.ok()) throw make_error(info.Env(), status, "replay");
+    for (const auto& made : std::exchange((*found)->made, {})) {
+      if (const auto buffer = made.lock(); buffer != nullptr) buffer->fault = nullptr;
+    }
     return;
   }
   backend_->submit([backend = backend_.get(), recording = *found, faults = faults_] {

@@ -60,6 +60,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
 
   void assert_open(Napi::Env env, const char* op);
   std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
+  void account(Napi::Env env, int64_t bytes);
   double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,
                     std::optional<ExpertsLayout> experts);
   void submit(Napi::Env env, std::shared_ptr<const Task> task);
@@ -82,6 +83,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   std::shared_ptr<Recording> recording_;
   std::deque<Polled> polled_;
   size_t pending_ = 0;
+  int64_t external_ = 0;  // what the collector has been told of
   bool open_ = true;
   bool hooked_ = false;
   napi_env env_;

@@ -78,6 +78,8 @@ void fields(V& v, MoeDispatch& p) {
                                       block - 1) / block * block;
   v.require(p.P == worst && p.P <= kMaxInt32, "capacity", "the worst case of rows");
   v.require(p.blocks == (block == 0 ? 0 : p.P / block), "blocks", "capacity / blockSize");
+  v.require(bool(p.block_experts) == (block != 0), "blockExperts", "with blockSize, and only then");
+  v.require(!p.rows || p.hidden, "rows", "only with hidden");
 }
 
 template <class V>

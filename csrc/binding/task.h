@@ -18,26 +18,29 @@ struct Task {
   std::function<Status(Backend&)> run;
 };
 
-// The first failure that no wait has reported yet.
+// The failures that no wait has reported yet.
 class FaultLog {
  public:
   void add(std::shared_ptr<const Fault> fault) {
     std::lock_guard lock(mutex_);
-    if (first_ == nullptr) first_ = std::move(fault);
+    if (faults_.size() < kMost) faults_.push_back(std::move(fault));
   }
+  // The first of them; the others are forgotten with it, for one wait can report only one.
   std::shared_ptr<const Fault> take() {
     std::lock_guard lock(mutex_);
-    return std::exchange(first_, nullptr);
+    if (faults_.empty()) return nullptr;
+    return std::exchange(faults_, {}).front();
   }
-  // A read has told of it.
+  // A read has told of this one.
   void reported(const std::shared_ptr<const Fault>& fault) {
     std::lock_guard lock(mutex_);
-    if (first_ == fault) first_ = nullptr;
+    std::erase(faults_, fault);
   }
 
  private:
+  static constexpr size_t kMost = 64;
   std::mutex mutex_;
-  std::shared_ptr<const Fault> first_;
+  std::vector<std::shared_ptr<const Fault>> faults_;
 };
 
 // A recorded sequence: the tasks, or, where the backend has graphs, the graph and the buffers it refers to. The graph
@@ -45,6 +48,7 @@ class FaultLog {
 struct Recording {
   std::vector<std::shared_ptr<const Task>> tasks;
   std::vector<std::shared_ptr<Buffer>> leases;
+  std::vector<std::weak_ptr<Buffer>> made;  // tensors that hold nothing before the first replay
   std::shared_ptr<Graph> graph;
 };
 

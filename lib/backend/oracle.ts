@@ -9,6 +9,8 @@ import type { Backend, MemoryInfo, ReadAs } from './backend.js';
 
 interface Storage {
   raw: RawArray;
+  /** Why the content is not to be trusted. */
+  fault?: MoeError;
 }
 
 export class OracleBackend implements Backend {
@@ -21,7 +23,9 @@ export class OracleBackend implements Backend {
   allocate(dtype: DType, elements: number): Storage {
     const raw = this.#array(dtypeRow(dtype).raw, elements);
     this.#used += raw.byteLength;
-    return { raw };
+    if (this.#recording === undefined) return { raw };
+    const text = 'expected a replay before the first read of what a capture made';
+    return { raw, fault: new MoeError('ERR_MOE_CAPTURE', text, { op: 'capture' }) };
   }
 
   allocateExperts(layout: ExpertsLayout): { handle: OracleExperts; bytes: number } {
@@ -57,11 +61,13 @@ export class OracleBackend implements Backend {
     this.#enqueue(() => {
       if (bits === undefined) new Uint8Array(storage.raw.buffer).fill(0);
       else storage.raw.set(bits as never);
+      delete storage.fault;
     });
   }
 
   readSync(handle: Handle, dtype: DType, as: ReadAs): RawArray {
-    const { raw } = handle as Storage;
+    const { raw, fault } = handle as Storage;
+    if (fault !== undefined) throw fault;
     return as === 'raw' || dtypeRow(dtype).format === undefined ? raw.slice() : decode(dtype, raw as never);
   }
 
@@ -77,22 +83,27 @@ export class OracleBackend implements Backend {
       if (argument.value !== undefined) handles.set(argument, argument.value.handle(op.name, argument.name));
     }
     this.#enqueue(() => {
-      const given = Object.fromEntries(
-        inputs.map((input) => [input.name, this.#argument(input, handles.get(input), dims)]),
-      );
-      const results = outputs
-        .filter(({ value }) => value !== undefined)
-        .map((output) => {
-          const { dtype, shape, size } = output.value as Tensor;
-          return { output, dtype, tensor: { shape, data: this.#array(dtypeRow(dtype).values, size) } };
-        });
-      op.spec.oracle(
-        given,
-        options,
-        Object.fromEntries(results.map(({ output, tensor }) => [output.name, tensor])),
-      );
-      for (const { output, dtype, tensor } of results) {
-        (handles.get(output) as Storage).raw.set(encode(dtype, tensor.data as never) as never);
+      const results = outputs.flatMap((output) => {
+        if (output.value === undefined) return [];
+        const { dtype, shape, size } = output.value as Tensor;
+        const data = this.#array(dtypeRow(dtype).values, size);
+        return [
+          { name: output.name, dtype, tensor: { shape, data }, storage: handles.get(output) as Storage },
+        ];
+      });
+      try {
+        const given = Object.fromEntries(
+          inputs.map((input) => [input.name, this.#argument(input, handles.get(input), dims)]),
+        );
+        op.spec.oracle(given, options, Object.fromEntries(results.map(({ name, tensor }) => [name, tensor])));
+      } catch (error) {
+        // What depends on failed work fails too, and nothing else does.
+        for (const { storage } of results) storage.fault = error as MoeError;
+        throw error;
+      }
+      for (const { dtype, tensor, storage } of results) {
+        storage.raw.set(encode(dtype, tensor.data as never) as never);
+        delete storage.fault;
       }
       this.#paths[op.name] = 'typescript';
     });
@@ -113,7 +124,15 @@ export class OracleBackend implements Backend {
     this.#recording = undefined;
   }
   replay(capture: Handle): void {
-    for (const step of capture as (() => void)[]) step();
+    const failures: unknown[] = [];
+    for (const step of capture as (() => void)[]) {
+      try {
+        step();
+      } catch (error) {
+        failures.push(error);
+      }
+    }
+    if (failures.length > 0) throw failures[0];
   }
   releaseCapture(): void {}
 
@@ -142,7 +161,8 @@ export class OracleBackend implements Backend {
       return Math.min(Math.max(given, 0), limit);
     }
     if (!(value instanceof Tensor)) return handle;
-    const { raw } = handle as Storage;
+    const { raw, fault } = handle as Storage;
+    if (fault !== undefined) throw fault;
     const data = signature.inout ? raw : (decode(value.dtype, raw as never) as RawArray);
     return { shape: value.shape, data } satisfies OracleTensor<RawArray>;
   }

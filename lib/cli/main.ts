@@ -5,19 +5,25 @@ import { MoeError } from '../errors.js';
 import { packageManifest } from '../package.js';
 import { registerBench } from './bench.js';
 import { registerDoctor } from './doctor.js';
+import { registerPlan } from './plan.js';
 import { registerRun } from './run.js';
+import { registerSimulate } from './simulate.js';
 
 const MISUSE = 2;
 
 async function main(): Promise<void> {
   const program = new Command('moe-kernels')
-    .description('Mixture-of-Experts kernels for Node: run a layer, look at the machine, measure.')
+    .description(
+      'Mixture-of-Experts kernels for Node: run a layer, look at the machine, measure, place experts.',
+    )
     .version(packageManifest().version)
     .showHelpAfterError('(moe-kernels --help lists the commands)')
     .exitOverride();
   registerRun(program);
   registerDoctor(program);
   registerBench(program);
+  registerPlan(program);
+  registerSimulate(program);
   for (const command of program.commands) command.exitOverride().showHelpAfterError();
   try {
     await program.parseAsync();

@@ -154,8 +154,15 @@ function biasedSigmoid(config: ModelConfig, defaults: BiasedSigmoidDefaults): Ga
     scoring: 'sigmoid',
     selection: 'score',
     topK: config.integer(keys.topK, { min: 1 }),
-    groups: config.integer(keys.groups, { min: 1, fallback: defaults.groups }),
-    topGroups: config.integer(keys.topGroups, { min: 1, fallback: defaults.topGroups }),
+    // A key that is there but null says that there are no groups.
+    groups: config.integer(keys.groups, {
+      min: 1,
+      fallback: config.mentions(keys.groups) ? 1 : defaults.groups,
+    }),
+    topGroups: config.integer(keys.topGroups, {
+      min: 1,
+      fallback: config.mentions(keys.topGroups) ? 1 : defaults.topGroups,
+    }),
     groupScore: 'top2Sum',
     renormalize: config.flag(keys.renormalize, defaults.renormalize),
     routedScalingFactor: config.positive(keys.scalingFactor, defaults.routedScalingFactor),

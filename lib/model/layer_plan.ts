@@ -364,6 +364,11 @@ class Planner {
     }
     const mlp = await this.#separate(gateUp, down, at, hidden);
     this.#checkAlike([mlp]);
+    if (mlp.w2.columns % count !== 0) {
+      this.#fail(
+        `config.json has ${count} shared experts, but ${mlp.w2.columns} columns do not make that many`,
+      );
+    }
     const gate = sharedGate === undefined ? undefined : await this.#vector(`${sharedGate}.weight`, hidden);
     return {
       mlp,

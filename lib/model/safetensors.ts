@@ -7,7 +7,15 @@ import { type FileHandle, open, readdir, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { MoeError } from '../errors.js';
 import { describeValue } from '../options.js';
-import { type DType, dtypeRow, dtypes, encode, type RawArray, type TensorData } from '../tensor.js';
+import {
+  arrayType,
+  type DType,
+  dtypeRow,
+  dtypes,
+  encode,
+  type RawArray,
+  type TensorData,
+} from '../tensor.js';
 
 const op = 'safetensors';
 /** The reference implementation's limit; a longer header is a file of another kind. */
@@ -43,7 +51,7 @@ export interface TensorToWrite<D extends DType = DType> {
 }
 
 export function checkpointError(message: string, details: { arg?: string; cause?: unknown } = {}): MoeError {
-  return new MoeError('ERR_MOE_CHECKPOINT', message, { op, ...details });
+  return new MoeError('ERR_MOE_CHECKPOINT', message, { op: 'checkpoint', ...details });
 }
 
 /** An entry of a header. The dtype stays text: a dtype nobody can read matters only when its tensor is asked for. */
@@ -248,6 +256,16 @@ export async function readSafetensors(
   path: string,
   names?: readonly string[],
 ): Promise<Record<string, HostTensor>> {
+  if (names !== undefined && !(Array.isArray(names) && names.every((name) => typeof name === 'string'))) {
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected names: an array of names but received ${describeValue(names)}`,
+      {
+        op,
+        arg: 'names',
+      },
+    );
+  }
   const reader = await SafetensorsReader.open(path);
   try {
     const tensors: Record<string, HostTensor> = Object.create(null);
@@ -268,15 +286,26 @@ export async function writeSafetensors(
   tensors: Readonly<Record<string, TensorToWrite>>,
   metadata?: Readonly<Record<string, string>>,
 ): Promise<void> {
+  if (typeof tensors !== 'object' || tensors === null) {
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected tensors: an object but received ${describeValue(tensors)}`,
+      {
+        op,
+        arg: 'tensors',
+      },
+    );
+  }
   const sorted = Object.entries(tensors).sort(
-    ([a, { dtype: x }], [b, { dtype: y }]) =>
-      (dtypes[y]?.bytes ?? 0) - (dtypes[x]?.bytes ?? 0) || (a < b ? -1 : a > b ? 1 : 0),
+    ([a, x], [b, y]) =>
+      (dtypes[y?.dtype]?.bytes ?? 0) - (dtypes[x?.dtype]?.bytes ?? 0) || (a < b ? -1 : a > b ? 1 : 0),
   );
   const header: Record<string, unknown> = metadata === undefined ? {} : { __metadata__: metadata };
   const chunks: Uint8Array[] = [];
   let end = 0;
-  for (const [name, { dtype, shape, data }] of sorted) {
-    checkTensorToWrite(name, { dtype, shape, data });
+  for (const [name, tensor] of sorted) {
+    checkTensorToWrite(name, tensor);
+    const { dtype, shape, data } = tensor;
     const bits = encode(dtype, data);
     const begin = end;
     end += bits.byteLength;
@@ -298,20 +327,24 @@ export async function writeSafetensors(
   }
 }
 
-function checkTensorToWrite(name: string, { dtype, shape, data }: TensorToWrite): void {
+function checkTensorToWrite(name: string, tensor: TensorToWrite): void {
   const fail = (expected: string, received: string): never => {
     throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${expected} but received ${received}`, {
       op,
       arg: name,
     });
   };
+  if (typeof tensor !== 'object' || tensor === null)
+    fail(`'${name}': { dtype, shape, data }`, describeValue(tensor));
+  const { dtype, shape, data } = tensor;
   if (name === '__metadata__') fail("a tensor name other than '__metadata__'", 'that one');
   if (!Object.hasOwn(dtypes, dtype))
     fail(`dtype of '${name}': one of ${Object.keys(dtypes).join(', ')}`, describeValue(dtype));
   const elements = Array.isArray(shape) ? elementsOfShape(shape) : undefined;
   if (elements === undefined) fail(`shape of '${name}': integers >= 0`, describeValue(shape));
   const { raw, values } = dtypes[dtype];
-  if (!(data instanceof raw || data instanceof values) || data.length !== elements) {
+  const type = arrayType(data);
+  if ((type !== raw.name && type !== values.name) || data.length !== elements) {
     fail(
       `data of '${name}': ${raw.name}(${elements}) for ${dtype}[${shape.join(', ')}]`,
       describeValue(data),

@@ -1,6 +1,6 @@
 import type { ExpertWeights } from '../experts.js';
 import { defineOp } from '../op.js';
-import { flag, integer, real } from '../options.js';
+import { firstZeroExpert, flag, integer, real } from '../options.js';
 import { fused_moe } from '../oracle/fused_moe.js';
 import type { FloatDType, Tensor } from '../tensor.js';
 
@@ -22,7 +22,7 @@ export interface FusedMoeOptions {
   firstExpert?: number;
   /** Zero (identity) experts: ids firstZeroExpert .. firstZeroExpert + zeroExperts - 1 add weight x hidden. */
   zeroExperts?: number;
-  /** Default: the first id after the local experts. */
+  /** Needed with zeroExperts: in expert parallelism it does not follow from the local experts. */
   firstZeroExpert?: number;
   /** Multiply the experts' input by the weight instead of their output (Llama 4). Default false. */
   weightsOnInput?: boolean;
@@ -46,14 +46,21 @@ export const fusedMoe = defineOp<FusedMoeInputs, FusedMoeOptions, Tensor<FloatDT
     outputScale: real({ default: 1 }),
     firstExpert: integer({ min: 0, max: 0x7fffffff, default: 0 }),
     zeroExperts: integer({ min: 0, max: 65536, default: 0 }),
-    firstZeroExpert: integer({
-      min: 0,
-      max: 0x7fffffff,
-      default: ({ options, dim }) => (options.firstExpert as number) + dim('slots'),
-    }),
+    firstZeroExpert: firstZeroExpert(),
     weightsOnInput: flag(false),
   },
   outputs: { output: '=hidden[tokens, hidden]' },
   returns: 'tensor',
+  rules: [
+    [
+      'firstZeroExpert',
+      ({ dim }) =>
+        dim('zeroExperts') === 0 ||
+        dim('firstZeroExpert') >= dim('firstExpert') + dim('slots') ||
+        dim('firstZeroExpert') + dim('zeroExperts') <= dim('firstExpert') ||
+        `expected zero experts outside the local ids ${dim('firstExpert')}..${dim('firstExpert') + dim('slots') - 1} ` +
+          `but received ${dim('firstZeroExpert')}..${dim('firstZeroExpert') + dim('zeroExperts') - 1}`,
+    ],
+  ],
   oracle: fused_moe,
 });

@@ -1,5 +1,5 @@
 import { defineOp } from '../op.js';
-import { flag, integer, real } from '../options.js';
+import { firstZeroExpert, flag, integer, real } from '../options.js';
 import { moe_combine } from '../oracle/moe_combine.js';
 import type { FloatDType, Tensor } from '../tensor.js';
 
@@ -21,7 +21,7 @@ export interface MoeCombineOptions {
   outputScale?: number;
   /** Zero (identity) experts: ids firstZeroExpert .. firstZeroExpert + zeroExperts - 1 add weight x hidden. */
   zeroExperts?: number;
-  /** Default 0; meaningful with zeroExperts. */
+  /** Needed with zeroExperts: in expert parallelism it follows neither from the ids nor from the local experts. */
   firstZeroExpert?: number;
   /** The rows carry their weights already (moeExperts got `weights`), so they are summed as they are. */
   weightsOnInput?: boolean;
@@ -45,7 +45,7 @@ export const moeCombine = defineOp<MoeCombineInputs, MoeCombineOptions, Tensor<F
   options: {
     outputScale: real({ default: 1 }),
     zeroExperts: integer({ min: 0, max: 65536, default: 0 }),
-    firstZeroExpert: integer({ min: 0, max: 0x7fffffff, default: 0 }),
+    firstZeroExpert: firstZeroExpert(),
     weightsOnInput: flag(false),
   },
   outputs: { output: '=rows[tokens, hidden]' },

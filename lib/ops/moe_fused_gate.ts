@@ -1,5 +1,5 @@
 import { defineOp, type Rule } from '../op.js';
-import { choice, flag, integer, real } from '../options.js';
+import { choice, flag, integer, positive } from '../options.js';
 import { moe_fused_gate } from '../oracle/moe_fused_gate.js';
 import type { FloatDType, Tensor } from '../tensor.js';
 
@@ -29,7 +29,7 @@ export interface MoeFusedGateOptions {
   /**
    * What chooses: 'score' (plus `bias` where given, the default); 'logits' (raw logits choose; softmax then runs over
    * the chosen ones only, as in gpt-oss; sigmoid gives Llama 4); 'uniform' (a distinct random choice per token from
-   * `seed`, for profile runs: perfectly balanced load whatever the logits).
+   * `seed`, for profile runs: load that is balanced in expectation, whatever the logits).
    */
   selection?: 'score' | 'logits' | 'uniform';
   /** Groups that experts are divided into, in order. Default 1. */
@@ -152,7 +152,7 @@ export const moeFusedGate = defineOp<MoeFusedGateInputs, MoeFusedGateOptions, Mo
     topGroups: integer({ min: 1, max: MAX_EXPERTS, default: ({ options }) => options.groups as number }),
     groupScore: choice(['max', 'top2Sum'], ({ given }) => (given.has('bias') ? 'top2Sum' : 'max')),
     renormalize: flag(false),
-    routedScalingFactor: real({ above: 0, default: 1 }),
+    routedScalingFactor: positive({ default: 1 }),
     scalePlacement: choice(['inWeights', 'onOutput'], 'inWeights'),
     sharedExperts: integer({ min: 0, max: 8, default: 0 }),
     zeroExperts: integer({ min: 0, max: MAX_EXPERTS, default: 0 }),

@@ -1,8 +1,8 @@
-import type { Context } from '../context.js';
+import { Context } from '../context.js';
 import { MoeError } from '../errors.js';
 import { type ExpertsLayout, ExpertWeights, type SwiGLU } from '../experts.js';
 import { type CallScope, defineOp, type Rule } from '../op.js';
-import { choice, describeValue, flag, integer, resolveOptions } from '../options.js';
+import { choice, describeValue, flag, integer, real, resolveOptions, value } from '../options.js';
 import { pack_experts } from '../oracle/pack_experts.js';
 import { type FloatDType, Tensor } from '../tensor.js';
 
@@ -103,25 +103,21 @@ export function allocateExperts(
   layout: Omit<ExpertsLayout, 'swiglu' | 'biases'> & { biases?: boolean; swiglu?: SwiGLU },
 ): ExpertWeights {
   const op = 'allocate_experts';
-  const { dim } = { dim: () => 0 };
-  resolveOptions(
+  if (!(context instanceof Context)) throw invalid(op, 'context', 'a context from createContext', context);
+  const { swiglu, ...rest } = resolveOptions(
     op,
     {
       slots: integer({ min: 1, max: 65536 }),
       hidden: integer({ min: 1, max: 2 ** 31 - 1 }),
       intermediate: integer({ min: 1, max: 2 ** 30 - 1 }),
-      dtype: choice(['f32', 'bf16', 'f16'], 'f32'),
+      dtype: choice(floatDTypes, undefined),
       biases: flag(false),
-      swiglu: { native: '', expected: 'an object', default: {}, accepts: isObject, encode: Number },
+      swiglu: value('an object of alpha, beta and limit', isPlainObject, {}),
     },
     layout,
-    { given: new Set(), dim },
-  );
-  return context.allocateExperts({
-    ...layout,
-    biases: layout.biases ?? false,
-    swiglu: resolveSwiGLU(op, layout.swiglu),
-  });
+    noScope,
+  ) as unknown as Omit<ExpertsLayout, 'swiglu'> & { swiglu: SwiGLU };
+  return context.allocateExperts({ ...rest, swiglu: resolveSwiGLU(op, swiglu) });
 }
 
 /**
@@ -133,53 +129,42 @@ export function allocateExperts(
  */
 export function packExperts(inputs: PackExpertsInputs, options: PackExpertsOptions = {}): ExpertWeights {
   const op = 'pack_experts';
-  const { into, swiglu, dtype, ...rest } = options;
+  if (!isPlainObject(inputs)) throw invalid(op, 'inputs', 'an object', inputs);
+  const { into, swiglu, dtype, ...layout } = resolveOptions(
+    op,
+    {
+      ...writeExperts.op.options,
+      into: value('ExpertWeights', (given) => given instanceof ExpertWeights, undefined, 'optional'),
+      dtype: value(floatDTypes.map((name) => `'${name}'`).join(', '), isFloatDType, undefined, 'optional'),
+      swiglu: value('an object of alpha, beta and limit', isPlainObject, undefined, 'optional'),
+    },
+    options,
+    noScope,
+  ) as PackExpertsOptions;
   if (into !== undefined) {
-    if (!(into instanceof ExpertWeights)) {
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected into: ExpertWeights but received ${describeValue(into)}`,
-        {
-          op,
-          arg: 'into',
-        },
-      );
-    }
-    if (swiglu !== undefined || dtype !== undefined) {
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        'expected no swiglu and no dtype with into: those weights have them',
-        {
-          op,
-          arg: swiglu === undefined ? 'dtype' : 'swiglu',
-        },
-      );
-    }
-    writeExperts({ experts: into, ...inputs }, rest);
+    const fixed = swiglu !== undefined ? 'swiglu' : dtype !== undefined ? 'dtype' : undefined;
+    if (fixed !== undefined)
+      throw invalid(op, fixed, 'nothing with into: those weights have theirs', options[fixed]);
+    writeExperts({ experts: into, ...inputs }, layout);
     return into;
   }
   const { w13, w2 } = inputs;
   for (const [arg, tensor] of Object.entries({ w13, w2 })) {
-    if (!(tensor instanceof Tensor) || tensor.shape.length !== 3 || !floatDTypes.has(tensor.dtype)) {
-      const received = tensor instanceof Tensor ? tensor : describeValue(tensor);
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected ${arg}: a tensor f32|bf16|f16[experts, rows, columns] but received ${received}`,
-        { op, arg },
-      );
+    if (!(tensor instanceof Tensor) || tensor.shape.length !== 3 || !isFloatDType(tensor.dtype)) {
+      throw invalid(op, arg, 'a tensor f32|bf16|f16[experts, rows, columns]', tensor);
     }
   }
   const [slots, rows2, columns2] = w2.shape;
   const experts = allocateExperts(w13.context, {
     slots,
-    hidden: rest.transposed ? columns2 : rows2,
-    intermediate: rest.transposed ? rows2 : columns2,
+    hidden: layout.transposed ? columns2 : rows2,
+    intermediate: layout.transposed ? rows2 : columns2,
     dtype: dtype ?? w13.dtype,
     biases: inputs.b13 !== undefined || inputs.b2 !== undefined,
     ...(swiglu === undefined ? {} : { swiglu }),
   });
   try {
-    writeExperts({ experts, ...inputs }, rest);
+    writeExperts({ experts, ...inputs }, layout);
   } catch (error) {
     experts.dispose();
     throw error;
@@ -187,23 +172,22 @@ export function packExperts(inputs: PackExpertsInputs, options: PackExpertsOptio
   return experts;
 }
 
-const floatDTypes: ReadonlySet<string> = new Set<FloatDType>(['f32', 'bf16', 'f16']);
-const isObject = (value: unknown): value is object => typeof value === 'object' && value !== null;
+const floatDTypes = ['f32', 'bf16', 'f16'] as const;
+const isFloatDType = (given: unknown): boolean => floatDTypes.includes(given as FloatDType);
+const isPlainObject = (given: unknown): boolean =>
+  typeof given === 'object' && given !== null && !Array.isArray(given) && !(given instanceof Date);
+const noScope = { given: new Set<string>(), dim: () => 0 };
 
-function resolveSwiGLU(op: string, given: SwiGLU = {}): Required<SwiGLU> {
-  for (const [name, value] of Object.entries(given)) {
-    const known = name === 'alpha' || name === 'beta' || name === 'limit';
-    if (!known || !Number.isFinite(value) || (name === 'limit' && value < 0)) {
-      const expected = known ? `swiglu.${name}: a finite number` : 'swiglu: { alpha, beta, limit }';
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected ${expected} but received ${name} = ${describeValue(value)}`,
-        {
-          op,
-          arg: 'swiglu',
-        },
-      );
-    }
-  }
-  return { alpha: given.alpha ?? 1, beta: given.beta ?? 0, limit: given.limit ?? 0 };
+const invalid = (op: string, arg: string, expected: string, received: unknown): MoeError =>
+  new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected ${arg}: ${expected} but received ${received instanceof Tensor ? received : describeValue(received)}`,
+    { op, arg },
+  );
+
+function resolveSwiGLU(op: string, given: SwiGLU): Required<SwiGLU> {
+  const kinds = { alpha: real({ default: 1 }), beta: real({ default: 0 }), limit: real({ default: 0 }) };
+  const swiglu = resolveOptions(op, kinds, given, noScope) as unknown as Required<SwiGLU>;
+  if (swiglu.limit < 0) throw invalid(op, 'limit', 'a number >= 0 (0: no clamping)', swiglu.limit);
+  return swiglu;
 }

@@ -170,7 +170,10 @@ describe.each(backends)('scaling on %s', (backend) => {
       w13: context.tensor('f32', [experts + 1, 2 * intermediate, hidden]),
       w2: context.tensor('f32', [experts + 1, hidden, intermediate]),
     });
-    const output = fusedMoe({ hidden: xs, ...gate, experts: silent }, { zeroExperts: 4 });
+    const output = fusedMoe(
+      { hidden: xs, ...gate, experts: silent },
+      { zeroExperts: 4, firstZeroExpert: experts + 1 },
+    );
     const [ids, weights, x] = [await gate.ids.read(), await gate.weights.read(), await xs.read()];
     const expected = x.map((value, i) => {
       const row = Math.floor(i / hidden) * 6;

@@ -1,0 +1,16 @@
+// Parses the integer options of the planning commands: one rule and one message for all of them.
+import { MoeError } from '../errors.js';
+
+/** A commander parser for an integer >= least. Throws ERR_MOE_INVALID_ARG naming the option. */
+export function integerOption(name: string, least: number): (text: string) => number {
+  return (text) => {
+    const value = /^\d+$/.test(text.trim()) ? Number(text) : Number.NaN;
+    if (!Number.isSafeInteger(value) || value < least)
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected ${name} to be an integer >= ${least} but received ${text}`,
+        { op: 'cli', arg: name },
+      );
+    return value;
+  };
+}

@@ -1,0 +1,243 @@
+// `moe-kernels plan`: loads in, an expert map out. Everything is computed and checked before the first byte of any
+// output file is written.
+import { writeFile } from 'node:fs/promises';
+import type { Command } from 'commander';
+import { readLoads } from '../eplb/load_file.js';
+import { checkPlannable, Loads } from '../eplb/loads.js';
+import { bytesToMove } from '../eplb/metrics.js';
+import { type Plan, type PlanRequest, startPlacements } from '../eplb/plan.js';
+import { Planner } from '../eplb/planner.js';
+import { policies } from '../eplb/registry.js';
+import { linear } from '../eplb/stay.js';
+import { type Transfer, transferSchedule } from '../eplb/transfer.js';
+import { MoeError } from '../errors.js';
+import { type ExpertMapFormat, formatExpertMap, readExpertMap } from '../placement/expert_map_file.js';
+import type { Placement } from '../placement/placement.js';
+import { planReport } from '../report/plan_report.js';
+import { writeReport } from '../report/report_file.js';
+import { aboutFile } from './about_file.js';
+import { integerOption } from './integer_option.js';
+
+const formats: readonly ExpertMapFormat[] = ['vllm-ascend', 'sglang', 'vllm'];
+
+interface PlanFlags {
+  loads: string;
+  devices: number;
+  slots: number;
+  policy?: string;
+  current?: string;
+  physical?: boolean;
+  shared?: number;
+  sharedTopK?: number;
+  sharedPlacement?: string;
+  groups?: number;
+  nodes?: number;
+  maxMoves?: number;
+  maxMovesPerLayer?: number;
+  seed?: number;
+  topk?: boolean;
+  experts?: number;
+  stepTokens?: number;
+  keepDegenerate?: boolean;
+  format: string;
+  out?: string;
+  transfers?: string;
+  expertBytes?: number;
+  report?: string;
+  json?: boolean;
+}
+
+const misuse = (message: string, arg: string): MoeError =>
+  new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'plan', arg });
+
+/** Adds the command `plan`. */
+export function registerPlan(program: Command): void {
+  program
+    .command('plan')
+    .description('decide which device holds which expert, from recorded loads')
+    .requiredOption(
+      '--loads <file>',
+      'loads: .npy, .json, .csv or .pt, [layers, experts] or [steps, layers, experts]',
+    )
+    .requiredOption('--devices <n>', 'number of devices', integerOption('--devices', 1))
+    .requiredOption('--slots <n>', 'expert slots per device', integerOption('--slots', 1))
+    .option('--policy <name>', `one of ${[...policies.keys()].join(', ')}`)
+    .option('--current <map>', 'expert map in use; without it everything is planned anew')
+    .option('--physical', 'the loads are counts per slot of --current')
+    .option('--shared <n>', 'shared experts: the last n columns of the loads', integerOption('--shared', 0))
+    .option(
+      '--shared-top-k <k>',
+      'the loads have no columns for shared experts: append them, for a router that picks k',
+      integerOption('--shared-top-k', 1),
+    )
+    .option(
+      '--shared-placement <how>',
+      'free (planned like any expert) or everyDevice (one replica on each)',
+      'free',
+    )
+    .option('--groups <n>', 'expert groups, for hierarchical planners', integerOption('--groups', 1))
+    .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
+    .option(
+      '--max-moves <n>',
+      'most expert weights to move, all layers together',
+      integerOption('--max-moves', 0),
+    )
+    .option(
+      '--max-moves-per-layer <n>',
+      'most expert weights to move in a layer',
+      integerOption('--max-moves-per-layer', 0),
+    )
+    .option('--seed <n>', 'seed of planners that draw numbers', integerOption('--seed', 0))
+    .option('--topk', 'the loads are ids [layers, tokens, k]; needs --experts and --step-tokens')
+    .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
+    .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1))
+    .option('--keep-degenerate', 'leave layers without usable load as they are instead of refusing')
+    .option('--format <name>', `format of --out: ${formats.join(', ')}`, 'vllm-ascend')
+    .option('--out <map>', 'write the expert map')
+    .option('--transfers <file>', 'write who sends which expert to whom, as JSON')
+    .option(
+      '--expert-bytes <n>',
+      "bytes of one expert's weights, to state the bytes to move",
+      integerOption('--expert-bytes', 1),
+    )
+    .option('--report <file>', 'write a report: .html or .svg')
+    .option('--json', 'print the plan as JSON')
+    .action(runPlan);
+}
+
+async function runPlan(flags: PlanFlags): Promise<void> {
+  const format = flags.format as ExpertMapFormat;
+  if (!formats.includes(format))
+    throw misuse(
+      `expected --format to be one of ${formats.join(', ')} but received ${flags.format}`,
+      'format',
+    );
+  if (flags.sharedPlacement !== 'free' && flags.sharedPlacement !== 'everyDevice')
+    throw misuse(
+      `expected --shared-placement to be free or everyDevice but received ${flags.sharedPlacement}`,
+      'shared-placement',
+    );
+  const { loads, current } = await readInputs(flags);
+  if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
+  const request: PlanRequest = {
+    loads,
+    devices: flags.devices,
+    slots: flags.slots,
+    sharedPlacement: flags.sharedPlacement,
+    degenerate: flags.keepDegenerate === true ? 'keep' : 'reject',
+    ...(current === undefined ? {} : { current }),
+    ...(flags.policy === undefined ? {} : { policy: flags.policy }),
+    ...(flags.shared === undefined ? {} : { shared: flags.shared }),
+    ...(flags.groups === undefined ? {} : { groups: flags.groups }),
+    ...(flags.nodes === undefined ? {} : { nodes: flags.nodes }),
+    ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
+    ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
+    ...(flags.seed === undefined ? {} : { seed: flags.seed }),
+  };
+  const planner = new Planner();
+  let plan: Plan;
+  const others: Plan[] = [];
+  try {
+    plan = await planner.plan(request);
+    // The report shows what every policy that moves experts would make of these loads
+    if (flags.report !== undefined)
+      for (const policy of policies.keys())
+        if (policy !== plan.policy && policy !== linear.name)
+          others.push(await planner.plan({ ...request, policy }));
+  } finally {
+    await planner.close();
+  }
+  const map = flags.out === undefined ? undefined : formatExpertMap(plan.placements, format);
+  if (flags.report !== undefined)
+    await writeReport(flags.report, planReport({ loads, plan, current, others, title: flags.loads }));
+  if (flags.out !== undefined) await writeText(flags.out, map!);
+  if (flags.transfers !== undefined)
+    await writeText(flags.transfers, `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`);
+  process.stdout.write(
+    flags.json === true ? `${JSON.stringify(planJson(plan, loads, flags))}\n` : planText(plan, flags),
+  );
+}
+
+async function writeText(file: string, text: string): Promise<void> {
+  try {
+    await writeFile(file, text);
+  } catch (cause) {
+    throw new MoeError('ERR_MOE_CHECKPOINT', `${file}: cannot be written (${(cause as Error).message})`, {
+      op: 'plan',
+      arg: 'file',
+      cause,
+    });
+  }
+}
+
+function transfersOf(plan: Plan, loads: Loads, current: Placement[] | undefined): Transfer[][] {
+  const { experts, devices, slots } = plan.placements[0]!;
+  const from = current ?? startPlacements(loads.layers, experts, devices, slots);
+  return plan.placements.map((placement, layer) => transferSchedule(from[layer]!, placement));
+}
+
+async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Placement[] | undefined }> {
+  if (flags.topk === true && (flags.experts === undefined || flags.stepTokens === undefined))
+    throw misuse(
+      'expected --experts and --step-tokens with --topk',
+      flags.experts === undefined ? 'experts' : 'step-tokens',
+    );
+  if (flags.topk !== true && flags.stepTokens !== undefined)
+    throw misuse('expected --topk with --step-tokens', 'topk');
+  if (flags.physical === true && flags.current === undefined)
+    throw misuse('expected --current with --physical: it says which expert each slot held', 'current');
+  const raw = await readLoads(
+    flags.loads,
+    flags.topk === true ? { topk: { experts: flags.experts!, stepTokens: flags.stepTokens! } } : {},
+  );
+  const sharedAdded = flags.sharedTopK !== undefined ? (flags.shared ?? 1) : 0;
+  const experts = raw.experts + sharedAdded;
+  const current =
+    flags.current === undefined
+      ? undefined
+      : await readExpertMap(flags.current, {
+          devices: flags.devices,
+          ...(flags.physical === true ? {} : { experts }),
+        });
+  if (current !== undefined && current.length !== raw.layers)
+    throw new MoeError(
+      'ERR_MOE_CHECKPOINT',
+      `${flags.current}: expected ${raw.layers} layers, as in ${flags.loads}, but received ${current.length}`,
+      { op: 'plan', arg: 'current' },
+    );
+  const loads =
+    flags.physical === true ? aboutFile(flags.loads, () => Loads.fromPhysical(raw, current!)) : raw;
+  return { loads: sharedAdded > 0 ? loads.withShared(sharedAdded, flags.sharedTopK!) : loads, current };
+}
+
+function planJson(plan: Plan, loads: Loads, flags: PlanFlags): object {
+  return {
+    policy: plan.policy,
+    ms: plan.ms,
+    layers: loads.layers,
+    devices: flags.devices,
+    slots: flags.slots,
+    par: { before: plan.par.before.mean, after: plan.par.after.mean },
+    parStep: { before: plan.parStep.before.mean, after: plan.parStep.after.mean },
+    moves: plan.moves,
+    layersTouched: plan.layersTouched,
+    ...(flags.expertBytes === undefined ? {} : { bytes: bytesToMove(plan.movesPerLayer, flags.expertBytes) }),
+    placement: plan.placements.map((placement) => placement.toRows()),
+  };
+}
+
+function planText(plan: Plan, { devices, slots, out, transfers, report, expertBytes }: PlanFlags): string {
+  const arrow = (before: number, after: number): string => `${before.toFixed(4)} -> ${after.toFixed(4)}`;
+  return [
+    `policy          ${plan.policy} (${plan.ms.toFixed(1)} ms)`,
+    `placement       ${plan.placements.length} layers, ${plan.placements[0]!.experts} experts on ${devices} devices x ${slots} slots`,
+    `PAR of window   ${arrow(plan.par.before.mean, plan.par.after.mean)} (worst layer ${arrow(plan.par.before.max, plan.par.after.max)})`,
+    `PAR of steps    ${arrow(plan.parStep.before.mean, plan.parStep.after.mean)}`,
+    `moves           ${plan.moves} experts in ${plan.layersTouched} layers`,
+    ...(expertBytes === undefined ? [] : [`bytes to move   ${bytesToMove(plan.movesPerLayer, expertBytes)}`]),
+    ...(out === undefined ? [] : [`map             ${out}`]),
+    ...(transfers === undefined ? [] : [`transfers       ${transfers}`]),
+    ...(report === undefined ? [] : [`report          ${report}`]),
+    '',
+  ].join('\n');
+}

@@ -1,0 +1,177 @@
+// `moe-kernels simulate`: replays a trace through several policies and prints what each would have given.
+import type { Command } from 'commander';
+import { readLoads } from '../eplb/load_file.js';
+import { Planner } from '../eplb/planner.js';
+import { policies, policyNamed } from '../eplb/registry.js';
+import { serveTrace } from '../eplb/serve.js';
+import { type PolicyFigures, simulate } from '../eplb/simulate.js';
+import { MoeError } from '../errors.js';
+import { writeReport } from '../report/report_file.js';
+import { simulationReport } from '../report/simulation_report.js';
+import { aboutFile } from './about_file.js';
+import { integerOption } from './integer_option.js';
+
+interface SimulateFlags {
+  trace: string;
+  devices: number;
+  slots: number;
+  window: number;
+  policies?: string;
+  maxMoves?: number;
+  maxMovesPerLayer?: number;
+  budgetFirst?: boolean;
+  shared?: number;
+  groups?: number;
+  nodes?: number;
+  topk?: boolean;
+  experts?: number;
+  stepTokens?: number;
+  planSteps?: number;
+  layersPerStep?: number;
+  keepDegenerate?: boolean;
+  report?: string;
+  json?: boolean;
+}
+
+type Row = PolicyFigures & { parServed?: number };
+
+/** Adds the command `simulate`. */
+export function registerSimulate(program: Command): void {
+  program
+    .command('simulate')
+    .description('replay recorded loads through planners: quality, moves and time of each')
+    .requiredOption('--trace <file>', 'loads: .npy, .json, .csv or .pt, [steps, layers, experts]')
+    .requiredOption('--devices <n>', 'number of devices', integerOption('--devices', 1))
+    .requiredOption('--slots <n>', 'expert slots per device', integerOption('--slots', 1))
+    .requiredOption(
+      '--window <n>',
+      'steps per window: a plan is made after each',
+      integerOption('--window', 1),
+    )
+    .option('--policies <names>', `comma-separated, of ${[...policies.keys()].join(', ')} (default: all)`)
+    .option(
+      '--max-moves <n>',
+      'most expert weights to move per plan, after the first',
+      integerOption('--max-moves', 0),
+    )
+    .option(
+      '--max-moves-per-layer <n>',
+      'most expert weights to move per plan and layer, after the first',
+      integerOption('--max-moves-per-layer', 0),
+    )
+    .option('--budget-first', 'the budget binds the first plan too')
+    .option('--shared <n>', 'shared experts: the last n columns of the loads', integerOption('--shared', 0))
+    .option('--groups <n>', 'expert groups, for hierarchical planners', integerOption('--groups', 1))
+    .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
+    .option('--topk', 'the trace holds ids [layers, tokens, k]; needs --experts and --step-tokens')
+    .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
+    .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1))
+    .option(
+      '--plan-steps <n>',
+      'also serve the trace step by step; a plan takes n steps',
+      integerOption('--plan-steps', 1),
+    )
+    .option(
+      '--layers-per-step <n>',
+      'layers exchanged per step when serving (default 1)',
+      integerOption('--layers-per-step', 1),
+    )
+    .option(
+      '--keep-degenerate',
+      'leave layers without usable load in a window as they are instead of refusing',
+    )
+    .option('--report <file>', 'write a report: .html or .svg')
+    .option('--json', 'print the figures as JSON')
+    .action(runSimulate);
+}
+
+async function runSimulate(flags: SimulateFlags): Promise<void> {
+  const names = (flags.policies?.split(',') ?? [...policies.keys()])
+    .map((name) => name.trim())
+    .filter((name) => name !== '');
+  if (names.length === 0)
+    throw new MoeError('ERR_MOE_INVALID_ARG', 'expected --policies to name at least one policy', {
+      op: 'simulate',
+      arg: 'policies',
+    });
+  for (const name of names) policyNamed(name);
+  if (flags.topk === true && (flags.experts === undefined || flags.stepTokens === undefined))
+    throw new MoeError('ERR_MOE_INVALID_ARG', 'expected --experts and --step-tokens with --topk', {
+      op: 'simulate',
+      arg: 'topk',
+    });
+  const trace = await readLoads(
+    flags.trace,
+    flags.topk === true ? { topk: { experts: flags.experts!, stepTokens: flags.stepTokens! } } : {},
+  );
+  const planner = new Planner();
+  const shape = {
+    devices: flags.devices,
+    slots: flags.slots,
+    degenerate: flags.keepDegenerate === true ? ('keep' as const) : ('reject' as const),
+    ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
+    ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
+    ...(flags.shared === undefined ? {} : { shared: flags.shared }),
+    ...(flags.groups === undefined ? {} : { groups: flags.groups }),
+    ...(flags.nodes === undefined ? {} : { nodes: flags.nodes }),
+    planner: planner.plan.bind(planner),
+  };
+  const rows: Row[] = [];
+  try {
+    const figures = await aboutFile(flags.trace, () =>
+      simulate(trace, {
+        ...shape,
+        policies: names,
+        window: flags.window,
+        budgetFirst: flags.budgetFirst === true,
+        onPlan: (policy, plan, plans) => {
+          if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${policy}: plan ${plan} of ${plans}`);
+        },
+      }),
+    );
+    const { planSteps } = flags;
+    for (const figure of figures) {
+      if (planSteps === undefined) rows.push(figure);
+      else {
+        const served = await aboutFile(flags.trace, () =>
+          serveTrace(trace, {
+            ...shape,
+            policy: figure.name,
+            collect: flags.window,
+            plan: planSteps,
+            layersPerStep: flags.layersPerStep ?? 1,
+          }),
+        );
+        rows.push({ ...figure, parServed: served.mean });
+      }
+    }
+  } finally {
+    if (process.stderr.isTTY) process.stderr.write('\r\x1b[K');
+    await planner.close();
+  }
+  if (flags.report !== undefined)
+    await writeReport(flags.report, simulationReport({ figures: rows, title: flags.trace }));
+  process.stdout.write(
+    flags.json === true ? `${JSON.stringify({ policies: rows })}\n` : simulationText(rows),
+  );
+}
+
+/** The figures as a table. */
+export function simulationText(rows: readonly Row[]): string {
+  const columns: [string, (row: Row) => string][] = [
+    ['policy', (row) => row.name],
+    ['same', (row) => row.parSame.toFixed(4)],
+    ['next', (row) => row.parNext.toFixed(4)],
+    ['same_step', (row) => row.parStepSame.toFixed(4)],
+    ['next_step', (row) => row.parStepNext.toFixed(4)],
+    ['moves1', (row) => String(row.movesFirst)],
+    ['moves', (row) => row.moves.toFixed(0)],
+    ['layers', (row) => row.layersTouched.toFixed(1)],
+    ['ms', (row) => row.ms.toFixed(1)],
+  ];
+  if (rows.some((row) => row.parServed !== undefined))
+    columns.push(['served', (row) => row.parServed?.toFixed(4) ?? '']);
+  const table = [columns.map(([title]) => title), ...rows.map((row) => columns.map(([, cell]) => cell(row)))];
+  const widths = columns.map((_, column) => Math.max(...table.map((line) => line[column]!.length)));
+  return `${table.map((line) => line.map((cell, column) => (column === 0 ? cell.padEnd(widths[column]!) : cell.padStart(widths[column]!))).join('  ')).join('\n')}\n`;
+}

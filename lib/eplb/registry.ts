@@ -1,0 +1,29 @@
+// Every planning policy by name: the list that the planner, the command line and the tests iterate over.
+import { MoeError } from '../errors.js';
+import { adaptive } from './adaptive.js';
+import { deepseek } from './deepseek.js';
+import { flashlb } from './flashlb.js';
+import { greedy } from './greedy.js';
+import type { Policy } from './policy.js';
+import { rebuild } from './rebuild.js';
+import { linear } from './stay.js';
+import { swift } from './swift.js';
+
+const all = [adaptive, rebuild, deepseek, greedy, swift, flashlb, linear] as const;
+
+/** All policies, our own default first. */
+export const policies: ReadonlyMap<string, Policy> = new Map(all.map((policy) => [policy.name, policy]));
+
+export const defaultPolicy = all[0].name;
+
+/** The policy of a name. Throws ERR_MOE_INVALID_ARG listing the names there are. */
+export function policyNamed(name: string): Policy {
+  const policy = policies.get(name);
+  if (policy === undefined)
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected policy to be one of ${[...policies.keys()].join(', ')} but received ${name}`,
+      { op: 'plan', arg: 'policy' },
+    );
+  return policy;
+}

@@ -1,0 +1,296 @@
+// What one layer's load looks like to the planner: a few scenarios (blocks of steps of this window, and earlier
+// windows) and the noise of a single step around them. Every scenario is scaled so that the mean device load is 1,
+// because a step waits for its own peak, whatever its batch size. Deviations of blocks from the window's mean are
+// shrunk by the share that sampling noise explains, so that the planner does not fit what will not come again.
+import type { Loads } from './loads.js';
+
+export interface Scenarios {
+  experts: number;
+  /** Number of scenarios. */
+  blocks: number;
+  /** f64[experts, blocks]: load of an expert, in units of the mean device load. */
+  loads: Float64Array;
+  /** f64[blocks], sums to 1. */
+  weights: Float64Array;
+  /** f64[experts]: weighted mean over the scenarios. */
+  mean: Float64Array;
+  /** f64[experts]: the window alone, its steps summed. */
+  window: Float64Array;
+  /** f64[experts]: variance of one step around its scenario. */
+  noise: Float64Array;
+  /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
+  fine: boolean;
+  /** The part of the blocks' spread that sampling noise does not explain, 0..1. */
+  structure: number;
+  /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
+  uncertainty: number;
+}
+
+const mostBlocks = 8;
+/** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
+const fineBlocks = 24;
+const structured = 1.5;
+/** Variance of a device's load from step to step, in units of the mean load squared, above which that matters. */
+const uneven = 0.1;
+
+/** An earlier window's totals, f64[layers, experts], and its weight relative to this window's 1. */
+export interface PastWindow {
+  totals: Float64Array;
+  weight: number;
+}
+
+/** How the steps of a window are cut at first: enough blocks to see bursts, at least two steps each to see noise. */
+const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mostBlocks, steps >> 1));
+
+/** The scenarios of one layer. `past` may be empty. A layer without load gives equal loads. */
+export function scenariosOf(
+  loads: Loads,
+  layer: number,
+  devices: number,
+  past: readonly PastWindow[],
+): Scenarios {
+  const coarse = coarseBlocks(loads.steps);
+  const fine = Math.min(fineBlocks, loads.steps);
+  const scenarios = cut(loads, layer, devices, past, coarse);
+  const variance = scenarios.noise.reduce((sum, value) => sum + value, 0) / devices;
+  if (fine <= coarse || variance < uneven || dispersionOf(loads, layer, coarse) < structured)
+    return scenarios;
+  return { ...cut(loads, layer, devices, past, fine), fine: true };
+}
+
+/** Variance of the steps' shares around their block's, over that of Poisson counts. */
+function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, blocks: number): number {
+  let observed = 0;
+  let poisson = 0;
+  const sum = new Float64Array(experts);
+  const square = new Float64Array(experts);
+  for (let block = 0; block < blocks; block++) {
+    sum.fill(0);
+    square.fill(0);
+    let used = 0;
+    let inverse = 0;
+    const end = Math.ceil(((block + 1) * steps) / blocks);
+    for (let step = Math.ceil((block * steps) / blocks); step < end; step++) {
+      const row = (step * layers + layer) * experts;
+      let tokens = 0;
+      for (let expert = 0; expert < experts; expert++) tokens += counts[row + expert]!;
+      if (tokens === 0) continue;
+      used++;
+      inverse += 1 / tokens;
+      for (let expert = 0; expert < experts; expert++) {
+        const share = counts[row + expert]! / tokens;
+        sum[expert]! += share;
+        square[expert]! += share * share;
+      }
+    }
+    if (used < 2) continue;
+    for (let expert = 0; expert < experts; expert++) {
+      observed += square[expert]! - (sum[expert]! * sum[expert]!) / used;
+      poisson += (sum[expert]! * inverse * (used - 1)) / used ** 2;
+    }
+  }
+  return poisson > 0 ? observed / poisson : 1;
+}
+
+function cut(
+  loads: Loads,
+  layer: number,
+  devices: number,
+  past: readonly PastWindow[],
+  recent: number,
+): Scenarios {
+  const { experts, steps, layers, counts } = loads;
+  const blocks = recent + past.length;
+  const x = new Float64Array(experts * blocks);
+  const window = new Float64Array(experts);
+  const noise = new Float64Array(experts);
+  const used = new Float64Array(recent);
+  let poissonRate = 0;
+  let squares = 0;
+  let poissonSum = 0;
+  let degrees = 0;
+  const square = new Float64Array(experts);
+
+  // Shares of every step, summed by block
+  let total = 0;
+  for (let step = 0; step < steps; step++) {
+    const start = (step * layers + layer) * experts;
+    let sum = 0;
+    for (let expert = 0; expert < experts; expert++) sum += counts[start + expert]!;
+    if (sum === 0) continue;
+    const block = Math.floor((step * recent) / steps);
+    const scale = devices / sum;
+    used[block]!++;
+    total += sum;
+    poissonRate += scale;
+    for (let expert = 0; expert < experts; expert++) {
+      const count = counts[start + expert]!;
+      const share = count * scale;
+      window[expert]! += count;
+      x[expert * blocks + block]! += share;
+      square[expert]! += share * share;
+    }
+  }
+  const stepsUsed = used.reduce((sum, value) => sum + value, 0);
+  if (stepsUsed === 0) {
+    x.fill(devices / experts);
+    window.fill(devices / experts);
+    const even = new Float64Array(blocks).fill(1 / blocks);
+    return {
+      experts,
+      blocks,
+      loads: x,
+      weights: even,
+      mean: window.slice(),
+      window,
+      noise,
+      fine: false,
+      structure: 0,
+      uncertainty: 1,
+    };
+  }
+  poissonRate /= stepsUsed;
+
+  // Noise inside blocks, and how much of the blocks' spread it explains
+  const weights = new Float64Array(blocks);
+  let blocksUsed = 0;
+  for (let block = 0; block < recent; block++) {
+    if (used[block] === 0) continue;
+    blocksUsed++;
+    degrees += used[block]! - 1;
+    weights[block] = used[block]! / stepsUsed;
+  }
+  let between = 0;
+  for (let expert = 0; expert < experts; expert++) {
+    const row = expert * blocks;
+    let within = square[expert]!;
+    let mean = 0;
+    for (let block = 0; block < recent; block++) {
+      if (used[block] === 0) continue;
+      const sum = x[row + block]!;
+      within -= (sum * sum) / used[block]!;
+      x[row + block] = sum / used[block]!;
+      mean += sum / stepsUsed;
+    }
+    window[expert] = (window[expert]! * devices) / total;
+    squares += within;
+    poissonSum += mean;
+    for (let block = 0; block < recent; block++)
+      if (used[block]! > 0) between += weights[block]! * (x[row + block]! - mean) ** 2;
+  }
+  const dispersion = degrees > 0 ? Math.max(0.25, squares / degrees / (poissonSum * poissonRate)) : 1;
+  const expected =
+    blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
+  const kept = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
+  if (kept > 0 && blocksUsed === recent) recencyWeights(x, experts, blocks, recent, weights);
+  const mean = new Float64Array(experts);
+  for (let expert = 0; expert < experts; expert++) {
+    const row = expert * blocks;
+    let centre = 0;
+    for (let block = 0; block < recent; block++) centre += weights[block]! * x[row + block]!;
+    for (let block = 0; block < recent; block++) x[row + block] = centre + kept * (x[row + block]! - centre);
+    noise[expert] = centre * poissonRate * dispersion;
+    mean[expert] = centre;
+  }
+
+  let uncertainty = 0;
+  for (let block = 0; block < recent; block++)
+    if (used[block]! > 0) uncertainty += weights[block]! ** 2 / used[block]!;
+
+  // Earlier windows as further scenarios, all windows shrunk towards their mean by what noise explains
+  let pastWeight = 0;
+  for (const [index, { totals, weight }] of past.entries()) {
+    let sum = 0;
+    for (let expert = 0; expert < experts; expert++) sum += totals[layer * experts + expert]!;
+    const block = recent + index;
+    weights[block] = sum > 0 ? weight : 0;
+    pastWeight += weights[block]!;
+    for (let expert = 0; expert < experts; expert++)
+      x[expert * blocks + block] =
+        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
+  }
+  if (pastWeight > 0) {
+    for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
+    let apart = 0;
+    let byNoise = 0;
+    const pooled = new Float64Array(experts);
+    for (let expert = 0; expert < experts; expert++) {
+      const row = expert * blocks;
+      for (let block = recent; block < blocks; block++) {
+        pooled[expert]! += weights[block]! * x[row + block]!;
+        apart += weights[block]! * (x[row + block]! - mean[expert]!) ** 2;
+        byNoise += (weights[block]! * 2 * noise[expert]!) / stepsUsed;
+      }
+      pooled[expert]! += mean[expert]! / (1 + pastWeight);
+    }
+    const real = apart > 0 ? Math.max(0, 1 - byNoise / apart) : 0;
+    for (let expert = 0; expert < experts; expert++) {
+      const row = expert * blocks;
+      const shift = (1 - real) * (pooled[expert]! - mean[expert]!);
+      for (let block = 0; block < recent; block++) x[row + block]! += shift;
+      for (let block = recent; block < blocks; block++)
+        x[row + block] = pooled[expert]! + real * (x[row + block]! - pooled[expert]!);
+      mean[expert] = pooled[expert]!;
+    }
+  }
+  return {
+    experts,
+    blocks,
+    loads: x,
+    weights,
+    mean,
+    window,
+    noise,
+    fine: false,
+    structure: kept,
+    uncertainty,
+  };
+}
+
+/** A decay is taken only if its error is this part of the next slower one's: bursts that end look like drift. */
+const recencyMargin = 0.85;
+
+/** Decays per block that are tried: from 'all blocks alike' to 'mostly the last few'. */
+const decays = [1, 0.8, 0.6];
+
+/**
+ * Weights of the recent blocks: the exponential decay whose weighted mean of the blocks so far best predicts the mean
+ * of the rest, over all cuts of this window. Without trend that is the plain mean.
+ */
+function recencyWeights(
+  x: Float64Array,
+  experts: number,
+  blocks: number,
+  recent: number,
+  weights: Float64Array,
+): void {
+  let best = 1;
+  let least = Number.POSITIVE_INFINITY;
+  for (const decay of decays) {
+    let error = 0;
+    for (let expert = 0; expert < experts; expert++) {
+      const row = expert * blocks;
+      let rest = 0;
+      for (let block = 0; block < recent; block++) rest += x[row + block]!;
+      let seen = 0;
+      let norm = 0;
+      for (let block = 0; block + 1 < recent; block++) {
+        const value = x[row + block]!;
+        seen = seen * decay + value;
+        norm = norm * decay + 1;
+        rest -= value;
+        if (block >= 1) error += (seen / norm - rest / (recent - 1 - block)) ** 2;
+      }
+    }
+    if (error < least * recencyMargin) {
+      least = error;
+      best = decay;
+    }
+  }
+  let sum = 0;
+  for (let block = 0; block < recent; block++) {
+    weights[block] = best ** (recent - 1 - block);
+    sum += weights[block]!;
+  }
+  for (let block = 0; block < recent; block++) weights[block]! /= sum;
+}

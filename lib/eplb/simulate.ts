@@ -1,0 +1,123 @@
+// Replays a trace through policies, window by window: plan k sees window k and its own previous placement, and is
+// judged on the window it saw (same) and on the one that follows (next). This is how every figure about planners in
+// this project is measured; the even split over replicas applies throughout.
+import { MoeError } from '../errors.js';
+import type { Placement } from '../placement/placement.js';
+import type { Loads } from './loads.js';
+import { stepPar, windowPar } from './metrics.js';
+import { type Plan, type PlanRequest, planSync } from './plan.js';
+
+export interface SimulateOptions extends Omit<PlanRequest, 'loads' | 'policy' | 'memory'> {
+  policies: readonly string[];
+  /** Steps per window. */
+  window: number;
+  /** How a plan is made; default on the calling thread. */
+  planner?: (request: PlanRequest) => Plan | Promise<Plan>;
+  /**
+   * True: maxMoves and maxMovesPerLayer bind the first plan too. Default false: the first plan starts from the layout
+   * the model was loaded with, before any traffic has to wait for moves.
+   */
+  budgetFirst?: boolean;
+  onPlan?: (policy: string, plan: number, plans: number) => void;
+  signal?: AbortSignal;
+}
+
+export interface PolicyFigures {
+  name: string;
+  /** PAR of window sums, mean over layers and plans: on the window planned on, and on the following one. */
+  parSame: number;
+  parNext: number;
+  /** Mean over steps of the PAR of each step. */
+  parStepSame: number;
+  parStepNext: number;
+  /** Mean of the later plans (of the first, if it is the only one). */
+  moves: number;
+  layersTouched: number;
+  ms: number;
+  /** The first plan, which starts from the layout the model was loaded with. */
+  movesFirst: number;
+  msFirst: number;
+  movesTotal: number;
+  plans: number;
+  /** Step PAR of each following window, in order: the PAR over time. */
+  parStepNextByWindow: number[];
+  movesByPlan: number[];
+}
+
+const mean = (values: readonly number[]): number =>
+  values.length === 0 ? Number.NaN : values.reduce((sum, value) => sum + value, 0) / values.length;
+
+/**
+ * Figures of every policy on a trace. Plans are made after every window that has a successor. Throws
+ * ERR_MOE_INVALID_ARG if the trace has fewer than two windows, ERR_MOE_ABORTED on abort.
+ */
+export async function simulate(trace: Loads, options: SimulateOptions): Promise<PolicyFigures[]> {
+  const { policies, window, planner = planSync, onPlan, signal, budgetFirst = false, ...rest } = options;
+  const windows = windowsOf(trace, window);
+  const figures: PolicyFigures[] = [];
+  for (const name of policies) {
+    let current: readonly Placement[] | undefined = rest.current;
+    let memory: unknown;
+    const same: number[] = [];
+    const next: number[] = [];
+    const stepSame: number[] = [];
+    const stepNext: number[] = [];
+    const plans: Plan[] = [];
+    for (let index = 0; index + 1 < windows.length; index++) {
+      if (signal?.aborted)
+        throw new MoeError('ERR_MOE_ABORTED', `cancelled after ${index} plans of ${name}`, {
+          op: 'simulate',
+          cause: signal.reason,
+        });
+      const request: PlanRequest = {
+        ...rest,
+        loads: windows[index]!,
+        policy: name,
+        ...(current === undefined ? {} : { current }),
+        ...(memory === undefined ? {} : { memory }),
+      };
+      if (index === 0 && rest.current === undefined && !budgetFirst) {
+        // The first plan is made before serving starts
+        delete request.maxMoves;
+        delete request.maxMovesPerLayer;
+      }
+      const plan = await planner(request);
+      current = plan.placements;
+      memory = plan.memory;
+      plans.push(plan);
+      same.push(plan.par.after.mean);
+      stepSame.push(plan.parStep.after.mean);
+      next.push(windowPar(windows[index + 1]!, current).mean);
+      stepNext.push(stepPar(windows[index + 1]!, current).mean);
+      onPlan?.(name, index + 1, windows.length - 1);
+    }
+    const later = plans.length > 1 ? plans.slice(1) : plans;
+    figures.push({
+      name,
+      parSame: mean(same),
+      parNext: mean(next),
+      parStepSame: mean(stepSame),
+      parStepNext: mean(stepNext),
+      moves: mean(later.map((plan) => plan.moves)),
+      layersTouched: mean(later.map((plan) => plan.layersTouched)),
+      ms: mean(later.map((plan) => plan.ms)),
+      movesFirst: plans[0]!.moves,
+      msFirst: plans[0]!.ms,
+      movesTotal: plans.reduce((sum, plan) => sum + plan.moves, 0),
+      plans: plans.length,
+      parStepNextByWindow: stepNext,
+      movesByPlan: plans.map((plan) => plan.moves),
+    });
+  }
+  return figures;
+}
+
+function windowsOf(trace: Loads, window: number): Loads[] {
+  if (!Number.isInteger(window) || window < 1 || Math.floor(trace.steps / window) < 2)
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected a window of at most ${Math.floor(trace.steps / 2)} steps (two windows of the trace's ${trace.steps} steps) but received ${window}`,
+      { op: 'simulate', arg: 'window' },
+    );
+  return trace.windows(window);
+}

@@ -1,0 +1,207 @@
+// The vega-lite pictures of the reports. Each takes plain rows and returns a specification with its data inside;
+// colours follow one rule: blue for how it was or is, orange for what the plan makes of it.
+import type { TopLevelSpec } from 'vega-lite';
+
+const schema = 'https://vega.github.io/schema/vega-lite/v6.json';
+const before = '#4c78a8';
+const after = '#f58518';
+
+const base = (width: number, height: number) =>
+  ({
+    $schema: schema,
+    width,
+    height,
+    autosize: { type: 'pad' as const },
+    config: {
+      view: { stroke: null },
+      font: 'sans-serif',
+      aria: false,
+      axis: { labelFontSize: 11, titleFontSize: 12 },
+    },
+  }) as const;
+
+export interface HeatCell {
+  layer: number;
+  /** Expert or device, by the picture. */
+  column: number;
+  /** Load over the layer's mean. */
+  load: number;
+}
+
+/** Load over the layer's mean, one cell per layer and expert (or device). */
+export function heatPicture(
+  cells: readonly HeatCell[],
+  columnTitle: string,
+  layers: number,
+  columns: number,
+  limit: number,
+): TopLevelSpec {
+  return {
+    ...base(Math.max(240, Math.min(900, columns * 14)), Math.max(80, Math.min(600, layers * 10))),
+    data: { values: cells.map(({ layer, column, load }) => ({ layer, column, load })) },
+    mark: { type: 'rect' },
+    encoding: {
+      x: {
+        field: 'column',
+        type: 'ordinal',
+        title: columnTitle,
+        axis: { labelOverlap: true, labelAngle: 0, ticks: false },
+      },
+      y: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, ticks: false } },
+      color: {
+        field: 'load',
+        type: 'quantitative',
+        title: 'load / mean',
+        scale: {
+          domain: [0, 1, limit],
+          range: ['#2166ac', '#f7f7f7', '#b2182b'],
+          type: 'linear',
+          clamp: true,
+        },
+      },
+    },
+  } as TopLevelSpec;
+}
+
+export interface DeviceLoad {
+  layer: number;
+  device: number;
+  when: 'before' | 'after';
+  load: number;
+}
+
+/** Device load over the mean by layer, before and after, side by side on one colour scale. */
+export function deviceLoadPicture(
+  loads: readonly DeviceLoad[],
+  layers: number,
+  devices: number,
+): TopLevelSpec {
+  const limit = Math.max(1.2, ...loads.map(({ load }) => load));
+  const { width, height, ...rest } = base(
+    Math.max(140, Math.min(430, devices * 12)),
+    Math.max(80, Math.min(600, layers * 10)),
+  );
+  return {
+    ...rest,
+    data: { values: loads.map((row) => ({ ...row })) },
+    facet: {
+      column: {
+        field: 'when',
+        type: 'nominal',
+        sort: ['before', 'after'],
+        title: null,
+        header: { labelFontSize: 13 },
+      },
+    },
+    spec: {
+      width,
+      height,
+      mark: { type: 'rect' },
+      encoding: {
+        x: {
+          field: 'device',
+          type: 'ordinal',
+          title: 'device',
+          axis: { labelOverlap: true, labelAngle: 0, ticks: false },
+        },
+        y: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, ticks: false } },
+        color: {
+          field: 'load',
+          type: 'quantitative',
+          title: 'load / mean',
+          scale: {
+            domain: [0, 1, limit],
+            range: ['#2166ac', '#f7f7f7', '#b2182b'],
+            type: 'linear',
+            clamp: true,
+          },
+        },
+      },
+    },
+  } as TopLevelSpec;
+}
+
+/** PAR of every layer, before and after. */
+export function parByLayerPicture(
+  rows: readonly { layer: number; when: 'before' | 'after'; par: number }[],
+): TopLevelSpec {
+  return {
+    ...base(760, 220),
+    data: { values: rows.map((row) => ({ ...row })) },
+    mark: { type: 'line', point: { size: 22 }, interpolate: 'linear' },
+    encoding: {
+      x: { field: 'layer', type: 'quantitative', title: 'layer', axis: { tickMinStep: 1, format: 'd' } },
+      y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
+      color: {
+        field: 'when',
+        type: 'nominal',
+        title: null,
+        scale: { domain: ['before', 'after'], range: [before, after] },
+      },
+    },
+  } as TopLevelSpec;
+}
+
+/** Experts moved, by layer. */
+export function movesPicture(moves: readonly number[]): TopLevelSpec {
+  return {
+    ...base(760, 160),
+    data: { values: moves.map((count, layer) => ({ layer, count })) },
+    mark: { type: 'bar', color: after },
+    encoding: {
+      x: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, labelAngle: 0 } },
+      y: { field: 'count', type: 'quantitative', title: 'experts moved', axis: { tickMinStep: 1 } },
+    },
+  } as TopLevelSpec;
+}
+
+/** PAR over windows or steps, one line for each policy. */
+export function parOverTimePicture(
+  rows: readonly { policy: string; window: number; par: number }[],
+  order: readonly string[],
+  unit: 'window' | 'step',
+): TopLevelSpec {
+  return {
+    ...base(760, 320),
+    data: { values: rows.map((row) => ({ ...row })) },
+    mark: { type: 'line', ...(rows.length > 150 ? { strokeWidth: 1.5 } : { point: { size: 30 } }) },
+    encoding: {
+      x: { field: 'window', type: 'quantitative', title: unit, axis: { tickMinStep: 1, format: 'd' } },
+      y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
+      color: { field: 'policy', type: 'nominal', title: null, sort: [...order] },
+    },
+  } as TopLevelSpec;
+}
+
+/** Quality against cost: moves per plan and PAR of the next window's steps, one point per policy. */
+export function costPicture(
+  rows: readonly { policy: string; moves: number; par: number }[],
+  order: readonly string[],
+): TopLevelSpec {
+  return {
+    ...base(760, 300),
+    data: { values: rows.map((row) => ({ ...row })) },
+    layer: [
+      { mark: { type: 'point', size: 80, filled: true } },
+      {
+        mark: { type: 'text', dy: -12, fontSize: 12 },
+        encoding: { text: { field: 'policy', type: 'nominal' } },
+      },
+    ],
+    encoding: {
+      x: {
+        field: 'moves',
+        type: 'quantitative',
+        title: 'experts moved per plan',
+        scale: { nice: true, padding: 40 },
+      },
+      y: {
+        field: 'par',
+        type: 'quantitative',
+        title: 'PAR of next steps',
+        scale: { zero: false, padding: 24 },
+      },
+      color: { field: 'policy', type: 'nominal', sort: [...order], legend: null },
+    },
+  } as TopLevelSpec;
+}

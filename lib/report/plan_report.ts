@@ -1,0 +1,154 @@
+// The report of one plan: what the load looks like, what the devices carry before and after, and what it costs.
+import type { Loads } from '../eplb/loads.js';
+import { deviceLoads, parByStep } from '../eplb/metrics.js';
+import { type Plan, startPlacements } from '../eplb/plan.js';
+import { transferSchedule } from '../eplb/transfer.js';
+import type { Placement } from '../placement/placement.js';
+import {
+  type DeviceLoad,
+  deviceLoadPicture,
+  type HeatCell,
+  heatPicture,
+  movesPicture,
+  parByLayerPicture,
+  parOverTimePicture,
+} from './pictures.js';
+import type { Report } from './report.js';
+
+export interface PlanReportInput {
+  loads: Loads;
+  plan: Plan;
+  /** The placements before; default the layout the model starts with. */
+  current?: readonly Placement[] | undefined;
+  /** What other policies plan for the same loads, to be drawn beside this plan over time. */
+  others?: readonly Plan[];
+  /** What was planned, for the title: usually the file of the loads. */
+  title: string;
+}
+
+const overMean = (values: ArrayLike<number>): number[] => {
+  const list = Array.from(values);
+  const mean = list.reduce((sum, value) => sum + value, 0) / list.length;
+  return list.map((value) => (mean > 0 ? Math.round((value / mean) * 1000) / 1000 : 0));
+};
+
+const mostPoints = 200;
+
+/** At most `mostPoints` values: means of groups of neighbours. */
+const grouped = (values: Float64Array): number[] => {
+  const points = Math.min(mostPoints, values.length);
+  return Array.from({ length: points }, (_, point) => {
+    const part = values.subarray(
+      Math.floor((point * values.length) / points),
+      Math.floor(((point + 1) * values.length) / points),
+    );
+    return part.reduce((sum, value) => sum + value, 0) / part.length;
+  });
+};
+
+/** Builds the report. */
+export function planReport({ loads, plan, current, others = [], title }: PlanReportInput): Report {
+  const { devices, slots, experts } = plan.placements[0]!;
+  const from = current ?? startPlacements(loads.layers, experts, devices, slots);
+  const heat: HeatCell[] = [];
+  const devicesBefore: DeviceLoad[] = [];
+  const parRows: { layer: number; when: 'before' | 'after'; par: number }[] = [];
+  let rounds = 0;
+  let busiest = 0;
+  for (let layer = 0; layer < loads.layers; layer++) {
+    const total = loads.total(layer);
+    for (const [column, load] of overMean(total).entries()) heat.push({ layer, column, load });
+    for (const [when, placement] of [
+      ['before', from[layer]!],
+      ['after', plan.placements[layer]!],
+    ] as const) {
+      for (const [device, load] of overMean(deviceLoads(placement, total)).entries())
+        devicesBefore.push({ layer, device, when, load });
+      parRows.push({ layer, when, par: plan.par[when].layers[layer]! });
+    }
+    const sends = new Map<number, number>();
+    for (const { round, from: sender } of transferSchedule(from[layer]!, plan.placements[layer]!)) {
+      rounds = Math.max(rounds, round + 1);
+      sends.set(sender, (sends.get(sender) ?? 0) + 1);
+      busiest = Math.max(busiest, sends.get(sender)!);
+    }
+  }
+  const series = [
+    { name: 'before', placements: from },
+    ...[plan, ...others].map(({ policy, placements }) => ({ name: policy, placements })),
+  ];
+  const limit = Math.max(
+    2,
+    Math.min(
+      8,
+      heat.reduce((most, { load }) => Math.max(most, load), 0),
+    ),
+  );
+  const change = (figures: { before: { mean: number }; after: { mean: number } }): string =>
+    `${figures.before.mean.toFixed(4)} → ${figures.after.mean.toFixed(4)}`;
+  return {
+    title: `Expert placement plan: ${title}`,
+    summary: [
+      ['policy', plan.policy],
+      [
+        'shape',
+        `${loads.layers} layers, ${experts} experts on ${devices} devices × ${slots} slots; ${loads.steps} steps of load`,
+      ],
+      ['PAR of the window, mean over layers', change(plan.par)],
+      [
+        'PAR of the window, worst layer',
+        `${plan.par.before.max.toFixed(4)} → ${plan.par.after.max.toFixed(4)}`,
+      ],
+      ['PAR of the steps, mean', change(plan.parStep)],
+      ['experts moved', `${plan.moves} in ${plan.layersTouched} layers`],
+      ['transfers', `at most ${busiest} sent by a device and ${rounds} rounds in a layer`],
+      ['planning time', `${plan.ms.toFixed(1)} ms`],
+    ],
+    pictures: [
+      {
+        heading: 'Heat of experts by layer',
+        caption:
+          'Load of every expert over the mean of its layer. Red experts are hot; a red column means the same id is hot in many layers.',
+        spec: heatPicture(heat, 'expert', loads.layers, loads.experts, limit),
+      },
+      {
+        heading: 'Device load, before and after',
+        caption:
+          'Load of every device over the mean of the layer, tokens split evenly over replicas. White is balanced.',
+        spec: deviceLoadPicture(devicesBefore, loads.layers, devices),
+      },
+      {
+        heading: 'Peak over average by layer',
+        caption: 'PAR of the whole window. 1 is perfect balance.',
+        spec: parByLayerPicture(parRows),
+      },
+      {
+        heading: 'PAR over time',
+        caption: `Mean PAR over layers of every step${loads.steps > mostPoints ? ', averaged in groups' : ''}: as it was, and under what each policy plans for these loads.`,
+        spec: parOverTimePicture(
+          series.flatMap(({ name, placements }) =>
+            grouped(parByStep(loads, placements)).map((par, index) => ({ policy: name, window: index, par })),
+          ),
+          series.map(({ name }) => name),
+          'step',
+        ),
+      },
+      {
+        heading: 'Moves by layer',
+        caption: 'Expert weights that devices must receive.',
+        spec: movesPicture(Array.from(plan.movesPerLayer)),
+      },
+    ],
+    table: [
+      ['layer', 'PAR before', 'PAR after', 'steps before', 'steps after', 'moves'],
+      ...Array.from({ length: loads.layers }, (_, layer) => [
+        String(layer),
+        plan.par.before.layers[layer]!.toFixed(4),
+        plan.par.after.layers[layer]!.toFixed(4),
+        plan.parStep.before.layers[layer]!.toFixed(4),
+        plan.parStep.after.layers[layer]!.toFixed(4),
+        String(plan.movesPerLayer[layer]),
+      ]),
+    ],
+  };
+}

@@ -1,0 +1,58 @@
+// Writes a report in the form its file name asks for.
+import { writeFile } from 'node:fs/promises';
+import { extname } from 'node:path';
+import { MoeError } from '../errors.js';
+import { renderHtml } from './html.js';
+import type { Report } from './report.js';
+import { escapeMarkup, renderSvg } from './svg.js';
+
+const margin = 16;
+const headingHeight = 34;
+
+/** All pictures in one SVG, one below the other, each under its heading. */
+export async function renderReportSvg(report: Report): Promise<string> {
+  const parts: string[] = [];
+  let top = margin;
+  let width = 0;
+  for (const { heading, spec } of report.pictures) {
+    const svg = await renderSvg(spec);
+    const size = /<svg[^>]*?\swidth="([\d.]+)"[^>]*?\sheight="([\d.]+)"/.exec(svg);
+    if (size === null)
+      throw new MoeError('ERR_MOE_INTERNAL', 'expected the picture to state its width and height', {
+        op: 'report',
+      });
+    parts.push(
+      `<text x="${margin}" y="${top + 20}" font-family="sans-serif" font-size="16" font-weight="bold">${escapeMarkup(heading)}</text>`,
+    );
+    parts.push(svg.replace('<svg ', `<svg x="${margin}" y="${top + headingHeight}" `));
+    width = Math.max(width, Number(size[1]) + 2 * margin);
+    top += headingHeight + Number(size[2]) + margin;
+  }
+  return `<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="${width}" height="${top}" viewBox="0 0 ${width} ${top}">
+<title>${escapeMarkup(report.title)}</title>
+<rect width="100%" height="100%" fill="#fff"/>
+${parts.join('\n')}
+</svg>
+`;
+}
+
+/** Writes .html (one self-contained page) or .svg. Throws ERR_MOE_INVALID_ARG for other names, ERR_MOE_CHECKPOINT if it cannot be written. */
+export async function writeReport(file: string, report: Report): Promise<void> {
+  const extension = extname(file).toLowerCase();
+  if (extension !== '.html' && extension !== '.svg')
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected a report file ending in .html or .svg but received ${file}`,
+      { op: 'report', arg: 'file' },
+    );
+  const text = extension === '.html' ? await renderHtml(report) : await renderReportSvg(report);
+  try {
+    await writeFile(file, text);
+  } catch (cause) {
+    throw new MoeError('ERR_MOE_CHECKPOINT', `${file}: cannot be written (${(cause as Error).message})`, {
+      op: 'report',
+      arg: 'file',
+      cause,
+    });
+  }
+}

@@ -1,0 +1,70 @@
+// The report of a simulation: PAR over time and quality against moves of every policy.
+import type { PolicyFigures } from '../eplb/simulate.js';
+import { costPicture, parOverTimePicture } from './pictures.js';
+import type { Report } from './report.js';
+
+export interface SimulationReportInput {
+  figures: readonly PolicyFigures[];
+  title: string;
+}
+
+/** Builds the report. */
+export function simulationReport({ figures, title }: SimulationReportInput): Report {
+  const names = figures.map(({ name }) => name);
+  const best = figures.reduce((chosen, row) => (row.parStepNext < chosen.parStepNext ? row : chosen));
+  return {
+    title: `Expert placement planners: ${title}`,
+    summary: [
+      ['policies', names.join(', ')],
+      ['plans of each', String(figures[0]!.plans)],
+      ['lowest PAR of next steps', `${best.name}, ${best.parStepNext.toFixed(4)}`],
+    ],
+    pictures: [
+      {
+        heading: 'PAR over time',
+        caption:
+          'Mean PAR of the steps of each window under the placement planned from the windows before it.',
+        spec: parOverTimePicture(
+          figures.flatMap(({ name, parStepNextByWindow }) =>
+            parStepNextByWindow.map((par, index) => ({ policy: name, window: index + 1, par })),
+          ),
+          names,
+          'window',
+        ),
+      },
+      {
+        heading: 'Quality against moves',
+        caption:
+          'PAR of the next steps over experts moved per plan (after the first). Down and left is better.',
+        spec: costPicture(
+          figures.map(({ name, moves, parStepNext }) => ({ policy: name, moves, par: parStepNext })),
+          names,
+        ),
+      },
+    ],
+    table: [
+      [
+        'policy',
+        'same',
+        'next',
+        'same, steps',
+        'next, steps',
+        'moves, first plan',
+        'moves, later',
+        'layers',
+        'ms',
+      ],
+      ...figures.map((row) => [
+        row.name,
+        row.parSame.toFixed(4),
+        row.parNext.toFixed(4),
+        row.parStepSame.toFixed(4),
+        row.parStepNext.toFixed(4),
+        String(row.movesFirst),
+        row.moves.toFixed(0),
+        row.layersTouched.toFixed(1),
+        row.ms.toFixed(1),
+      ]),
+    ],
+  };
+}

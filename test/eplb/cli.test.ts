@@ -1,0 +1,307 @@
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join, resolve } from 'node:path';
+import { pathToFileURL } from 'node:url';
+import { Command } from 'commander';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
+import { formatNpy } from '../../lib/eplb/npy.js';
+import { policies } from '../../lib/eplb/registry.js';
+import { generateTrace } from '../../lib/eplb/trace.js';
+import { buildLibrary } from '../cases/loads_build.js';
+
+let folder: string;
+let register: ((program: Command) => void)[];
+const file = (name: string) => join(folder, name);
+
+beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'moe-cli-'));
+  const built = await buildLibrary('cli');
+  const load = (name: string) => import(pathToFileURL(resolve(built, 'cli', name)).href);
+  register = [(await load('plan.js')).registerPlan, (await load('simulate.js')).registerSimulate];
+  const trace = generateTrace({
+    kind: 'drifting',
+    steps: 24,
+    layers: 3,
+    experts: 32,
+    seed: 3,
+    driftSteps: 30,
+  });
+  await writeFile(file('trace.npy'), formatNpy([24, 3, 32], trace.counts));
+  await writeFile(
+    file('window.json'),
+    JSON.stringify([0, 1, 2].map((layer) => [...trace.window(0, 12).total(layer)])),
+  );
+}, 60_000);
+afterAll(() => rm(folder, { recursive: true }));
+
+/** Runs the command line as the main program would: exit code, what it printed, and the error's message. */
+const run = async (...args: string[]) => {
+  const program = new Command('moe-kernels').exitOverride().configureOutput({ writeErr: () => {} });
+  for (const add of register) add(program);
+  for (const command of program.commands) command.exitOverride().configureOutput({ writeErr: () => {} });
+  let out = '';
+  const write = vi.spyOn(process.stdout, 'write').mockImplementation((text) => {
+    out += text;
+    return true;
+  });
+  try {
+    await program.parseAsync(args, { from: 'user' });
+    return { code: 0, out, message: '' };
+  } catch (error) {
+    return { code: 2, out, message: (error as Error).message };
+  } finally {
+    write.mockRestore();
+  }
+};
+
+const shape = ['--devices', '4', '--slots', '9'];
+
+describe('moe-kernels plan', () => {
+  it('prints the documented JSON and writes a map that it reads back', async () => {
+    const { out, code } = await run(
+      'plan',
+      '--loads',
+      file('window.json'),
+      ...shape,
+      '--out',
+      file('map.json'),
+      '--json',
+    );
+    expect(code).toBe(0);
+    const plan = JSON.parse(out);
+    expect(Object.keys(plan)).toEqual([
+      'policy',
+      'ms',
+      'layers',
+      'devices',
+      'slots',
+      'par',
+      'parStep',
+      'moves',
+      'layersTouched',
+      'placement',
+    ]);
+    expect(plan).toMatchObject({ policy: 'adaptive', layers: 3, devices: 4, slots: 9, layersTouched: 3 });
+    expect(plan.par.after).toBeLessThan(plan.par.before);
+    expect([plan.placement.length, plan.placement[0].length, plan.placement[0][0].length]).toEqual([3, 4, 9]);
+    const map = JSON.parse(await readFile(file('map.json'), 'utf8'));
+    expect(
+      map.layer_list.map((layer: { device_list: { device_expert: number[] }[] }) =>
+        layer.device_list.map(({ device_expert }) => device_expert),
+      ),
+    ).toEqual(plan.placement);
+    const again = JSON.parse(
+      (await run('plan', '--loads', file('window.json'), ...shape, '--current', file('map.json'), '--json'))
+        .out,
+    );
+    expect(again.moves).toBe(0);
+  });
+
+  it('states bytes and writes who sends what to whom', async () => {
+    const { out } = await run(
+      'plan',
+      '--loads',
+      file('window.json'),
+      ...shape,
+      '--transfers',
+      file('transfers.json'),
+      '--expert-bytes',
+      '1000',
+      '--json',
+    );
+    const plan = JSON.parse(out);
+    expect(plan.bytes).toBe(1000 * plan.moves);
+    const { layers } = JSON.parse(await readFile(file('transfers.json'), 'utf8'));
+    expect(
+      layers
+        .map((transfers: unknown[]) => transfers.length)
+        .reduce((sum: number, count: number) => sum + count, 0),
+    ).toBe(plan.moves);
+    expect(Object.keys(layers[0][0])).toEqual(['expert', 'from', 'fromSlot', 'to', 'toSlot', 'round']);
+  });
+
+  it('reads traces, top-k ids and counts per slot', async () => {
+    expect((await run('plan', '--loads', file('trace.npy'), ...shape, '--policy', 'greedy')).out).toMatch(
+      /^policy +greedy/,
+    );
+    const ids = Uint8Array.from({ length: 2 * 40 * 2 }, (_, index) => (index * 7 + (index >> 3)) % 6);
+    await writeFile(file('ids.npy'), formatNpy([2, 40, 2], ids));
+    const topk = await run(
+      'plan',
+      '--loads',
+      file('ids.npy'),
+      '--topk',
+      '--experts',
+      '6',
+      '--step-tokens',
+      '10',
+      '--devices',
+      '2',
+      '--slots',
+      '4',
+      '--json',
+    );
+    expect(JSON.parse(topk.out)).toMatchObject({ layers: 2, devices: 2 });
+    await run(
+      'plan',
+      '--loads',
+      file('window.json'),
+      ...shape,
+      '--out',
+      file('sglang.json'),
+      '--format',
+      'sglang',
+    );
+    await writeFile(
+      file('slots.json'),
+      JSON.stringify(
+        [0, 1, 2].map((layer) => Array.from({ length: 36 }, (_, slot) => 10 + slot * (layer + 1))),
+      ),
+    );
+    const physical = await run(
+      'plan',
+      '--loads',
+      file('slots.json'),
+      '--physical',
+      '--current',
+      file('sglang.json'),
+      ...shape,
+      '--max-moves',
+      '3',
+      '--json',
+    );
+    expect(physical.message).toBe('');
+    expect(JSON.parse(physical.out).moves).toBeLessThanOrEqual(3);
+    const shared = await run(
+      'plan',
+      '--loads',
+      file('window.json'),
+      '--devices',
+      '4',
+      '--slots',
+      '10',
+      '--shared',
+      '1',
+      '--shared-top-k',
+      '8',
+      '--json',
+    );
+    expect(new Set(JSON.parse(shared.out).placement[0].flat()).size).toBe(33);
+  });
+
+  it.each([
+    [['--loads', 'none.npy', '--devices', '4', '--slots', '9'], 'none.npy: cannot be read'],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '7'],
+      'at least 32 slots for 32 experts but received 4 devices x 7 slots',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', 'four', '--slots', '9'],
+      'expected --devices to be an integer >= 1 but received four',
+    ],
+    [['--loads', '@window.json', '--devices', '4'], "required option '--slots <n>' not specified"],
+    [
+      ['--loads', '@zero.json', '--devices', '4', '--slots', '9'],
+      'zero.json: layer 1: expected some load but received all zero',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--physical'],
+      'expected --current with --physical',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--topk'],
+      'expected --experts and --step-tokens',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--current', '@two.json'],
+      'two.json: expected 3 layers',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--report', 'x.pdf'],
+      'ending in .html or .svg but received x.pdf',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--policy', 'best'],
+      'policy to be one of adaptive',
+    ],
+  ])('refuses %j', async (args, message) => {
+    const zero = [
+      Array.from({ length: 32 }, (_, index) => index),
+      new Array(32).fill(0),
+      new Array(32).fill(1),
+    ];
+    await writeFile(file('zero.json'), JSON.stringify(zero));
+    await writeFile(
+      file('two.json'),
+      JSON.stringify([0, 1].map(() => Array.from({ length: 36 }, (_, slot) => slot % 32))),
+    );
+    const result = await run(
+      'plan',
+      ...args.map((arg) => (arg.startsWith('@') ? file(arg.slice(1)) : arg)),
+      '--out',
+      file('never.json'),
+    );
+    expect(result.code).toBe(2);
+    expect(result.message).toContain(message);
+    await expect(readFile(file('never.json'))).rejects.toThrow('ENOENT');
+  });
+});
+
+describe('moe-kernels simulate', () => {
+  it('prints the documented JSON for every policy', async () => {
+    const { out } = await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '8', '--json');
+    const { policies: rows } = JSON.parse(out) as { policies: Record<string, number | string>[] };
+    expect(rows.map((row) => row.name)).toEqual([...policies.keys()]);
+    for (const row of rows)
+      for (const field of [
+        'parSame',
+        'parNext',
+        'parStepSame',
+        'parStepNext',
+        'moves',
+        'layersTouched',
+        'ms',
+      ])
+        expect(typeof row[field], field).toBe('number');
+  });
+
+  it('prints a table, and what a server would have seen', async () => {
+    const { out } = await run(
+      'simulate',
+      '--trace',
+      file('trace.npy'),
+      ...shape,
+      '--window',
+      '8',
+      '--policies',
+      'adaptive,linear',
+      '--max-moves',
+      '6',
+      '--plan-steps',
+      '2',
+    );
+    const lines = out.trimEnd().split('\n');
+    expect(lines[0]).toMatch(/^policy +same +next +same_step +next_step +moves1 +moves +layers +ms +served$/);
+    expect(lines.slice(1).map((line) => line.split(' ')[0])).toEqual(['adaptive', 'linear']);
+  });
+
+  it('refuses unknown policies and windows without a successor', async () => {
+    expect(
+      (
+        await run(
+          'simulate',
+          '--trace',
+          file('trace.npy'),
+          ...shape,
+          '--window',
+          '8',
+          '--policies',
+          'adaptive,x',
+        )
+      ).message,
+    ).toContain('received x');
+    expect(
+      (await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '13')).message,
+    ).toContain('at most 12 steps');
+  });
+});

@@ -1,0 +1,251 @@
+import { describe, expect, it } from 'vitest';
+import { gatherHeat, groupCounts, RankHeat } from '../../lib/eplb/heat.js';
+import { parseLoads, readLoads } from '../../lib/eplb/load_file.js';
+import { Loads } from '../../lib/eplb/loads.js';
+import { formatNpy, parseNpy } from '../../lib/eplb/npy.js';
+import { Placement } from '../../lib/placement/placement.js';
+import { torchArchive } from '../cases/loads_torch.js';
+
+const text = (value: string) => new TextEncoder().encode(value);
+
+describe('Loads', () => {
+  it('takes nested arrays with or without steps', () => {
+    expect(
+      Loads.fromArrays([
+        [1, 2],
+        [3, 4],
+      ]),
+    ).toMatchObject({ steps: 1, layers: 2, experts: 2 });
+    const trace = Loads.fromArrays([[[1, 2]], [[3, 4]], [[5, 6]]]);
+    expect(trace).toMatchObject({ steps: 3, layers: 1, experts: 2 });
+    expect([...trace.total(0)]).toEqual([9, 12]);
+    expect([...trace.window(1, 2).total(0)]).toEqual([8, 10]);
+    expect(trace.windows(2).length).toBe(1);
+    expect(trace.episodes(0, 2)).toEqual({ blocks: 1, counts: Float64Array.of(8, 10) });
+  });
+
+  it.each([
+    [
+      [
+        [1, Number.NaN],
+        [3, 4],
+      ],
+      'layer 0: expected a finite count >= 0 for expert 1 in step 0 but received NaN',
+    ],
+    [
+      [
+        [1, 2],
+        [-3, 4],
+      ],
+      'layer 1: expected a finite count >= 0 for expert 0 in step 0 but received -3',
+    ],
+    [[[1, 2], [3]], 'layer 1: expected 2 experts (as in layer 0) in step 0 but received 1'],
+    [
+      [
+        [[1, 2]],
+        [
+          [3, 4],
+          [5, 6],
+        ],
+      ],
+      'step 1: expected 1 layers (as in step 0) but received 2',
+    ],
+    [
+      [
+        [1, null],
+        [3, 4],
+      ],
+      'layer 0: expected a count for expert 1 in step 0 but received null',
+    ],
+    [[1, 2], 'an empty or flat list'],
+  ])('refuses %j', (nested, message) => {
+    expect(() => Loads.fromArrays(nested)).toThrow(message);
+  });
+
+  it('counts top-k ids by step, without padding', () => {
+    const ids = [0, 1, 1, 2, -1, -1, 2, 0, /* layer 1 */ 2, 1, 0, 1, -1, -1, 0, 1];
+    const loads = Loads.fromTopk(ids, { layers: 2, tokens: 4, topK: 2 }, { experts: 3, stepTokens: 2 });
+    expect([...loads.counts]).toEqual([1, 2, 1, 1, 2, 1, 1, 0, 1, 1, 1, 0]);
+    const valid = Loads.fromTopk(
+      ids,
+      { layers: 2, tokens: 4, topK: 2 },
+      { experts: 3, stepTokens: 1, validTokens: 2 },
+    );
+    expect(valid.steps).toBe(2);
+    expect(() =>
+      Loads.fromTopk(ids, { layers: 2, tokens: 4, topK: 2 }, { experts: 2, stepTokens: 2 }),
+    ).toThrow('layer 0: expected expert ids in 0..1 or -1 but received 2 for token 1');
+  });
+
+  it('turns counts per slot into counts per expert and back to the same sums', () => {
+    const placement = Placement.fromRows([
+      [0, 1],
+      [2, 0],
+    ]);
+    const physical = new Loads({ steps: 2, layers: 1, experts: 4 }, [5, 1, 2, 7, 1, 0, 0, 1]);
+    const logical = Loads.fromPhysical(physical, [placement]);
+    expect([...logical.counts]).toEqual([12, 1, 2, 2, 0, 0]);
+    expect(() => Loads.fromPhysical(physical, [Placement.fromRows([[0], [1]])])).toThrow(
+      'layer 0: expected counts of 2 slots but received 4',
+    );
+  });
+
+  it('adds shared experts that every token chooses', () => {
+    expect([...new Loads({ steps: 1, layers: 1, experts: 3 }, [4, 8, 4]).withShared(2, 8).counts]).toEqual([
+      4, 8, 4, 2, 2,
+    ]);
+  });
+});
+
+describe('heat', () => {
+  it('reads cumulative and counted group lists alike', () => {
+    expect([...groupCounts([2, 2, 7, 9], 'cumulative')]).toEqual([2, 0, 5, 2]);
+    expect([...groupCounts([2, 0, 5, 2], 'counts')]).toEqual([2, 0, 5, 2]);
+    expect(() => groupCounts([3, 2], 'cumulative')).toThrow('slot 1 has -1 tokens');
+  });
+
+  it('keeps the last steps of a ring and never counts a row twice or a dummy step', () => {
+    const heat = new RankHeat(2, 3);
+    for (let step = 1; step <= 5; step++) heat.record([step, 0], 'counts');
+    heat.record([100, 100], 'counts', { dummy: true });
+    expect([...heat.stepCounts()]).toEqual([3, 0, 4, 0, 5, 0]);
+    expect([...heat.accumulated]).toEqual([15, 0]);
+    heat.clear();
+    expect([heat.steps, ...heat.accumulated]).toEqual([0, 0, 0]);
+  });
+
+  it('gathers ranks into [steps, layers, ranks x slots]', () => {
+    const rank = (base: number) =>
+      [0, 1].map((layer) => {
+        const heat = new RankHeat(2, 2);
+        heat.record([base, layer], 'counts');
+        heat.record([base + 1, base + layer + 2], 'cumulative');
+        return heat;
+      });
+    const loads = gatherHeat([rank(10), rank(20)]);
+    expect(loads).toMatchObject({ steps: 2, layers: 2, experts: 4 });
+    expect([...loads.at(0, 1)]).toEqual([10, 1, 20, 1]);
+    const uneven = rank(5);
+    uneven[1]!.record([1, 1], 'counts');
+    uneven[1]!.clear();
+    expect(() => gatherHeat([rank(10), uneven])).toThrow('layer 1: expected 2 steps of 2 slots on rank 1');
+  });
+});
+
+describe('load files', () => {
+  const shape = { steps: 2, layers: 2, experts: 3 };
+  const counts = Float64Array.from({ length: 12 }, (_, index) => index * 3);
+  const same = (loads: Loads) => {
+    expect(loads).toMatchObject(shape);
+    expect([...loads.counts]).toEqual([...counts]);
+  };
+
+  it('reads npy of every layout', () => {
+    same(parseLoads(formatNpy([2, 2, 3], counts), 'a.npy'));
+    same(parseLoads(formatNpy([2, 2, 3], Int32Array.from(counts)), 'a.npy'));
+    same(parseLoads(formatNpy([2, 2, 3], Uint8Array.from(counts)), 'a.npy'));
+    const header = (descr: string, order: string, dims: string) => {
+      const dict = `{'descr': '${descr}', 'fortran_order': ${order}, 'shape': (${dims}), }`
+        .padEnd(117)
+        .concat('\n');
+      return Uint8Array.from([0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59, 1, 0, dict.length, 0, ...text(dict)]);
+    };
+    const file = (head: Uint8Array, data: Uint8Array) => Uint8Array.from([...head, ...data]);
+    const bigEndian = new DataView(new ArrayBuffer(12));
+    for (const [index, value] of [7, 8, 9].entries()) bigEndian.setInt32(4 * index, value);
+    expect([...parseNpy(file(header('>i4', 'False', '3,'), new Uint8Array(bigEndian.buffer))).data]).toEqual([
+      7, 8, 9,
+    ]);
+    expect([...parseNpy(file(header('|u1', 'True', '2, 3'), Uint8Array.of(1, 2, 3, 4, 5, 6))).data]).toEqual([
+      1, 3, 5, 2, 4, 6,
+    ]);
+    const long = new BigInt64Array([1n, 2n ** 40n]);
+    expect([...parseNpy(file(header('<i8', 'False', '2,'), new Uint8Array(long.buffer))).data]).toEqual([
+      1,
+      2 ** 40,
+    ]);
+    expect([...parseNpy(file(header('<f2', 'False', '2,'), Uint8Array.of(0, 0x3c, 0, 0xc0))).data]).toEqual([
+      1, -2,
+    ]);
+    expect(() => parseNpy(file(header('<i4', 'False', '3,'), Uint8Array.of(1, 2)), 'x.npy')).toThrow(
+      'x.npy: expected 12 bytes of data for shape [3] but received 2',
+    );
+    expect(() => parseNpy(file(header('<c8', 'False', '3,'), Uint8Array.of(1, 2)), 'x.npy')).toThrow('descr');
+    expect(() => parseLoads(formatNpy([12], counts), 'x.npy')).toThrow(
+      'expected shape [layers, experts] or [steps, layers, experts] but received shape [12]',
+    );
+  });
+
+  it('reads JSON, CSV and recorder dumps', () => {
+    const nested = [0, 1].map((step) =>
+      [0, 1].map((layer) => [0, 1, 2].map((expert) => counts[(step * 2 + layer) * 3 + expert]!)),
+    );
+    same(parseLoads(text(JSON.stringify(nested)), 'a.json'));
+    same(parseLoads(text(JSON.stringify({ logical_count: nested })), 'a.json'));
+    const lines = nested.flatMap((rows, step) =>
+      rows.flatMap((row, layer) => row.map((count, expert) => `${step},${layer},${expert},${count}`)),
+    );
+    same(parseLoads(text(['step,layer,expert,count', ...lines].join('\n')), 'a.csv'));
+    expect(parseLoads(text('1,2,3\n4,5,6\n'), 'a.csv')).toMatchObject({ steps: 1, layers: 2, experts: 3 });
+    same(parseLoads(torchArchive('logical_count', [2, 2, 3], counts), 'a.pt'));
+  });
+
+  it('reads top-k ids', () => {
+    const ids = Uint8Array.of(0, 1, 2, 0, 1, 1, 2, 2);
+    const loads = parseLoads(formatNpy([1, 4, 2], ids), 'ids.npy', { topk: { experts: 3, stepTokens: 2 } });
+    expect([...loads.counts]).toEqual([2, 1, 1, 0, 2, 2]);
+    expect(() =>
+      parseLoads(text('[[[0,1],[1]]]'), 'ids.json', { topk: { experts: 3, stepTokens: 1 } }),
+    ).toThrow('ids.json: layer 0: expected 2 tokens x 2 ids');
+  });
+
+  it.each([
+    [
+      'a.npy',
+      text('[[1,2]]'),
+      'a.npy: expected the content its name says (.npy) but received something else',
+    ],
+    [
+      'a.json',
+      formatNpy([2, 2, 3], counts),
+      'a.json: expected the content its name says (.json) but received a npy file',
+    ],
+    ['a.json', text('[[1,2'), 'a.json: expected JSON'],
+    [
+      'a.json',
+      text('{"counts": 3}'),
+      'a.json: expected nested lists of counts or an object with logical_count',
+    ],
+    ['a.json', text('[[1,2],[3,-4]]'), 'a.json: layer 1: expected a finite count >= 0 for expert 1'],
+    ['a.csv', text('1,2\n3,x'), "a.csv: line 2: expected a number in column 2 but received 'x'"],
+    [
+      'a.csv',
+      text('layer,expert,count\n0,0,1\n0,0,2'),
+      'a.csv: expected one line for each of 1 steps x 1 layers x 1 experts but received 2',
+    ],
+    [
+      'a.csv',
+      text('layer,expert,count\n0,0,1\n0,0,2\n1,1,2\n1,0,2'),
+      'a.csv: layer 0: expected one line for expert 0 in step 0 but received two',
+    ],
+    ['a.csv', text('layer,expert\n0,1'), 'a.csv: expected a column count in the header'],
+    [
+      'a.pt',
+      torchArchive('rank', [1], Float64Array.of(0)),
+      'a.pt: expected a recorder dump with logical_count but received rank',
+    ],
+    [
+      'a.pt',
+      torchArchive('logical_count', [2, 2, 3], counts).slice(0, 300),
+      'a.pt: expected a whole zip archive',
+    ],
+    ['a.bin', text('x'), 'a.bin: expected a name ending in .npy, .json, .csv or .pt'],
+  ])('refuses a bad %s (%#)', (file, bytes, message) => {
+    expect(() => parseLoads(bytes, file)).toThrow(message);
+    expect(() => parseLoads(bytes, file)).toThrow(expect.objectContaining({ code: 'ERR_MOE_CHECKPOINT' }));
+  });
+
+  it('says so when a file is not there', async () => {
+    await expect(readLoads('/nowhere/loads.npy')).rejects.toThrow('/nowhere/loads.npy: cannot be read');
+  });
+});

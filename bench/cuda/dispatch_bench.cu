@@ -147,7 +147,7 @@ void time_case(Timer& timer, int64_t T, int C, int experts, int block, int64_t H
   const double bytes = 4.0 * (2 * T * C + P + blocks + 2 * experts) + (H > 0 ? 2.0 * H * (T + P) : 0);
   const double floor = std::max(empty, bytes / copy * 1e-6);
   std::printf("dispatch %d experts %d columns block %-4d H %-5lld %7lld | floor %7.2f |", experts, C, block, static_cast<long long>(H), static_cast<long long>(T), floor);
-  for (int chain = 1; chain < 4; chain++) {
+  for (int chain = 0; chain < 4; chain++) {
     const char* path = "";
     const double us = timer.graph(rotations, [&](int i) {
       MoeDispatch d = p;

@@ -11,7 +11,7 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   const size_t bytes = dispatch::scratch_bytes(p, device.sm_count());
   if (bytes > 0) MOE_RETURN_IF_ERROR(device.scratch(bytes, &scratch));
   const char* path = "";
-  const auto chain = device.compute_capability() >= 90 ? dispatch::Chain::kOverlapped : dispatch::Chain::kPlain;
+  const auto chain = device.compute_capability() >= 90 ? dispatch::Chain::kDefault : dispatch::Chain::kPlain;
   MOE_CUDA_CHECK(dispatch::launch(p, device.sm_count(), scratch, device.stream(), &path, chain));
   backend.note_path("moe_dispatch", path);
   return Status::Ok();

@@ -37,6 +37,7 @@ struct Args {
   int32_t experts, first_expert, block_size;
   int32_t bits;   // of an expert, and of -1 apart from all experts
   int32_t shift;  // block_size = 1 << shift, or -1
+  bool staged;
 };
 
 __device__ int local_expert(const Args& a, int64_t choice) {
@@ -120,12 +121,13 @@ __device__ void sort_block(const Args& a, const Shared& s, int64_t first, int* e
 }
 
 // start[e] holds counts and becomes first places; returns the total. Every thread owns consecutive experts.
+template <bool Padded>
 __device__ uint32_t scan_experts(const Args& a, const Shared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int each = (a.experts + blockDim.x - 1) / blockDim.x;
   const int begin = min(static_cast<int>(threadIdx.x) * each, a.experts), end = min(begin + each, a.experts);
   uint32_t sum = 0;
-  for (int e = begin; e < end; e++) sum += padded(a, s.start[e]);
+  for (int e = begin; e < end; e++) sum += Padded ? padded(a, s.start[e]) : s.start[e];
   uint32_t inclusive = sum;
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -146,7 +148,7 @@ __device__ uint32_t scan_experts(const Args& a, const Shared& s) {
   for (int e = begin; e < end; e++) {
     const uint32_t count = s.start[e];
     s.start[e] = place;
-    place += padded(a, count);
+    place += Padded ? padded(a, count) : count;
   }
   __syncthreads();
   return total;
@@ -164,7 +166,8 @@ __device__ void write_expert(const Args& a, const Shared& s, int e, uint32_t tot
 }
 
 // Few choices: every block sorts all of them and writes its slice of `order`.
-__global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args a) {
+template <int MaxWarps>
+__global__ void __launch_bounds__(32 * MaxWarps, 1) sort_few(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint32_t memory[];
   __shared__ __align__(16) int32_t slice[kSlice];
   const int warps = blockDim.x / 32;
@@ -172,13 +175,13 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   const int32_t empty = static_cast<int32_t>(a.choices);
   for (int i = threadIdx.x; i < kSlice; i += blockDim.x) slice[i] = empty;
   int expert[1], place[1];
-  sort_block<1, 32>(a, s, 0, expert, place);
+  sort_block<1, MaxWarps>(a, s, 0, expert, place);
   for (int e = threadIdx.x; e < a.experts; e += blockDim.x) {
     s.start[e] = s.before[e];
     if (blockIdx.x == 0) a.counts[e] = static_cast<int32_t>(s.before[e]);
   }
   __syncthreads();
-  const uint32_t total = scan_experts(a, s);
+  const uint32_t total = scan_experts<true>(a, s);
   const int stride = (a.experts + 1) / 2 * 2;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSlice;
   const int choice = static_cast<int>(threadIdx.x);
@@ -229,38 +232,37 @@ __device__ void write_row(const Args& a, const Shared& s) {
 }
 
 // Adds up the rows: before[e] = choices of blocks before this one, start[e] = choices of all. A thread takes four
-// experts of every so many-th row, 16 rows in flight: one trip to the L2 cache is all that most batches need.
+// experts of every so many-th row, kFlight rows at once and added as pairs of 16 bits: one trip to the L2 cache is all
+// that most batches need.
+template <int Rounds, int Warps>
 __device__ void add_rows(const Args& a, const Shared& s) {
-  constexpr int kFlight = 16;
+  constexpr int kMost = 65535 / (32 * Rounds * Warps), kWanted = Warps > kManyWarps ? 8 : 16;
+  constexpr int kFlight = kMost < kWanted ? kMost : kWanted;
   const int columns = row_words(a.experts) / 2, threads = blockDim.x;
   for (int e = threadIdx.x; e < a.experts; e += threads) s.before[e] = s.start[e] = 0;
   __syncthreads();
   const int teams = max(1, threads / columns), team = min(static_cast<int>(threadIdx.x) / columns, teams);
-  const uint2* rows = reinterpret_cast<const uint2*>(a.rows);
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   for (int i = threadIdx.x - team * columns; team < teams && i < columns; i += threads) {
     uint32_t before[4] = {}, all[4] = {};
-    for (int base = team; base < static_cast<int>(gridDim.x); base += kFlight * teams) {
-      uint2 words[kFlight];
+    for (int base = team; base < blocks; base += kFlight * teams) {
+      const uint2* at = reinterpret_cast<const uint2*>(a.rows) + base * columns + i;
+      uint2 words[kFlight], sum = {}, sum_before = {};
 #pragma unroll
       for (int k = 0; k < kFlight; k++) {
-        const int row = base + k * teams;
-        words[k] = row < static_cast<int>(gridDim.x) ? __ldcg(rows + row * columns + i) : make_uint2(0, 0);
+        words[k] = base + k * teams < blocks ? __ldcg(at + k * teams * columns) : make_uint2(0, 0);
       }
 #pragma unroll
       for (int k = 0; k < kFlight; k++) {
-        if (base + k * teams >= static_cast<int>(blockIdx.x) && base + (k - 1) * teams < static_cast<int>(blockIdx.x)) {
-#pragma unroll
-          for (int e = 0; e < 4; e++) before[e] = all[e];
-        }
-        all[0] += words[k].x & 0xffffu;
-        all[1] += words[k].x >> 16;
-        all[2] += words[k].y & 0xffffu;
-        all[3] += words[k].y >> 16;
+        const bool earlier = base + k * teams < block;
+        sum.x += words[k].x;
+        sum.y += words[k].y;
+        sum_before.x += earlier ? words[k].x : 0;
+        sum_before.y += earlier ? words[k].y : 0;
       }
-      if (base + (kFlight - 1) * teams < static_cast<int>(blockIdx.x)) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) before[e] = all[e];
-      }
+      all[0] += sum.x & 0xffffu, all[1] += sum.x >> 16, all[2] += sum.y & 0xffffu, all[3] += sum.y >> 16;
+      before[0] += sum_before.x & 0xffffu, before[1] += sum_before.x >> 16;
+      before[2] += sum_before.y & 0xffffu, before[3] += sum_before.y >> 16;
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -272,24 +274,59 @@ __device__ void add_rows(const Args& a, const Shared& s) {
   __syncthreads();
 }
 
+// Where shared memory holds it, a block's choices are put in order there first: neighbours then write neighbours. A word
+// is an expert and the choice's number in the block.
+constexpr int kChoiceBits = 14;
+
+struct Staging {
+  uint32_t *local, *words;  // [experts]: first of each expert in `words`; null: no staging
+  uint32_t size;
+};
+
 template <int Rounds>
-__device__ void place_block(const Args& a, const Shared& s, int64_t first, const int* expert, const int* place) {
-  add_rows(a, s);
+__device__ Staging stage_block(const Args& a, const Shared& s, uint32_t* memory, const int* expert, const int* place) {
+  const int warp = threadIdx.x / 32, stride = (a.experts + 1) / 2 * 2;
+  Staging staging{memory, memory + a.experts, 0};
+  for (int e = threadIdx.x; e < a.experts; e += blockDim.x) s.start[e] = s.before[e];
+  __syncthreads();
+  staging.size = scan_experts<false>(a, s);
+  for (int e = threadIdx.x; e < a.experts; e += blockDim.x) staging.local[e] = s.start[e];
+#pragma unroll
+  for (int r = 0; r < Rounds; r++) {
+    if (expert[r] < 0) continue;
+    const uint32_t at = s.start[expert[r]] + s.counters[warp * stride + expert[r]] + place[r];
+    staging.words[at] = static_cast<uint32_t>(expert[r]) << kChoiceBits | ((warp * Rounds + r) * 32 + threadIdx.x % 32);
+  }
+  __syncthreads();
+  return staging;
+}
+
+template <int Rounds, int Warps>
+__device__ void place_block(const Args& a, const Shared& s, int64_t first, const int* expert, const int* place,
+                            const Staging& staging) {
+  add_rows<Rounds, Warps>(a, s);
   for (int e = blockIdx.x + gridDim.x * threadIdx.x; e < a.experts; e += gridDim.x * blockDim.x) {
     a.counts[e] = static_cast<int32_t>(s.start[e]);
   }
   __syncthreads();
-  const uint32_t total = scan_experts(a, s);
+  const uint32_t total = scan_experts<true>(a, s);
   const int stride = (a.experts + 1) / 2 * 2, warp = threadIdx.x / 32;
+  for (int e = threadIdx.x; e < a.experts; e += blockDim.x) s.before[e] += s.start[e];
+  __syncthreads();
 #pragma unroll
   for (int r = 0; r < Rounds; r++) {
     const int64_t choice = first + (warp * Rounds + r) * 32 + threadIdx.x % 32;
     int64_t at = -1;
     if (expert[r] >= 0) {
-      at = static_cast<int64_t>(s.start[expert[r]]) + s.before[expert[r]] + s.counters[warp * stride + expert[r]] + place[r];
-      if (at < a.places) a.order[at] = static_cast<int32_t>(choice);
+      at = static_cast<int64_t>(s.before[expert[r]]) + s.counters[warp * stride + expert[r]] + place[r];
+      if (staging.local == nullptr && at < a.places) a.order[at] = static_cast<int32_t>(choice);
     }
     if (choice < a.choices) a.inverse[choice] = static_cast<int32_t>(at);
+  }
+  for (uint32_t i = threadIdx.x; i < staging.size; i += blockDim.x) {
+    const uint32_t word = staging.words[i], e = word >> kChoiceBits;
+    const int64_t at = static_cast<int64_t>(s.before[e]) + (i - staging.local[e]);
+    if (at < a.places) a.order[at] = static_cast<int32_t>(first + (word & ((1u << kChoiceBits) - 1)));
   }
   const int warps = blockDim.x / 32;
   for (int e = static_cast<int>(blockIdx.x) * warps + warp; e < a.experts; e += static_cast<int>(gridDim.x) * warps) {
@@ -303,6 +340,8 @@ __device__ void place_block(const Args& a, const Shared& s, int64_t first, const
     }
   }
 }
+
+constexpr int kStagedRounds = 6;
 
 enum class Phase { kCount, kPlace, kPlaceOverlapped, kBoth };
 
@@ -320,11 +359,17 @@ __global__ void __launch_bounds__(32 * Warps, 32 / Warps) sort_many(const __grid
     write_row(a, s);
     fill_order(a);
   }
+  Staging staging{};
+  if (P != Phase::kCount && Rounds > 1 && Rounds <= kStagedRounds) {
+    __syncthreads();
+    uint32_t* memory_left = reinterpret_cast<uint32_t*>(s.counters) + blockDim.x / 32 * ((a.experts + 1) / 2);
+    if (a.staged) staging = stage_block<Rounds>(a, s, memory_left, expert, place);
+  }
   if (P == Phase::kBoth) cooperative_groups::this_grid().sync();
 #if __CUDA_ARCH__ >= 900
   if (P == Phase::kPlaceOverlapped) cudaGridDependencySynchronize();
 #endif
-  if (P != Phase::kCount) place_block<Rounds>(a, s, first, expert, place);
+  if (P != Phase::kCount) place_block<Rounds, Warps>(a, s, first, expert, place, staging);
 }
 
 // More experts than shared memory counts: one block, the order of the choices kept 1024 at a time.
@@ -471,8 +516,11 @@ cudaError_t run(Kernel kernel, const Args& args, const Shape& shape, int bytes, 
 }
 
 template <int Rounds, int Warps>
-cudaError_t run_many(const Args& a, const Shape& shape, Chain chain, cudaStream_t stream) {
-  const int bytes = shared_bytes(shape.warps, a.experts);
+cudaError_t run_many(Args a, const Shape& shape, Chain chain, cudaStream_t stream) {
+  const int plain = shared_bytes(shape.warps, a.experts);
+  const int with_staging = plain + 4 * (a.experts + 32 * shape.warps * Rounds);
+  a.staged = Rounds > 1 && Rounds <= kStagedRounds && with_staging <= 48 * 1024;
+  const int bytes = a.staged ? with_staging : plain;
   if (chain == Chain::kCooperative) {
     return run(sort_many<Rounds, Warps, Phase::kBoth>, a, shape, bytes, stream, cudaLaunchAttributeCooperative, true);
   }
@@ -549,10 +597,18 @@ cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t st
     // Fewer warps where choices are few: less to clear and to add up. At least eight share the slice.
     const int warps = std::max(8, static_cast<int>((a.choices + 31) / 32));
     const unsigned blocks = static_cast<unsigned>(std::max<int64_t>(1, (a.places + kSlice - 1) / kSlice));
-    sort_few<<<blocks, 32 * warps, shared_bytes(warps, a.experts), stream>>>(a);
+    const int bytes = shared_bytes(warps, a.experts);
+    if (warps <= 8) {
+      sort_few<8><<<blocks, 32 * warps, bytes, stream>>>(a);
+    } else {
+      sort_few<32><<<blocks, 32 * warps, bytes, stream>>>(a);
+    }
     error = cudaGetLastError();
   } else {
-    if (chain == Chain::kDefault || (chain == Chain::kCooperative && shape.blocks > (shape.warps > kManyWarps ? 1 : 2) * sms)) chain = Chain::kPlain;
+    // All blocks of a cooperative kernel run at once; two overlapping kernels are quicker while there are few blocks.
+    const bool together = shape.blocks <= (shape.warps > kManyWarps ? 1 : 2) * int64_t{sms};
+    if (chain == Chain::kDefault) chain = together && shape.rounds > 1 ? Chain::kCooperative : Chain::kOverlapped;
+    if (chain == Chain::kCooperative && !together) chain = Chain::kPlain;
     *path = chain == Chain::kCooperative ? "one cooperative kernel" : chain == Chain::kOverlapped ? "count and place, overlapped" : "count and place";
     error = shape.warps > kManyWarps ? run_rounds<2 * kManyWarps>(a, shape, chain, stream) : run_rounds<kManyWarps>(a, shape, chain, stream);
   }

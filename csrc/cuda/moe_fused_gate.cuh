@@ -24,6 +24,7 @@ struct Args {
   int64_t valid_host, T;
   int32_t E, K, shared, routed, zero, columns;
   int32_t groups, group_size, top_groups;
+  uint32_t group_magic;  // e * magic >> 20 is e / group_size
   uint32_t rounds;
   int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
   float scale, shared_weight;

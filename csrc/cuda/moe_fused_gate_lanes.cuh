@@ -25,7 +25,6 @@ enum class Family { kGrouped, kSigmoid, kSoftmax };
 #ifdef __CUDACC__
 
 inline constexpr int kCandidates = 64;
-inline constexpr int kCandidateStride = 68;  // in words: keeps the lists of 8 tokens in different banks
 
 template <class T>
 struct Octet {
@@ -166,6 +165,9 @@ __device__ inline float eighth_of_lanes(float best, float next, float& most) {
 template <int L>
 struct WarpLists {
   static constexpr int kTokens = 32 / L;
+  // Ranks read this many at a time: many where a token's latency counts, few where the rest of the padding costs.
+  static constexpr int kChunk = L >= 16 ? 16 : 4;
+  static constexpr int kCandidateStride = kCandidates + kChunk + (L >= 16 ? 4 : 0);  // the tokens' lists in other banks
   __align__(16) float choice[kTokens][kCandidateStride];
   float score[kTokens][kCandidateStride];
   int32_t expert[kTokens][kCandidateStride];
@@ -194,15 +196,22 @@ __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, in
       expert[m] = i < count ? experts[i] : 0;
       rank[m] = 0;
     }
+    constexpr int kChunk = WarpLists<L>::kChunk;
 #pragma unroll 1
-    for (int j = 0; j < count; j += 4) {
-      const float4 others = *reinterpret_cast<const float4*>(choices + j);
-      const float other[4] = {others.x, others.y, others.z, others.w};
-      int4 ids = {};
-      if (Ties) ids = *reinterpret_cast<const int4*>(experts + j);
-      const int32_t id[4] = {ids.x, ids.y, ids.z, ids.w};
+    for (int j = 0; j < count; j += kChunk) {
+      float other[kChunk];
+      int32_t id[kChunk] = {};
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
+      for (int k = 0; k < kChunk; k += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(choices + j + k);
+        other[k] = four.x, other[k + 1] = four.y, other[k + 2] = four.z, other[k + 3] = four.w;
+        if (Ties) {
+          const int4 ids = *reinterpret_cast<const int4*>(experts + j + k);
+          id[k] = ids.x, id[k + 1] = ids.y, id[k + 2] = ids.z, id[k + 3] = ids.w;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kChunk; k++) {
 #pragma unroll
         for (int m = 0; m < kOwn; m++) {
           const bool beats = Ties ? other[k] > own[m] || (other[k] == own[m] && id[k] < expert[m]) : other[k] > own[m];
@@ -456,7 +465,7 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
         }
       }
     }
-    if (l < 3) lists.choice[token][count + l] = -infinity();
+    if (l < WarpLists<L>::kChunk - 1) lists.choice[token][count + l] = -infinity();
     __syncwarp();
     if (first + step < a.T) load(t + step);
 

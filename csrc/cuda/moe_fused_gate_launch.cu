@@ -105,6 +105,7 @@ Args pack(const MoeFusedGate& p) {
   a.groups = p.groups;
   a.group_size = a.E / p.groups;
   a.top_groups = p.top_groups;
+  a.group_magic = static_cast<uint32_t>(((1 << 20) + a.group_size - 1) / a.group_size);
   a.rounds = static_cast<uint32_t>(std::max<int64_t>(p.rounds, 1));
   a.slots = static_cast<int32_t>(std::min<int64_t>(p.slots, 0x7fffffff));
   const bool counted_here = p.load && p.slots <= kHistogramSlots && p.T * a.columns >= kHistogramChoices;

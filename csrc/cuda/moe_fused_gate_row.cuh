@@ -131,7 +131,7 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratc
 #pragma unroll
       for (int i = 0; i < N; i++) {
         const int e = lane + 32 * i;
-        if (e < a.E && kept[e / a.group_size] == 0) key[i] = 0;
+        if (e < a.E && kept[static_cast<uint32_t>(e) * a.group_magic >> 20] == 0) key[i] = 0;
       }
       __syncwarp();
     }
@@ -179,7 +179,7 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratc
     sum = warp_sum(isnan(power) ? 0.0f : power);
   }
   if (active) {
-    weight = score(logit);
+    weight = a.scoring == Scoring::kSigmoid ? __fdiv_rn(1.0f, 1.0f + expf(-logit)) : score(logit);
     if (isnan(weight)) weight = 0;
     if (a.selection == Selection::kScore && isnan(weight + bias)) weight = 0;
   }

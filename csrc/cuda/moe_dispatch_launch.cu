@@ -562,7 +562,7 @@ cudaError_t run_gather(const MoeDispatch& p, int sms, cudaStream_t stream) {
 
 size_t scratch_bytes(const MoeDispatch& p, int sms) {
   if (p.experts > kManyExperts) return size_t{4} * p.experts;
-  if (p.T * p.C <= kFewChoices) return 0;
+  if (p.T * p.C <= kFewChoices && shared_bytes(32, p.experts) <= kSharedBytes) return 0;
   return static_cast<size_t>(shape_of(p, sms).blocks) * row_words(p.experts) * 4;
 }
 

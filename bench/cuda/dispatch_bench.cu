@@ -105,10 +105,10 @@ void check(int64_t T, int C, int experts, int first, int block, int64_t H, DType
 }
 
 void run_checks(bool small) {
-  const std::vector<int64_t> batches = small ? std::vector<int64_t>{1, 33, 600} : std::vector<int64_t>{0, 1, 2, 31, 32, 33, 127, 455, 456, 511, 512, 513, 4097, 40000};
+  const std::vector<int64_t> batches = small ? std::vector<int64_t>{33, 600} : std::vector<int64_t>{0, 1, 2, 31, 32, 33, 127, 455, 456, 511, 512, 513, 4097, 40000};
   for (const int64_t T : batches) {
     if (dry && T > 600) continue;
-    for (const Routing routing : {Routing::kUniform, Routing::kOne, Routing::kRemote, Routing::kSkewed, Routing::kNone}) {
+    for (const Routing routing : small ? std::vector<Routing>{Routing::kUniform, Routing::kRemote} : std::vector<Routing>{Routing::kUniform, Routing::kOne, Routing::kRemote, Routing::kSkewed, Routing::kNone}) {
       const int64_t H = T <= 600 ? 40 : 0;
       check(T, 9, 257, 0, 128, H, DType::kBF16, routing);
       check(T, 9, 257, 0, 0, H, DType::kF32, routing);

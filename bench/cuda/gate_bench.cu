@@ -212,7 +212,9 @@ void check(const Case& c, int64_t T) {
         same = same && got[0].ids[i] == want.ids[i];
         if (c.capture && k < c.K) same = same && got[0].logical[t * c.K + k] == want.logical[t * c.K + k];
         const double off = std::fabs(double{got[0].weights[i]} - want.weights[i]);
-        if (!(off <= 2e-6 * std::max(1.0f, c.scale))) weights_ok = false;
+        // The CPU adds up a softmax in the order of ids: up to 4e-6 off where one expert has nearly all of it.
+        const bool whole_row = c.scoring == Scoring::kSoftmax && c.selection == Selection::kScore && !c.renormalize;
+        if (!(off <= (whole_row ? 4e-6 : 2e-6) * std::max(1.0f, c.scale))) weights_ok = false;
         if (off > worst) worst = off;
       }
       if (same && weights_ok) continue;

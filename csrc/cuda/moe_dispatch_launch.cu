@@ -495,6 +495,8 @@ Shape shape_of(const MoeDispatch& p, int sms) {
   return {warps, rounds, std::max<int64_t>(1, (choices + round * rounds - 1) / (round * rounds))};
 }
 
+bool few(const MoeDispatch& p) { return p.T * p.C <= kFewChoices && shared_bytes(32, p.experts) <= kSharedBytes; }
+
 template <class Kernel>
 cudaError_t run(Kernel kernel, const Args& args, const Shape& shape, int bytes, cudaStream_t stream, cudaLaunchAttributeID attribute,
                 bool with_attribute) {
@@ -562,7 +564,7 @@ cudaError_t run_gather(const MoeDispatch& p, int sms, cudaStream_t stream) {
 
 size_t scratch_bytes(const MoeDispatch& p, int sms) {
   if (p.experts > kManyExperts) return size_t{4} * p.experts;
-  if (p.T * p.C <= kFewChoices && shared_bytes(32, p.experts) <= kSharedBytes) return 0;
+  if (few(p)) return 0;
   return static_cast<size_t>(shape_of(p, sms).blocks) * row_words(p.experts) * 4;
 }
 
@@ -592,7 +594,7 @@ cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t st
     *path = "one block";
     sort_many_experts<<<1, 1024, 0, stream>>>(a, static_cast<uint32_t*>(scratch));
     error = cudaGetLastError();
-  } else if (a.choices <= kFewChoices && shared_bytes(32, a.experts) <= kSharedBytes) {
+  } else if (few(p)) {
     *path = "few choices: every block sorts all";
     // Fewer warps where choices are few: less to clear and to add up. At least eight share the slice.
     const int warps = std::max(8, static_cast<int>((a.choices + 31) / 32));

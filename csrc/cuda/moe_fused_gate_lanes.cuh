@@ -171,8 +171,7 @@ struct WarpLists {
   __align__(16) float choice[kTokens][kCandidateStride];
   float score[kTokens][kCandidateStride];
   int32_t expert[kTokens][kCandidateStride];
-  float chosen_score[kTokens][8];
-  int32_t chosen[kTokens][8];
+  int32_t chosen[kTokens][8];  // places in the list
 };
 
 // Words of shared memory per warp.
@@ -181,7 +180,7 @@ inline constexpr int kLanesScratch =
     static_cast<int>(sizeof(WarpLists<L>)) / 4 > (E + 8) ? static_cast<int>(sizeof(WarpLists<L>)) / 4 : E + 8;
 
 // Ranks the candidates of this lane's token and stores those below K. With Ties, equal choices are ordered by expert.
-template <int L, bool Ties, bool Scored>
+template <int L, bool Ties>
 __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, int count, int K) {
   constexpr int kOwn = L >= 16 ? 1 : 16 / L;
   const float* choices = lists.choice[token];
@@ -224,8 +223,12 @@ __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, in
       const int i = base + m * L + l;
       const int place = static_cast<int>(rank[m]);
       if (i < count && place < K) {
-        lists.chosen[token][place] = expert[m];
-        lists.chosen_score[token][place] = Scored ? lists.score[token][i] : own[m];
+        // Without Ties two equal candidates may come here with one rank: seen by the rank that is missing then.
+        if (Ties) {
+          lists.chosen[token][place] = i;
+        } else {
+          atomicExch(&lists.chosen[token][place], i);
+        }
       }
     }
   }
@@ -471,7 +474,7 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
 
     // Ranks, then columns
     const unsigned processed = __ballot_sync(kAll, count > 0);
-    rank_candidates<L, !kBiased, kBiased>(lists, token, l, count, a.K);
+    rank_candidates<L, !kBiased>(lists, token, l, count, a.K);
     __syncwarp();
     if constexpr (kBiased) {
       // The best has rank 0 in any case; a rank that nobody has follows a tie.
@@ -480,7 +483,8 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
         tie = tie || (i % 8 < a.K && lists.chosen[i / 8][i % 8] < 0 && (processed >> (i / 8 * L) & 1) != 0);
       }
       if (__any_sync(kAll, tie)) {
-        rank_candidates<L, true, true>(lists, token, l, count, a.K);
+        __syncwarp();
+        rank_candidates<L, true>(lists, token, l, count, a.K);
         __syncwarp();
       }
     }
@@ -490,8 +494,10 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
       const int i = base + lane, slot = i % 8, at = i / 8;
       const bool active = at < kTokens && slot < a.K;
       const bool routed = active && (processed >> (at * L % 32) & 1) != 0;
-      const int32_t expert = routed ? lists.chosen[at][slot] : 0;
-      float weight = routed ? lists.chosen_score[at][slot] : 0.0f;
+      const int32_t place_in_list = routed ? lists.chosen[at][slot] : 0;
+      const int32_t expert = routed ? lists.expert[at][place_in_list] : 0;
+      float weight = 0;
+      if (routed) weight = kBiased ? lists.score[at][place_in_list] : lists.choice[at][place_in_list];
       if constexpr (!kBiased) {
         const float top = __shfl_sync(kAll, weight, lane & ~7);
         if (routed) weight = expf(weight - top);

@@ -179,12 +179,14 @@ template <int E, int L>
 inline constexpr int kLanesScratch =
     static_cast<int>(sizeof(WarpLists<L>)) / 4 > (E + 8) ? static_cast<int>(sizeof(WarpLists<L>)) / 4 : E + 8;
 
-// Ranks the candidates of this lane's token and stores those below K. With Ties, equal choices are ordered by expert.
+// Ranks the candidates of this lane's token and stores those below K. With Ties, equal choices are ordered by expert;
+// without, they come to one rank, and the answer is whether this lane met another there. `chosen` must hold -1 then.
 template <int L, bool Ties>
-__device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, int count, int K) {
+__device__ inline bool rank_candidates(WarpLists<L>& lists, int token, int l, int count, int K) {
   constexpr int kOwn = L >= 16 ? 1 : 16 / L;
   const float* choices = lists.choice[token];
   const int32_t* experts = lists.expert[token];
+  bool met = false;
   for (int base = 0; base < count; base += kOwn * L) {
     float own[kOwn], rank[kOwn];
     int32_t expert[kOwn];
@@ -223,15 +225,15 @@ __device__ inline void rank_candidates(WarpLists<L>& lists, int token, int l, in
       const int i = base + m * L + l;
       const int place = static_cast<int>(rank[m]);
       if (i < count && place < K) {
-        // Without Ties two equal candidates may come here with one rank: seen by the rank that is missing then.
         if (Ties) {
           lists.chosen[token][place] = i;
         } else {
-          atomicExch(&lists.chosen[token][place], i);
+          met = atomicExch(&lists.chosen[token][place], i) >= 0 || met;
         }
       }
     }
   }
+  return met;
 }
 
 // Shared memory: histogram counters, the bias where registers do not hold it, then kLanesScratch words per warp.
@@ -474,14 +476,9 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
 
     // Ranks, then columns
     const unsigned processed = __ballot_sync(kAll, count > 0);
-    rank_candidates<L, !kBiased>(lists, token, l, count, a.K);
+    const bool tie = rank_candidates<L, !kBiased>(lists, token, l, count, a.K);
     __syncwarp();
     if constexpr (kBiased) {
-      // The best has rank 0 in any case; a rank that nobody has follows a tie.
-      bool tie = false;
-      for (int i = lane; i < kTokens * 8; i += 32) {
-        tie = tie || (i % 8 < a.K && lists.chosen[i / 8][i % 8] < 0 && (processed >> (i / 8 * L) & 1) != 0);
-      }
       if (__any_sync(kAll, tie)) {
         __syncwarp();
         rank_candidates<L, true>(lists, token, l, count, a.K);

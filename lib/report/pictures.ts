@@ -1,6 +1,6 @@
 // The vega-lite pictures of the reports. Each takes plain rows and returns a specification with its data inside;
 // colours follow one rule: blue for how it was or is, orange for what the plan makes of it.
-import type { TopLevelSpec } from 'vega-lite';
+import type { PictureSpec } from './report.js';
 
 const schema = 'https://vega.github.io/schema/vega-lite/v6.json';
 const before = '#4c78a8';
@@ -35,7 +35,7 @@ export function heatPicture(
   layers: number,
   columns: number,
   limit: number,
-): TopLevelSpec {
+): PictureSpec {
   return {
     ...base(Math.max(240, Math.min(900, columns * 14)), Math.max(80, Math.min(600, layers * 10))),
     data: { values: cells.map(({ layer, column, load }) => ({ layer, column, load })) },
@@ -60,7 +60,7 @@ export function heatPicture(
         },
       },
     },
-  } as TopLevelSpec;
+  };
 }
 
 export interface DeviceLoad {
@@ -75,7 +75,7 @@ export function deviceLoadPicture(
   loads: readonly DeviceLoad[],
   layers: number,
   devices: number,
-): TopLevelSpec {
+): PictureSpec {
   const limit = Math.max(1.2, ...loads.map(({ load }) => load));
   const { width, height, ...rest } = base(
     Math.max(140, Math.min(430, devices * 12)),
@@ -118,13 +118,13 @@ export function deviceLoadPicture(
         },
       },
     },
-  } as TopLevelSpec;
+  };
 }
 
 /** PAR of every layer, before and after. */
 export function parByLayerPicture(
   rows: readonly { layer: number; when: 'before' | 'after'; par: number }[],
-): TopLevelSpec {
+): PictureSpec {
   return {
     ...base(760, 220),
     data: { values: rows.map((row) => ({ ...row })) },
@@ -139,11 +139,11 @@ export function parByLayerPicture(
         scale: { domain: ['before', 'after'], range: [before, after] },
       },
     },
-  } as TopLevelSpec;
+  };
 }
 
 /** Experts moved, by layer. */
-export function movesPicture(moves: readonly number[]): TopLevelSpec {
+export function movesPicture(moves: readonly number[]): PictureSpec {
   return {
     ...base(760, 160),
     data: { values: moves.map((count, layer) => ({ layer, count })) },
@@ -152,7 +152,7 @@ export function movesPicture(moves: readonly number[]): TopLevelSpec {
       x: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, labelAngle: 0 } },
       y: { field: 'count', type: 'quantitative', title: 'experts moved', axis: { tickMinStep: 1 } },
     },
-  } as TopLevelSpec;
+  };
 }
 
 /** PAR over windows or steps, one line for each policy. */
@@ -160,7 +160,7 @@ export function parOverTimePicture(
   rows: readonly { policy: string; window: number; par: number }[],
   order: readonly string[],
   unit: 'window' | 'step',
-): TopLevelSpec {
+): PictureSpec {
   return {
     ...base(760, 320),
     data: { values: rows.map((row) => ({ ...row })) },
@@ -170,14 +170,14 @@ export function parOverTimePicture(
       y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
       color: { field: 'policy', type: 'nominal', title: null, sort: [...order] },
     },
-  } as TopLevelSpec;
+  };
 }
 
 /** Quality against cost: moves per plan and PAR of the next window's steps, one point per policy. */
 export function costPicture(
   rows: readonly { policy: string; moves: number; par: number }[],
   order: readonly string[],
-): TopLevelSpec {
+): PictureSpec {
   return {
     ...base(760, 300),
     data: { values: rows.map((row) => ({ ...row })) },
@@ -203,5 +203,5 @@ export function costPicture(
       },
       color: { field: 'policy', type: 'nominal', sort: [...order], legend: null },
     },
-  } as TopLevelSpec;
+  };
 }

@@ -1,12 +1,16 @@
 // What a report is, apart from how it is written: a title, the figures that sum it up, and pictures with the sentence
 // that says what they show. Pictures are vega-lite specifications with their data inside.
-import type { TopLevelSpec } from 'vega-lite';
+
+/**
+ * A vega-lite specification. Not vega-lite's own type, which needs the types of a browser in whoever uses this package.
+ */
+export type PictureSpec = Readonly<Record<string, unknown>>;
 
 export interface ReportPicture {
   heading: string;
   /** What to see in it, one or two sentences. */
   caption: string;
-  spec: TopLevelSpec;
+  spec: PictureSpec;
 }
 
 export interface Report {

@@ -21,10 +21,12 @@ export async function runBenches({
   names,
   context,
   onResult = () => {},
+  onProgress = () => {},
 }: {
   names: readonly string[];
   context: Context;
   onResult?: (line: string) => void;
+  onProgress?: (done: number, total: number) => void;
 }): Promise<BenchReport> {
   const bytesPerSecond = copySpeed();
   const about = circumstances(context, bytesPerSecond);
@@ -42,6 +44,7 @@ export async function runBenches({
       results.push(result);
       onResult(line(result));
     }
+    onProgress(names.indexOf(name) + 1, names.length);
   }
   return { circumstances: about, results };
 }

@@ -1,6 +1,7 @@
 // `moe-kernels bench`: the benches of bench/, which this command finds and runs.
 import type { Command } from 'commander';
 import { type BackendName, createContext, MoeError } from '../index.js';
+import { progress } from './progress.js';
 
 interface BenchModule {
   benchNames(): string[];
@@ -8,6 +9,7 @@ interface BenchModule {
     names: readonly string[];
     context: Awaited<ReturnType<typeof createContext>>;
     onResult?: (line: string) => void;
+    onProgress?: (done: number, total: number) => void;
   }): Promise<object>;
 }
 
@@ -35,11 +37,14 @@ export function registerBench(program: Command): void {
         }
       }
       await using context = await createContext({ backend: backend as BackendName });
+      const bar = progress('Measuring', 'ops', true);
       const result = await module.runBenches({
         names: names.length > 0 ? names : known,
         context,
-        ...(json ? {} : { onResult: (line: string) => console.log(line) }),
+        ...(json ? {} : { onResult: (line: string) => bar.print(line) }),
+        onProgress: (done, total) => bar.update(done, total),
       });
+      bar.stop();
       if (json) console.log(JSON.stringify(result, null, 2));
     });
 }

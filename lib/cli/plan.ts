@@ -17,6 +17,7 @@ import { planReport } from '../report/plan_report.js';
 import { writeReport } from '../report/report_file.js';
 import { aboutFile } from './about_file.js';
 import { integerOption } from './integer_option.js';
+import { progress } from './progress.js';
 
 const formats: readonly ExpertMapFormat[] = ['vllm-ascend', 'sglang', 'vllm'];
 
@@ -137,14 +138,16 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   const planner = new Planner();
   let plan: Plan;
   const others: Plan[] = [];
+  const bar = progress('Planning', 'layers', true);
   try {
-    plan = await planner.plan(request);
+    plan = await planner.plan(request, { onProgress: (done, layers) => bar.update(done, layers) });
     // The report shows what every policy that moves experts would make of these loads
     if (flags.report !== undefined)
       for (const policy of policies.keys())
         if (policy !== plan.policy && policy !== linear.name)
           others.push(await planner.plan({ ...request, policy }));
   } finally {
+    bar.stop();
     await planner.close();
   }
   const map = flags.out === undefined ? undefined : formatExpertMap(plan.placements, format);

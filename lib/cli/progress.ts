@@ -5,6 +5,8 @@ const PATIENCE_MS = 1000;
 
 export interface Progress {
   update(done: number, total: number): void;
+  /** A line of output, with the bar out of its way. */
+  print(line: string): void;
   stop(): void;
 }
 
@@ -23,6 +25,10 @@ export function progress(what: string, unit: string, enabled: boolean): Progress
         bar.start(total, done);
       }
       bar?.update(done);
+    },
+    print(line) {
+      if (bar !== undefined) process.stderr.write('\r\x1b[K');
+      console.log(line);
     },
     stop: () => bar?.stop(),
   };

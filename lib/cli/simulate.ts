@@ -10,6 +10,7 @@ import { writeReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
 import { aboutFile } from './about_file.js';
 import { integerOption } from './integer_option.js';
+import { progress } from './progress.js';
 
 interface SimulateFlags {
   trace: string;
@@ -117,6 +118,7 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
     planner: planner.plan.bind(planner),
   };
   const rows: Row[] = [];
+  const bar = progress('Simulating', 'plans', true);
   try {
     const figures = await aboutFile(flags.trace, () =>
       simulate(trace, {
@@ -124,9 +126,8 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
         policies: names,
         window: flags.window,
         budgetFirst: flags.budgetFirst === true,
-        onPlan: (policy, plan, plans) => {
-          if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${policy}: plan ${plan} of ${plans}`);
-        },
+        onPlan: (policy, plan, plans) =>
+          bar.update(names.indexOf(policy) * plans + plan, names.length * plans),
       }),
     );
     const { planSteps } = flags;
@@ -146,7 +147,7 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
       }
     }
   } finally {
-    if (process.stderr.isTTY) process.stderr.write('\r\x1b[K');
+    bar.stop();
     await planner.close();
   }
   if (flags.report !== undefined)

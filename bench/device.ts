@@ -22,7 +22,7 @@ const BATCHES = 11;
 const BATCH_MS = 20;
 const ROTATED_BYTES = 192 * 2 ** 20;
 const MOST_SETS = 40;
-/** Bytes per second of the copy kernel that peers.md's floors stand on; other devices use the copy of the run. */
+/** Bytes per second of the best copy kernel recorded on a device; other devices use the copy of the run. */
 const COPY_SPEED: Readonly<Record<string, number>> = { 'NVIDIA H200': 4.27e12 };
 /** What an empty node of a graph takes on an H200: no floor is below it. */
 const EMPTY_NODE_US = 1.0;
@@ -33,7 +33,7 @@ interface Case {
   /** Bytes that have to move once. */
   readonly bytes: number;
   readonly flops?: number;
-  /** What others take, recorded in peers.md. */
+  /** What the best public kernel took on an H200, recorded once. */
   readonly peer?: number;
   /** Makes one set of inputs; its `run` is what is captured. */
   readonly make: (context: Context, set: number) => { run(): unknown; dispose(): void };

@@ -1,4 +1,4 @@
-// Variants of moe_combine's kernel, timed side by side as peers.md does (graph of R launches on R buffers, a flushed L2
+// Variants of moe_combine's kernel, timed side by side in one graph (R launches on R buffers, a flushed L2
 // before each replay, CUDA events, median of 11). What each reached is in NOTES.md.
 //   nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -o combine_variants bench/combine/variants.cu
 #include <cuda_bf16.h>

@@ -504,6 +504,66 @@ describe.each(backends)('on %s', (backend) => {
       'slots',
       /from 1/,
     ],
+    [
+      'pack without inputs',
+      () => (packExperts as Anything)(),
+      'INVALID_ARG',
+      'inputs',
+      /expected inputs: an object but received undefined/,
+    ],
+    [
+      'pack with options of 5',
+      () => packExperts({ w13: f32(4, 6, 8), w2: f32(4, 8, 3) }, 5 as Anything),
+      'INVALID_ARG',
+      'options',
+      /received 5/,
+    ],
+    [
+      'pack with a null dtype',
+      () => packExperts({ w13: f32(4, 6, 8), w2: f32(4, 8, 3) }, { dtype: null as Anything }),
+      'INVALID_ARG',
+      'dtype',
+      /'f32', 'bf16', 'f16' but received null/,
+    ],
+    [
+      'an activation that f32 cannot hold',
+      () => packExperts({ w13: f32(4, 6, 8), w2: f32(4, 8, 3) }, { swiglu: { alpha: 1e300 } }),
+      'INVALID_ARG',
+      'alpha',
+      /finite number/,
+    ],
+    [
+      'room in no context',
+      () => allocateExperts(undefined as Anything, { slots: 1, hidden: 8, intermediate: 3, dtype: 'f32' }),
+      'INVALID_ARG',
+      'context',
+      /a context from createContext/,
+    ],
+    [
+      'room of no dtype',
+      () => allocateExperts(context, { slots: 1, hidden: 8, intermediate: 3 } as Anything),
+      'INVALID_ARG',
+      'dtype',
+      /received undefined/,
+    ],
+    [
+      'zero experts that begin nowhere',
+      () =>
+        fusedMoe(
+          { hidden: f32(2, 8), ids: i32(2, 2), weights: f32(2, 2), experts: experts() },
+          { zeroExperts: 2 },
+        ),
+      'INVALID_ARG',
+      'firstZeroExpert',
+      /received undefined/,
+    ],
+    [
+      'an output that no memory holds',
+      () => moeRouter({ hidden: f32(2 ** 22, 1), weight: f32(2 ** 18, 1) }),
+      'OOM',
+      'logits',
+      /\[moe_router\] out of memory for logits: f32\[4194304, 262144\]: requested 4398046511104 bytes/,
+    ],
     // shared_experts
     [
       'several slots',

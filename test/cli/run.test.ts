@@ -134,6 +134,45 @@ describe('moe-kernels run', () => {
     expect(JSON.parse(stdout).layers[0].routing.idsEqual).toBe(false);
   });
 
+  it('compares an expectation of the user with the whole layer, the recording with what was recorded', () => {
+    const out = join(scratch, 'granite.safetensors');
+    const family = fixture('granitemoeshared');
+    expect(moeKernels(['run', family, '--json', '--out', out]).status).toBe(0);
+    const name = 'model.layers.1.block_sparse_moe.output';
+    const { status, stdout } = moeKernels(['run', family, '--json', '--expect', `${out}:${name}`]);
+    expect(status).toBe(0);
+    expect(JSON.parse(stdout).layers[0].error).toEqual({ maxAbs: 0, relNorm: 0 });
+  });
+
+  it.each([
+    ['null groups mean none', 'kimi_like', { n_group: null, topk_group: null }, 0, /"ok":true/],
+    [
+      'a count of shared experts that the width denies',
+      'deepseek_v3',
+      { n_shared_experts: 7 },
+      2,
+      /7 shared experts, but 32 columns/,
+    ],
+  ])('reads configurations to the letter: %s', (_, family, change, status, said) => {
+    const copy = join(scratch, `${family}_changed`);
+    cpSync(fixture(family), copy, { recursive: true });
+    const config = join(copy, 'config.json');
+    writeFileSync(config, JSON.stringify({ ...JSON.parse(readFileSync(config, 'utf8')), ...change }));
+    const run = moeKernels(['run', copy, '--json']);
+    expect({ status: run.status, said: said.test(run.stdout + run.stderr) }, run.stderr).toEqual({
+      status,
+      said: true,
+    });
+  });
+
+  it('names the environment variable that is wrong', () => {
+    const { status, stderr } = moeKernels(['run', fixture('olmoe'), '--backend', 'cpu'], {
+      MOE_KERNELS_THREADS: 'abc',
+    });
+    expect(status).toBe(2);
+    expect(stderr).toMatch(/expected MOE_KERNELS_THREADS: an integer from 1 to 1024 but received 'abc'/);
+  });
+
   const misuse: [string, string[], RegExp][] = [
     ['no command', [], /Usage: moe-kernels/],
     ['an unknown command', ['ran'], /unknown command 'ran'/],

@@ -1,45 +1,14 @@
-// How packed experts lie in memory: four sections, each aligned to 64 bytes and each holding all slots in order.
-//   w13 [S, 2I, H] gate rows, then up rows, in the layout's dtype     w2 [S, H, I] in the same dtype
-//   b13 f32 [S, 2I]                                            b2 f32 [S, H]; the biases only where there are any
+// How packed experts lie in memory: the four sections of expert_sections.h, each aligned to a cache line.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
+#include "../expert_sections.h"
 #include "float_rows.h"
 
 namespace moe {
 
-struct ExpertSections {
-  size_t w2 = 0, b13 = 0, b2 = 0;  // offsets; w13 is at 0
-  size_t bytes = 0;                // the maximum of size_t where it would not fit
-};
-
-inline ExpertSections expert_sections(const ExpertsLayout& layout) {
-  constexpr size_t kMost = std::numeric_limits<size_t>::max();
-  size_t end = 0;
-  const auto add = [&end](int64_t slots, int64_t rows, int64_t columns, size_t width) {
-    const size_t begin = end;
-    size_t bytes = width;
-    for (const int64_t factor : {slots, rows, columns}) {
-      const auto times = static_cast<size_t>(factor);
-      bytes = times != 0 && bytes > kMost / times ? kMost : bytes * times;
-    }
-    end = bytes > kMost - 63 - begin ? kMost : (begin + bytes + 63) / 64 * 64;
-    if (end < begin) end = kMost;
-    return begin;
-  };
-  const int64_t S = layout.S, H = layout.H, I = layout.I;
-  ExpertSections sections;
-  add(S, 2 * I, H, size_of(layout.dtype));
-  sections.w2 = add(S, H, I, size_of(layout.dtype));
-  if (layout.biases) {
-    sections.b13 = add(S, 2 * I, 1, sizeof(float));
-    sections.b2 = add(S, H, 1, sizeof(float));
-  }
-  sections.bytes = end;
-  return sections;
-}
+inline ExpertSections expert_sections(const ExpertsLayout& layout) { return expert_sections<64>(layout); }
 
 // Where the parts of packed experts are.
 class ExpertsView {

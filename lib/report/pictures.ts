@@ -28,6 +28,18 @@ export interface HeatCell {
   load: number;
 }
 
+/** Layers down, columns across, load over the mean as colour: white is the mean whatever the largest load. */
+const heatEncoding = (column: string, title: string, limit: number) => ({
+  x: { field: column, type: 'ordinal', title, axis: { labelOverlap: true, labelAngle: 0, ticks: false } },
+  y: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, ticks: false } },
+  color: {
+    field: 'load',
+    type: 'quantitative',
+    title: 'load / mean',
+    scale: { domain: [0, 1, limit], range: ['#2166ac', '#f7f7f7', '#b2182b'], type: 'linear', clamp: true },
+  },
+});
+
 /** Load over the layer's mean, one cell per layer and expert (or device). */
 export function heatPicture(
   cells: readonly HeatCell[],
@@ -40,26 +52,7 @@ export function heatPicture(
     ...base(Math.max(240, Math.min(900, columns * 14)), Math.max(80, Math.min(600, layers * 10))),
     data: { values: cells.map(({ layer, column, load }) => ({ layer, column, load })) },
     mark: { type: 'rect' },
-    encoding: {
-      x: {
-        field: 'column',
-        type: 'ordinal',
-        title: columnTitle,
-        axis: { labelOverlap: true, labelAngle: 0, ticks: false },
-      },
-      y: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, ticks: false } },
-      color: {
-        field: 'load',
-        type: 'quantitative',
-        title: 'load / mean',
-        scale: {
-          domain: [0, 1, limit],
-          range: ['#2166ac', '#f7f7f7', '#b2182b'],
-          type: 'linear',
-          clamp: true,
-        },
-      },
-    },
+    encoding: heatEncoding('column', columnTitle, limit),
   };
 }
 
@@ -97,26 +90,7 @@ export function deviceLoadPicture(
       width,
       height,
       mark: { type: 'rect' },
-      encoding: {
-        x: {
-          field: 'device',
-          type: 'ordinal',
-          title: 'device',
-          axis: { labelOverlap: true, labelAngle: 0, ticks: false },
-        },
-        y: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, ticks: false } },
-        color: {
-          field: 'load',
-          type: 'quantitative',
-          title: 'load / mean',
-          scale: {
-            domain: [0, 1, limit],
-            range: ['#2166ac', '#f7f7f7', '#b2182b'],
-            type: 'linear',
-            clamp: true,
-          },
-        },
-      },
+      encoding: heatEncoding('device', 'device', limit),
     },
   };
 }

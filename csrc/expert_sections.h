@@ -1,7 +1,7 @@
 // Where the parts of packed experts begin, for backends that keep them as four sections, each holding all slots in
 // order and aligned to `kAlignment` bytes:
-//   w13 [S, 2I, H] gate rows, then up rows, in the layout's dtype     w2 [S, H, I] in the same dtype
-//   b13 f32 [S, 2I]                                                   b2 f32 [S, H]; the biases only where there are any
+//   w13 [S, rows13, columns13] and w2 [S, rows2, columns2] in the layout's dtype, at least [2I, H] and [H, I] a slot
+//   b13 f32 [S, 2I] and b2 f32 [S, H], only where there are any
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,8 +16,14 @@ struct ExpertSections {
   size_t bytes = 0;                // the maximum of size_t where it would not fit
 };
 
+// What a slot's matrices take, with what a backend pads them by.
+struct ExpertExtents {
+  int64_t rows13, columns13, rows2, columns2;
+  static ExpertExtents of(const ExpertsLayout& layout) { return {2 * layout.I, layout.H, layout.H, layout.I}; }
+};
+
 template <size_t kAlignment>
-ExpertSections expert_sections(const ExpertsLayout& layout) {
+ExpertSections expert_sections(const ExpertsLayout& layout, const ExpertExtents& extents) {
   constexpr size_t kMost = std::numeric_limits<size_t>::max();
   size_t end = 0;
   const auto add = [&end](int64_t slots, int64_t rows, int64_t columns, size_t width) {
@@ -33,14 +39,19 @@ ExpertSections expert_sections(const ExpertsLayout& layout) {
   };
   const int64_t S = layout.S, H = layout.H, I = layout.I;
   ExpertSections sections;
-  add(S, 2 * I, H, size_of(layout.dtype));
-  sections.w2 = add(S, H, I, size_of(layout.dtype));
+  add(S, extents.rows13, extents.columns13, size_of(layout.dtype));
+  sections.w2 = add(S, extents.rows2, extents.columns2, size_of(layout.dtype));
   if (layout.biases) {
     sections.b13 = add(S, 2 * I, 1, sizeof(float));
     sections.b2 = add(S, H, 1, sizeof(float));
   }
   sections.bytes = end;
   return sections;
+}
+
+template <size_t kAlignment>
+ExpertSections expert_sections(const ExpertsLayout& layout) {
+  return expert_sections<kAlignment>(layout, ExpertExtents::of(layout));
 }
 
 }  // namespace moe

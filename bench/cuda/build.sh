@@ -25,9 +25,9 @@ build_experts() {
     [[ $source == *_sm90a.cu ]] && arch=90a
     local but=()
     [[ $source == *_sm90a.cu ]] || but=(-not -name hopper.cuh -not -name "*_sm90a.cuh")
-    [ "$object" -nt "$source" ] && [ -z "$(find "$root/csrc" "$root/bench/cuda" -name "*.*h" "${but[@]}" -newer "$object")" ] && continue
+    [ "$object" -nt "$source" ] && [ -z "$(find "$root/csrc" "$root/bench/cuda" \( -name "*.h" -o -name "*.cuh" \) "${but[@]}" -newer "$object")" ] && continue
     echo "$(basename "$source")"
-    nvcc -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v -c "$source" -o "$object" \
+    nvcc -std=c++20 -O3 --compress-mode=size --expt-relaxed-constexpr "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v -c "$source" -o "$object" \
       2> "$object.ptxas" || { cat "$object.ptxas"; exit 1; }
   done
   nvcc -cudart static -Xcompiler -pthread -o "$out/experts_bench" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc

@@ -28,6 +28,7 @@ export interface NativeContext {
   memory(): MemoryInfo;
   paths(): Record<string, string>;
   close(): Promise<void>;
+  abandon(): void;
   /** Settles promises whose work is done; true while it should be called again soon. */
   poll(): boolean;
 }

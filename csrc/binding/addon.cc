@@ -65,7 +65,9 @@ void set_error_class(const Napi::CallbackInfo& info) {
 }
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {
-  env.SetInstanceData(new AddonData);
+  auto* data = new AddonData;
+  env.SetInstanceData(data);
+  data->array_buffer = Napi::Persistent(env.Global().Get("ArrayBuffer").As<Napi::Function>());
   exports.Set("describe", Napi::Function::New<describe>(env, "describe"));
   exports.Set("probe", Napi::Function::New<probe>(env, "probe"));
   exports.Set("setErrorClass", Napi::Function::New<set_error_class>(env, "setErrorClass"));

@@ -86,6 +86,16 @@ Napi::Error make_error(Napi::Env env, const Status& status, const std::string& o
   return Napi::Error(env, error);
 }
 
+// Made by JavaScript's own constructor: napi_create_arraybuffer ends the process where there is no memory.
+static Napi::ArrayBuffer new_array_buffer(Napi::Env env, size_t bytes, const char* op) {
+  try {
+    return env.GetInstanceData<AddonData>()->array_buffer.New({Napi::Number::New(env, static_cast<double>(bytes))})
+        .As<Napi::ArrayBuffer>();
+  } catch (const Napi::Error& error) {
+    throw make_error(env, no_host_memory(bytes), op);
+  }
+}
+
 struct NativeContext::Wait {
   explicit Wait(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
   Napi::Promise::Deferred deferred;
@@ -96,6 +106,7 @@ struct NativeContext::Wait {
   size_t bytes = 0;
   std::function<void()> arrive;           // what is left to do once the data is there; from any thread
 };
+static constexpr const char* kWaitNames[] = {"read", "synchronize", "close"};  // by kind
 
 struct NativeContext::Polled {
   std::shared_ptr<Wait> wait;
@@ -139,6 +150,7 @@ Napi::Function NativeContext::define(Napi::Env env) {
                          InstanceMethod<&NativeContext::memory>("memory"),
                          InstanceMethod<&NativeContext::paths>("paths"),
                          InstanceMethod<&NativeContext::close>("close"),
+                         InstanceMethod<&NativeContext::abandon>("abandon"),
                          InstanceMethod<&NativeContext::poll>("poll"),
                      });
 }
@@ -175,6 +187,8 @@ NativeContext::NativeContext(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
 
 NativeContext::~NativeContext() {
   if (backend_ != nullptr && mailbox_ != nullptr) shut_down();
+  int64_t ignored = 0;  // of a context that was never closed
+  napi_adjust_external_memory(env_, -external_, &ignored);
 }
 
 void NativeContext::environment_ends(void* context) {
@@ -217,11 +231,13 @@ std::shared_ptr<Buffer> NativeContext::buffer_at(const Napi::CallbackInfo& info,
 }
 
 Napi::Value NativeContext::device(const Napi::CallbackInfo& info) {
+  assert_open(info.Env(), "device");
   return Napi::String::New(info.Env(), backend_->device_name());
 }
 
 // Lets the collector know what its small objects stand for.
 void NativeContext::account(Napi::Env env, int64_t bytes) {
+  if (bytes == 0) return;
   external_ += bytes;
   Napi::MemoryManagement::AdjustExternalMemory(env, bytes);
 }
@@ -427,10 +443,11 @@ void NativeContext::enqueue(const Napi::CallbackInfo& info) {
 
 Napi::Promise NativeContext::wait_for(Napi::Env env, std::shared_ptr<Wait> wait) {
   // Pending waits keep the process and this object alive; an idle context keeps neither.
-  if (pending_++ == 0) {
+  if (pending_.empty()) {
     Ref();
     napi_ref_threadsafe_function(env, mailbox_->sender);
   }
+  pending_.push_back(wait);
   Napi::Promise promise = wait->deferred.Promise();
   std::unique_ptr<Milestone> milestone = backend_->mark();
   if (milestone == nullptr) {
@@ -472,7 +489,7 @@ Napi::Value NativeContext::poll(const Napi::CallbackInfo& info) {
       polled_.pop_front();
       if (wait->status.ok()) wait->status = std::move(status);
       if (wait->status.ok() && wait->fault == nullptr && wait->arrive) wait->arrive();
-      settle(env, *wait);
+      settle(env, wait);
     } else if (std::chrono::steady_clock::now() >= polled_.front().until) {
       hand_over(std::move(polled_.front()));
       polled_.pop_front();
@@ -495,20 +512,22 @@ void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) 
   }
   for (const auto& wait : finished) {
     try {
-      self->settle(env, *wait);
+      self->settle(env, wait);
     } catch (const Napi::Error&) {
       // No JavaScript can run any more: the worker is being terminated, and nobody waits for the answer.
     }
   }
 }
 
-void NativeContext::settle(Napi::Env env, Wait& wait) {
+void NativeContext::settle(Napi::Env env, const std::shared_ptr<Wait>& settled) {
+  Wait& wait = *settled;
   std::shared_ptr<const Fault> found = wait.status.ok() && wait.fault == nullptr ? device_fault() : nullptr;
   if (wait.kind == Wait::Kind::kClose) {
     shut_down();
     account(env, -external_);
   }
-  if (--pending_ == 0) {
+  pending_.erase(std::find(pending_.begin(), pending_.end(), settled));
+  if (pending_.empty()) {
     if (mailbox_->sender != nullptr) napi_unref_threadsafe_function(env, mailbox_->sender);
     Unref();
   }
@@ -517,24 +536,25 @@ void NativeContext::settle(Napi::Env env, Wait& wait) {
     if (wait.kind == Wait::Kind::kSynchronize && wait.status.ok()) fault = faults_->take();
     if (fault == nullptr) fault = std::move(found);
     if (!wait.status.ok()) {
-      wait.deferred.Reject(make_error(env, wait.status, wait.kind == Wait::Kind::kRead ? "read" : "synchronize").Value());
+      wait.deferred.Reject(make_error(env, wait.status, kWaitNames[static_cast<int>(wait.kind)]).Value());
     } else if (fault != nullptr) {
       faults_->reported(fault);
       wait.deferred.Reject(make_error(env, fault->status, fault->op).Value());
     } else if (wait.kind == Wait::Kind::kRead) {
-      Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, wait.bytes);
+      Napi::ArrayBuffer buffer = new_array_buffer(env, wait.bytes, "read");
       if (wait.bytes != 0) std::memcpy(buffer.Data(), wait.host.get(), wait.bytes);
       wait.deferred.Resolve(buffer);
     } else {
       wait.deferred.Resolve(env.Undefined());
     }
   } catch (const Napi::Error& error) {
-    wait.deferred.Reject(error.Value());  // no memory for the ArrayBuffer
+    wait.deferred.Reject(error.Value());  // no memory for the ArrayBuffer, or an error class that throws
   }
 }
 
 // What kernels found wrong since the last wait.
 std::shared_ptr<const Fault> NativeContext::device_fault() {
+  if (backend_ == nullptr) return nullptr;
   Fault fault;
   fault.status = backend_->take_fault(&fault.op);
   return fault.status.ok() ? nullptr : std::make_shared<const Fault>(std::move(fault));
@@ -582,7 +602,7 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   }
   if (const auto fault = device_fault(); fault != nullptr) throw make_error(env, fault->status, fault->op);
   const size_t elements = static_cast<size_t>(buffer->elements);
-  Napi::ArrayBuffer result = Napi::ArrayBuffer::New(env, values ? elements * sizeof(float) : buffer->bytes);
+  Napi::ArrayBuffer result = new_array_buffer(env, values ? elements * sizeof(float) : buffer->bytes, "readSync");
   if (values) {
     widen(static_cast<float*>(result.Data()), buffer->dtype, raw.get(), elements);
   } else if (buffer->bytes != 0) {
@@ -612,10 +632,32 @@ Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
   return wait_for(info.Env(), std::move(wait));
 }
 
+// After close(): what has not been done yet is given up, and whoever waits for it is told.
+void NativeContext::abandon(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  if (backend_ == nullptr) return;
+  shut_down();  // from here on nothing is posted any more
+  std::vector<std::shared_ptr<Wait>> finished;
+  {
+    std::lock_guard lock(mailbox_->mutex);
+    finished.swap(mailbox_->finished);
+  }
+  for (const auto& wait : finished) settle(env, wait);
+  const std::deque<std::shared_ptr<Wait>> left = pending_;
+  for (const auto& wait : left) {
+    wait->status = Status::Error(Code::kAborted, "the context was closed before its work was done");
+    settle(env, wait);
+  }
+  account(env, -external_);
+}
+
 // Recordings -----------------------------------------------------------------------------------------------------
 
 void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "capture");
+  if (recording_ != nullptr) {
+    throw make_error(info.Env(), Status::Error(Code::kCapture, "a capture is being recorded already"), "capture");
+  }
   if (backend_->has_graphs()) {
     Status status = backend_->begin_capture();
     if (!status.ok()) throw make_error(info.Env(), status, "capture");
@@ -647,6 +689,9 @@ void NativeContext::replay(const Napi::CallbackInfo& info) {
       info.Length() > 0 && info[0].IsNumber() ? captures_.find(info[0].As<Napi::Number>().DoubleValue()) : nullptr;
   if (found == nullptr) {
     throw make_error(info.Env(), Status::Error(Code::kDisposed, "expected a live capture"), "replay");
+  }
+  if (recording_ != nullptr) {
+    throw make_error(info.Env(), Status::Error(Code::kCapture, "a capture is being recorded"), "replay");
   }
   if ((*found)->graph != nullptr) {
     Status status = backend_->replay(*(*found)->graph);

@@ -18,6 +18,7 @@ namespace moe {
 // Per-environment state: one for the main thread and one for each worker.
 struct AddonData {
   Napi::FunctionReference error_class;
+  Napi::FunctionReference array_buffer;  // the constructor
 };
 
 // A MoeError for a status.
@@ -56,6 +57,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value paths(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
+  void abandon(const Napi::CallbackInfo&);
   Napi::Value poll(const Napi::CallbackInfo&);
 
   void assert_open(Napi::Env env, const char* op);
@@ -69,7 +71,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   static std::function<void(Status)> finisher(std::shared_ptr<Wait> wait, std::shared_ptr<Mailbox> mailbox);
   void hand_over(Polled polled);
   std::shared_ptr<const Fault> device_fault();
-  void settle(Napi::Env env, Wait& wait);
+  void settle(Napi::Env env, const std::shared_ptr<Wait>& wait);
   void shut_down();
   static void environment_ends(void* context);
 
@@ -82,7 +84,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   HandleTable<Recording> captures_;
   std::shared_ptr<Recording> recording_;
   std::deque<Polled> polled_;
-  size_t pending_ = 0;
+  std::deque<std::shared_ptr<Wait>> pending_;  // promises not settled yet, in order
   int64_t external_ = 0;  // what the collector has been told of
   bool open_ = true;
   bool hooked_ = false;

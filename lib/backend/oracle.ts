@@ -143,6 +143,7 @@ export class OracleBackend implements Backend {
     return { ...this.#paths };
   }
   async close(): Promise<void> {}
+  abandon(): void {}
 
   #enqueue(step: () => void): void {
     if (this.#recording === undefined) step();

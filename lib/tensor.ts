@@ -117,7 +117,7 @@ export function encode<D extends DType>(dtype: D, data: TensorData<D>): Raw<D> {
   const length = arrayLength(data as RawArray);
   if (format === undefined || arrayType(data) === raw.name) {
     const copy = new raw(length);
-    copy.set(data as never);
+    if (length > 0) copy.set(data as never); // a detached array has no elements and cannot be copied
     return copy as Raw<D>;
   }
   const bits = new raw(length) as Uint16Array | Uint8Array;

@@ -207,7 +207,12 @@ const cells = tables
   .trim()
   .split('\n\n')
   .flatMap((table) => {
-    const rows = table.split('\n').map((line) => line.split('|').slice(1, -1).map((cell) => cell.trim()));
+    const rows = table.split('\n').map((line) =>
+      line
+        .split('|')
+        .slice(1, -1)
+        .map((cell) => cell.trim()),
+    );
     const [[kind, ...columns], ...body] = rows;
     return body.flatMap(([method, ...expected]) =>
       columns.map((state, i) => ({ kind, method, state, expected: expected[i] })),

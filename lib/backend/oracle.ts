@@ -179,9 +179,13 @@ export class OracleBackend implements Backend {
     if (bytes < WORTH_ASKING) return;
     const available = freemem();
     if (bytes <= available) return;
-    throw new MoeError('ERR_MOE_OOM', `out of memory: requested ${bytes} bytes, ${available} bytes available`, {
-      op: 'oracle',
-    });
+    throw new MoeError(
+      'ERR_MOE_OOM',
+      `out of memory: requested ${bytes} bytes, ${available} bytes available`,
+      {
+        op: 'oracle',
+      },
+    );
   }
 
   #array(

@@ -5,9 +5,9 @@ import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
 import { checkSignal, throwIfAborted, unlessAborted } from '../abort.js';
 import { MoeError, type MoeErrorCode } from '../errors.js';
+import { describeValue } from '../options.js';
 import { Placement } from '../placement/placement.js';
 import type { Loads } from './loads.js';
-import { describeValue } from '../options.js';
 import { checkRequest, type Plan, type PlanRequest, planSync } from './plan.js';
 
 /** A placement as it crosses threads. */
@@ -133,10 +133,12 @@ export class Planner {
       };
       const onMessage = (reply: ReplyMessage): void => {
         try {
-          if (reply.kind === 'progress') return onProgress?.(reply.done, reply.layers);
-          if (reply.kind === 'error') return finish(() => reject(errorOf(reply)));
-          const placements = reply.plan.placements.map(unpackPlacement);
-          finish(() => resolve({ ...reply.plan, placements }));
+          if (reply.kind === 'progress') onProgress?.(reply.done, reply.layers);
+          else if (reply.kind === 'error') finish(() => reject(errorOf(reply)));
+          else {
+            const placements = reply.plan.placements.map(unpackPlacement);
+            finish(() => resolve({ ...reply.plan, placements }));
+          }
         } catch (error) {
           giveUp(error);
         }

@@ -69,28 +69,25 @@ describe.each(backends)('dimensions on %s', (backend) => {
       ['experts', () => moeDispatch({ ids: i32(2, 2) }, { experts: size })],
       ['blockSize', () => moeDispatch({ ids: i32(2, 2) }, { experts: 4, blockSize: size })],
       ['firstExpert', () => moeDispatch({ ids: i32(2, 2) }, { experts: 4, firstExpert: size })],
-      [
-        'slots',
-        () => allocateExperts(context, { slots: size, hidden: 2, intermediate: 2, dtype: 'f32' }),
-      ],
-      [
-        'hidden',
-        () => allocateExperts(context, { slots: 1, hidden: size, intermediate: 2, dtype: 'f32' }),
-      ],
+      ['slots', () => allocateExperts(context, { slots: size, hidden: 2, intermediate: 2, dtype: 'f32' })],
+      ['hidden', () => allocateExperts(context, { slots: 1, hidden: size, intermediate: 2, dtype: 'f32' })],
     ];
     for (const [arg, call] of calls) {
       expect(failure(call), arg).toMatchObject({ code: 'ERR_MOE_INVALID_ARG', arg });
     }
   });
 
-  it.each(noSizes.filter(([, size]) => size !== undefined))('%s is no device and no thread count', async (_, size) => {
-    for (const arg of ['device', 'threads']) {
-      expect(await rejection(() => createContext({ backend, [arg]: size }))).toMatchObject({
-        code: 'ERR_MOE_INVALID_ARG',
-        arg,
-      });
-    }
-  });
+  it.each(noSizes.filter(([, size]) => size !== undefined))(
+    '%s is no device and no thread count',
+    async (_, size) => {
+      for (const arg of ['device', 'threads']) {
+        expect(await rejection(() => createContext({ backend, [arg]: size }))).toMatchObject({
+          code: 'ERR_MOE_INVALID_ARG',
+          arg,
+        });
+      }
+    },
+  );
 
   it.each([
     ['2^31', [2 ** 20, 2 ** 20, 64]],
@@ -113,8 +110,7 @@ describe.each(backends)('dimensions on %s', (backend) => {
       [
         'allocate_experts',
         'experts',
-        () =>
-          allocateExperts(context, { slots: 65536, hidden: 2 ** 15, intermediate: 1200, dtype: 'f32' }),
+        () => allocateExperts(context, { slots: 65536, hidden: 2 ** 15, intermediate: 1200, dtype: 'f32' }),
       ],
     ];
     for (const [op, arg, ask] of ways) {
@@ -133,7 +129,9 @@ describe.each(backends)('dimensions on %s', (backend) => {
     const growing = Object.defineProperty([0, 2], 0, { get: () => ++asked });
     expect(context.tensor('f32', growing).shape).toEqual([1, 2]);
     expect(asked).toBe(1);
-    const proxied = new Proxy([3], { get: (target, name) => (name === 'length' ? 1 : Reflect.get(target, name)) });
+    const proxied = new Proxy([3], {
+      get: (target, name) => (name === 'length' ? 1 : Reflect.get(target, name)),
+    });
     expect(context.tensor('f32', Object.freeze([4]) as number[]).size).toBe(4);
     expect(context.tensor('f32', proxied).size).toBe(3);
     class Shape extends Array<number> {
@@ -145,7 +143,7 @@ describe.each(backends)('dimensions on %s', (backend) => {
       }
     }
     expect(context.tensor('f32', Shape.from([2, 3])).shape).toEqual([2, 3]);
-    for (const holes of [new Array(2), new Array(2 ** 32 - 1), [1, , 2] as number[]]) {
+    for (const holes of [new Array(2), new Array(2 ** 32 - 1), Object.assign(new Array(3), { 0: 1, 2: 2 })]) {
       expect(failure(() => context.tensor('f32', holes))).toMatchObject({ arg: 'shape' });
     }
   });
@@ -185,7 +183,9 @@ describe.each(backends)('dimensions on %s', (backend) => {
     const hidden = f32(0, 4);
     const none = { hidden, ids: i32(0, huge), weights: f32(0, huge), experts };
     expect((await fusedMoe(none).read()).length).toBe(0);
-    expect(sharedExperts({ hidden, experts: packCase(context, { slots: 1, hidden: 4, intermediate: 3 }) }).size).toBe(0);
+    expect(
+      sharedExperts({ hidden, experts: packCase(context, { slots: 1, hidden: 4, intermediate: 3 }) }).size,
+    ).toBe(0);
     const sorted = { rows: hidden, counts: i32(2), offsets: i32(3), experts };
     expect(moeExperts({ ...sorted, order: i32(0), weights: f32(huge, 0) }).size).toBe(0);
     const load = context.tensor('i64', [0]);

@@ -125,7 +125,7 @@ const methods: Record<string, Record<string, Method>> = {
     memory: ({ context }) => expect(context.memory().used).toBeGreaterThan(0),
     describe: ({ context }) => expect(context.describe().backend).toBe(context.backend),
     state: ({ context }) => expect(context.state).toMatch(/^(open|closed|lost)$/),
-    toString: ({ context }) => expect(String(context)).toContain(context.backend),
+    toString: ({ context }: Subject) => expect(String(context)).toContain(context.backend),
     close: ({ context }) => context.close(),
     'close with signal': ({ context }) => context.close({ signal: new AbortController().signal }),
     'Symbol.dispose': ({ context }) => context[Symbol.dispose](),
@@ -138,7 +138,7 @@ const methods: Record<string, Record<string, Method>> = {
     write: ({ tensor }) => tensor.write(ones),
     to: ({ tensor, other }) => tensor.to(other).then(async (copy) => isOne(await copy.read())),
     'input of an op': ({ tensor }) => moeRouter({ hidden: tensor, weight: tensor }),
-    toString: ({ tensor }) => expect(String(tensor)).toBe(`f32[${tokens}, ${hidden}]`),
+    toString: ({ tensor }: Subject) => expect(String(tensor)).toBe(`f32[${tokens}, ${hidden}]`),
     dispose: ({ tensor }) => tensor.dispose(),
   },
   ExpertWeights: {
@@ -149,7 +149,7 @@ const methods: Record<string, Record<string, Method>> = {
       packExperts({ w13, w2 }, { into: experts, firstSlot: 1 });
     },
     bytes: ({ experts }) => expect(experts.bytes).toBeGreaterThan(0),
-    toString: ({ experts }) => expect(String(experts)).toMatch(/^experts f32/),
+    toString: ({ experts }: Subject) => expect(String(experts)).toMatch(/^experts f32/),
     dispose: ({ experts }) => experts.dispose(),
   },
   Capture: {

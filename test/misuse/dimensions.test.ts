@@ -134,15 +134,15 @@ describe.each(backends)('dimensions on %s', (backend) => {
     });
     expect(context.tensor('f32', Object.freeze([4]) as number[]).size).toBe(4);
     expect(context.tensor('f32', proxied).size).toBe(3);
-    class Shape extends Array<number> {
-      override every(): boolean {
+    class Shape extends (Array as Anything) {
+      every(): boolean {
         return true;
       }
-      override *[Symbol.iterator](): ArrayIterator<number> {
+      *[Symbol.iterator]() {
         yield 1000;
       }
     }
-    expect(context.tensor('f32', Shape.from([2, 3])).shape).toEqual([2, 3]);
+    expect(context.tensor('f32', (Shape as Anything).from([2, 3])).shape).toEqual([2, 3]);
     for (const holes of [new Array(2), new Array(2 ** 32 - 1), Object.assign(new Array(3), { 0: 1, 2: 2 })]) {
       expect(failure(() => context.tensor('f32', holes))).toMatchObject({ arg: 'shape' });
     }

@@ -221,6 +221,13 @@ void NativeContext::assert_open(Napi::Env env, const char* op) {
   throw make_error(env, Status::Error(Code::kDisposed, "expected an open context but it is closed"), op);
 }
 
+// Copies to the host, waits and replays must not become part of a graph.
+void NativeContext::assert_not_recording(Napi::Env env, const char* op) {
+  assert_open(env, op);
+  if (recording_ == nullptr) return;
+  throw make_error(env, Status::Error(Code::kCapture, "not while a capture is being recorded"), op);
+}
+
 std::shared_ptr<Buffer> NativeContext::buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op) {
   assert_open(info.Env(), op);
   const std::shared_ptr<Buffer>* found =
@@ -253,8 +260,8 @@ double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DT
   buffer->dtype = dtype;
   buffer->elements = elements;
   buffer->experts = std::move(experts);
-  // Until a replay has written it there is nothing in it.
-  if (recording_ != nullptr && !buffer->experts.has_value()) {
+  // Until a replay has written it there is nothing in it, unless there is nothing to write.
+  if (recording_ != nullptr && !buffer->experts.has_value() && elements != 0) {
     static const auto unwritten = std::make_shared<const Fault>(
         Fault{Status::Error(Code::kCapture, "expected a replay before the first read of what a capture made"), "capture"});
     buffer->fault = unwritten;
@@ -562,6 +569,7 @@ std::shared_ptr<const Fault> NativeContext::device_fault() {
 
 Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
+  assert_not_recording(env, "read");
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "read");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
   auto wait = std::make_shared<Wait>(env);
@@ -583,6 +591,7 @@ Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
+  assert_not_recording(env, "readSync");
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "readSync");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
   std::shared_ptr<uint8_t[]> raw = backend_->staging(buffer->bytes);
@@ -612,12 +621,12 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value NativeContext::synchronize(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "synchronize");
+  assert_not_recording(info.Env(), "synchronize");
   return wait_for(info.Env(), std::make_shared<Wait>(info.Env()));
 }
 
 void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "synchronizeSync");
+  assert_not_recording(info.Env(), "synchronizeSync");
   Status status = backend_->wait();
   if (!status.ok()) throw make_error(info.Env(), status, "synchronizeSync");
   if (const auto fault = faults_->take(); fault != nullptr) throw make_error(info.Env(), fault->status, fault->op);
@@ -625,7 +634,7 @@ void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "close");
+  assert_not_recording(info.Env(), "close");
   open_ = false;
   auto wait = std::make_shared<Wait>(info.Env());
   wait->kind = Wait::Kind::kClose;
@@ -654,10 +663,7 @@ void NativeContext::abandon(const Napi::CallbackInfo& info) {
 // Recordings -----------------------------------------------------------------------------------------------------
 
 void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "capture");
-  if (recording_ != nullptr) {
-    throw make_error(info.Env(), Status::Error(Code::kCapture, "a capture is being recorded already"), "capture");
-  }
+  assert_not_recording(info.Env(), "capture");
   if (backend_->has_graphs()) {
     Status status = backend_->begin_capture();
     if (!status.ok()) throw make_error(info.Env(), status, "capture");
@@ -684,14 +690,11 @@ void NativeContext::abort_capture(const Napi::CallbackInfo&) {
 }
 
 void NativeContext::replay(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "replay");
+  assert_not_recording(info.Env(), "replay");
   const std::shared_ptr<Recording>* found =
       info.Length() > 0 && info[0].IsNumber() ? captures_.find(info[0].As<Napi::Number>().DoubleValue()) : nullptr;
   if (found == nullptr) {
     throw make_error(info.Env(), Status::Error(Code::kDisposed, "expected a live capture"), "replay");
-  }
-  if (recording_ != nullptr) {
-    throw make_error(info.Env(), Status::Error(Code::kCapture, "a capture is being recorded"), "replay");
   }
   if ((*found)->graph != nullptr) {
     Status status = backend_->replay(*(*found)->graph);

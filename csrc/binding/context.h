@@ -61,6 +61,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   Napi::Value poll(const Napi::CallbackInfo&);
 
   void assert_open(Napi::Env env, const char* op);
+  void assert_not_recording(Napi::Env env, const char* op);
   std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
   void account(Napi::Env env, int64_t bytes);
   double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,

@@ -28,7 +28,7 @@ export class OracleBackend implements Backend {
     this.#afford(elements * dtypeRow(dtype).bytes);
     const raw = this.#array(dtypeRow(dtype).raw, elements);
     this.#used += raw.byteLength;
-    if (this.#recording === undefined) return { raw };
+    if (this.#recording === undefined || elements === 0) return { raw };
     const text = 'expected a replay before the first read of what a capture made';
     return { raw, fault: new MoeError('ERR_MOE_CAPTURE', text, { op: 'capture' }) };
   }

@@ -3,7 +3,7 @@
 #
 #   ./run.sh                   everything below, one after the other; results as JSON and logs in $RESULTS
 #   ./run.sh doctor            what the machine offers
-#   ./run.sh test [pattern]    the op, contract and CUDA suites on the cuda backend
+#   ./run.sh test [pattern]    the op, contract, misuse, state, process and CUDA suites on the cuda backend
 #   ./run.sh bench             benches: ops through the package, and the programs of bench/cuda
 #   ./run.sh sanitize          compute-sanitizer (where installed) over a reduced grid: memcheck, racecheck, initcheck, synccheck
 #   ./run.sh node ...          the node inside, in the package's folder
@@ -40,7 +40,7 @@ step() { # name, command...
 doctor() { node dist/lib/cli/main.js doctor; }
 
 run_tests() {
-  local pattern=(test/cuda test/ops test/contract/)
+  local pattern=(test/cuda test/ops test/contract/ test/misuse test/states test/fuzz test/process/life test/process/leaks)
   [ ! -e test/fixtures/hf ] || pattern+=(test/model/layer test/model/families)
   [ $# -eq 0 ] || pattern=("$@")
   local status=0

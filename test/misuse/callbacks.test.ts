@@ -202,6 +202,28 @@ describe.each(backends)('callbacks on %s', (backend) => {
     }
   });
 
+  // The oracle has nothing to wait for, and a GPU is done too soon
+  it.runIf(backend === 'cpu')(
+    'waits end when their signal says so, however long the work takes',
+    async () => {
+      const own = await createContext({ backend });
+      const big = own.tensor('f32', [1024, 1024], new Float32Array(1 << 20).fill(1));
+      for (let i = 0; i < 500; i++) moeRouter({ hidden: big, weight: big }).dispose(); // a trillion operations
+      const last = moeRouter({ hidden: big, weight: big });
+      for (const wait of [
+        () => last.read({ signal: AbortSignal.timeout(20) }),
+        () => own.synchronize({ signal: AbortSignal.timeout(20) }),
+        () => own.close({ signal: AbortSignal.timeout(20) }),
+      ]) {
+        const begun = performance.now();
+        const error = await rejection(wait);
+        expect(error).toMatchObject({ code: 'ERR_MOE_ABORTED', cause: { name: 'TimeoutError' } });
+        expect(performance.now() - begun).toBeLessThan(1000);
+      }
+      expect(own.state).toBe('closed');
+    },
+  );
+
   it('close with a signal that stays silent finishes everything', async () => {
     const own = await createContext({ backend });
     const tensor = own.tensor('f32', [64, 64], new Float32Array(64 * 64).fill(1));

@@ -31,7 +31,10 @@ const { tables } = await runDeviceBench({
   measureCeilings,
   runControl: options['no-torch']
     ? (script) => ({ script, about: {}, lines: [], note: 'left out (--no-torch)' })
-    : runControl,
+    : (script, seconds) => {
+        console.error(`Timing PyTorch for comparison: bench/${script}, at most ${seconds} s ...`);
+        return runControl(script, seconds);
+      },
   print: console.log,
   progress: console.error,
   save: (report) => {

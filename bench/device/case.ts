@@ -9,10 +9,11 @@ export interface DeviceCase {
   /** Shape and variant, without tokens. */
   readonly name: string;
   readonly tokens: number;
-  /** Bytes that have to move once. */
-  readonly bytes: number;
+  /** Bytes that have to be read once, and bytes that have to be written. */
+  readonly reads: number;
+  readonly writes: number;
   readonly flops?: number;
-  /** Bytes of one set of inputs and outputs, where that is not `bytes`. */
+  /** Bytes of one set of inputs and outputs, where that is not all of them. */
   readonly setBytes?: number;
   /** What public kernels took when they were recorded (bench/peers.ts). */
   readonly recorded: Figures;
@@ -60,15 +61,25 @@ export interface DeviceResult {
   readonly controls: Figures;
 }
 
-/** The least time that a device of these ceilings can take, and why. */
+/**
+ * The least time that a device of these ceilings can take, and why. A byte read costs what the read ceiling says, a byte
+ * written what the copy ceiling leaves for it: as much of both gives the copy ceiling, and reads alone the read ceiling.
+ */
 export function floorOf(
-  { bytes, flops = 0 }: Pick<DeviceCase, 'bytes' | 'flops'>,
+  { reads, writes, flops = 0 }: Pick<DeviceCase, 'reads' | 'writes' | 'flops'>,
   ceilings: Ceilings,
 ): Pick<DeviceResult, 'floor' | 'floorMicroseconds'> {
-  const { copyBytesPerSecond, emptyNodeMicroseconds, matmulFlopsPerSecond = Infinity } = ceilings;
+  const {
+    copyBytesPerSecond,
+    readBytesPerSecond,
+    emptyNodeMicroseconds,
+    matmulFlopsPerSecond = Infinity,
+  } = ceilings;
+  const perRead = 1 / readBytesPerSecond;
+  const perWrite = 2 / copyBytesPerSecond - perRead;
   const floors = {
     node: Math.max(LEAST_FLOOR_US, emptyNodeMicroseconds),
-    bytes: (1e6 * bytes) / copyBytesPerSecond,
+    bytes: 1e6 * (reads * perRead + writes * perWrite),
     'matrix product': (1e6 * flops) / matmulFlopsPerSecond,
   };
   const [floor, floorMicroseconds] = Object.entries(floors).reduce((a, b) => (b[1] > a[1] ? b : a));

@@ -29,12 +29,14 @@ export function gateCase(shape: GateShape, tokens: number, dtype: FloatDType): D
     op: 'moe_fused_gate',
     name: `${name} ${dtype}`,
     tokens,
-    bytes:
-      tokens * (experts * dtypeBytes(dtype) + 8 * columns) +
-      (bias ? 4 * experts : 0) +
+    reads:
+      tokens * experts * dtypeBytes(dtype) +
+      4 * (bias ? experts : 0) +
       4 * rounds * ids +
-      (load ? 16 * ids : 0),
-    recorded: table === undefined ? {} : peersAt(table, tokens, (column) => column.endsWith(dtype + suffix)),
+      (load ? 8 * ids : 0),
+    writes: 8 * tokens * columns + (load ? 8 * ids : 0),
+    recorded:
+      table === undefined ? {} : peersAt(table, tokens, (column) => column.endsWith(` ${dtype}${suffix}`)),
     ...(shape.control === undefined ? {} : { control: `${shape.control} ${dtype}` }),
     prepare: (inputs) => (set) => {
       const logits = inputs.normal(dtype, [tokens, experts], set);

@@ -24,7 +24,8 @@ export function routerCase(
     op: 'moe_router',
     name: `${hidden} -> ${experts} ${dtype}`,
     tokens,
-    bytes: (tokens + experts) * hidden * dtypeBytes(dtype) + 4 * tokens * experts,
+    reads: (tokens + experts) * hidden * dtypeBytes(dtype),
+    writes: 4 * tokens * experts,
     flops: 2 * tokens * hidden * experts,
     recorded: {},
     prepare: (inputs) => (set) => {
@@ -55,7 +56,8 @@ export function sharedCase(tokens: number, hidden: number, intermediate: number)
     op: 'shared_experts',
     name: `hidden ${hidden}, intermediate ${intermediate} bf16`,
     tokens,
-    bytes: 2 * (3 * hidden * intermediate + 2 * tokens * hidden),
+    reads: (3 * hidden * intermediate + tokens * hidden) * dtypeBytes('bf16'),
+    writes: tokens * hidden * dtypeBytes('bf16'),
     flops: 6 * tokens * hidden * intermediate,
     recorded: {},
     launches: 8,
@@ -81,14 +83,15 @@ export function expertsCase(shape: ExpertsShape, tokens: number): DeviceCase {
   const slots = experts + shared;
   const routing = { tokens, topK, experts, shared };
   const hit = new Set(uniformIds(routing, 0)).size;
-  const states = 2 * tokens * hidden * dtypeBytes('bf16');
+  const states = tokens * hidden * dtypeBytes('bf16');
   return {
     op: 'fused_moe',
     name: `${name}: H ${hidden}, I ${intermediate}, E ${slots}, top ${columns} bf16`,
     tokens,
-    bytes: hit * 3 * hidden * intermediate * dtypeBytes('bf16') + states,
+    reads: hit * 3 * hidden * intermediate * dtypeBytes('bf16') + states,
+    writes: states,
     flops: 6 * hidden * intermediate * tokens * columns,
-    setBytes: states,
+    setBytes: 2 * states,
     recorded: peers === undefined ? {} : peersAt(peers, tokens),
     control: `experts ${name}`,
     launches: tokens <= 256 ? 8 : 4,

@@ -10,11 +10,12 @@ export interface Circumstances {
   readonly timer: Timer;
   readonly ceilings: Ceilings;
   readonly controls: readonly Control[];
+  readonly progress: (text: string) => void;
 }
 
 export function measureTable(
   { title, cases }: DeviceTable,
-  { context, timer, ceilings, controls }: Circumstances,
+  { context, timer, ceilings, controls, progress }: Circumstances,
 ): MeasuredTable {
   const results: DeviceResult[] = [];
   const failures: { case: string; tokens: number; reason: string }[] = [];
@@ -23,6 +24,7 @@ export function measureTable(
     try {
       const timing = timer.time(given);
       const floor = floorOf(given, ceilings);
+      progress(`${op}, ${name}, ${tokens} tokens: ${timing.microseconds.toFixed(2)} us`);
       const path = context.describe().paths[op] ?? '';
       results.push({
         op,

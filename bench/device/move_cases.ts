@@ -25,8 +25,7 @@ export function dispatchCase({ blockSize = 0, hidden, ...routing }: DispatchShap
     blockSize === 0 ? choices : Math.min(choices + experts * (blockSize - 1), choices * blockSize);
   const blocks = blockSize === 0 ? 0 : Math.ceil(worst / blockSize);
   const places = blockSize === 0 ? choices : blocks * blockSize;
-  const plan = 4 * (2 * choices + places + blocks + 2 * experts + 1);
-  const rows = hidden === undefined ? 0 : hidden * dtypeBytes('bf16') * (tokens + places);
+  const rowBytes = (hidden ?? 0) * dtypeBytes('bf16');
   const compared = experts === 257 && columns === 9;
   const permute = (column: string) => column === 'vLLM moe_permute';
   const align = (column: string) => column.endsWith('align') && blockSize === 128;
@@ -36,7 +35,8 @@ export function dispatchCase({ blockSize = 0, hidden, ...routing }: DispatchShap
       `${experts} experts, ${columns} columns, ` +
       `${blockSize === 0 ? 'no blocks' : `blocks of ${blockSize}`}${hidden === undefined ? '' : `, rows of ${hidden} bf16`}`,
     tokens,
-    bytes: plan + rows,
+    reads: 4 * choices + tokens * rowBytes,
+    writes: 4 * (choices + places + blocks + 2 * experts + 1) + places * rowBytes,
     recorded: compared
       ? peersAt(
           align257,
@@ -66,7 +66,8 @@ export function combineCase({ hidden, dtype, ...routing }: CombineShape): Device
     op: 'moe_combine',
     name: `${columns} columns of ${hidden} ${dtype}`,
     tokens,
-    bytes: tokens * (columns + 1) * hidden * dtypeBytes(dtype) + 8 * tokens * columns,
+    reads: tokens * columns * (hidden * dtypeBytes(dtype) + 8),
+    writes: tokens * hidden * dtypeBytes(dtype),
     recorded:
       columns === 9 && hidden === 7168 && dtype === 'bf16'
         ? peersAt(align257, tokens, (column) => column === 'vLLM moe_unpermute')

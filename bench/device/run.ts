@@ -65,7 +65,6 @@ export async function runDeviceBench(run: DeviceRun): Promise<DeviceReport> {
   const controls = names.flatMap((name) => {
     const control = controlOf[name];
     if (control === undefined) return [];
-    progress(`Timing PyTorch for comparison: bench/${control[0]}, at most ${control[1]} s ...`);
     return [run.runControl(...control)];
   });
   const matmul = controls.map(({ about }) => about.matmulFlopsPerSecond).find(isNumber);
@@ -77,7 +76,8 @@ export async function runDeviceBench(run: DeviceRun): Promise<DeviceReport> {
     device: context.describe().device,
     node: process.version,
     command: run.command,
-    method: 'captured launches on rotating buffers after a read of 512 MiB; replays by the wall clock, less the read',
+    method:
+      'captures of launches on rotating buffers, a read of 512 MiB before each; wall clock of replays less the read',
     recorded: recordedOn,
   };
   for (const [name, value] of Object.entries(about)) print(`${name}: ${value}`);
@@ -99,7 +99,7 @@ export async function runDeviceBench(run: DeviceRun): Promise<DeviceReport> {
       }
       report = { ...report, gateAndDispatch };
     } else {
-      const measured = measureTable(run.tables[name], { context, timer, ceilings, controls });
+      const measured = measureTable(run.tables[name], { context, timer, ceilings, controls, progress });
       print(tableText(measured));
       report = { ...report, tables: { ...report.tables, [name]: measured } };
     }

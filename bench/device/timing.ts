@@ -1,7 +1,8 @@
-// How an op is timed on a device: a capture of one read of 512 MiB, which leaves nothing of earlier launches in the L2
-// cache, and then R launches on R sets of buffers; and a capture of the read alone. Both are replayed back to back, in
-// turns of some milliseconds; the difference over R is a launch, kernel gaps included. The median of 11 turns counts.
-// This is the wall clock, but of turns that are thousands of times longer than what a call or a wait costs.
+// How an op is timed on a device: one capture holds R launches on R sets of buffers, another a read of 512 MiB, which
+// leaves nothing of earlier launches in the L2 cache. Turns of some milliseconds replay both one after the other, and
+// turns between them the read alone; the difference over R is a launch, with the gaps between kernels and its share of
+// the start of a graph, as in the recorded figures of others. The median of 11 turns counts. The clock is the host's, but
+// a turn is hundreds of times as long as what a wait costs, and launches are queued long before the device gets to them.
 import { type Capture, type Context, moeRouter, type Tensor } from '../../lib/index.js';
 import type { DeviceCase } from './case.js';
 import { Inputs } from './inputs.js';
@@ -50,35 +51,34 @@ export class Timer {
     this.#options = options;
     this.#row = context.tensor('f32', [1, width]);
     this.#weight = context.tensor('f32', [Math.ceil(options.flushBytes / (4 * width)), width]);
-    this.#flush = context.capture(() => this.#read());
-  }
-
-  /** One pass over the weights of a router that has one token: a read of ordinary priority, hardly a write. */
-  #read(): unknown {
-    return moeRouter({ hidden: this.#row, weight: this.#weight });
+    // A router of one token goes over its weights once, with loads of ordinary priority, and writes hardly anything
+    this.#flush = context.capture(() => moeRouter({ hidden: this.#row, weight: this.#weight }));
   }
 
   time(given: DeviceCase): Timing {
     const { setBytes, turnMilliseconds } = this.#options;
     const most = given.launches ?? MOST_LAUNCHES;
-    const launches = Math.max(2, Math.min(most, Math.floor(setBytes / (given.setBytes ?? given.bytes))));
+    const launches = Math.max(
+      2,
+      Math.min(most, Math.floor(setBytes / (given.setBytes ?? given.reads + given.writes))),
+    );
     const inputs = new Inputs(this.#context);
     let step: Capture<unknown> | undefined;
     try {
       const launch = given.prepare(inputs);
       const runs = Array.from({ length: launches }, (_, set) => launch(set));
-      step = this.#context.capture(() => [this.#read(), ...runs.map((run) => run())]);
-      const turn = (capture: Capture<unknown>, replays: number) =>
+      step = this.#context.capture(() => runs.map((run) => run()));
+      const turn = (captures: readonly Capture<unknown>[], replays: number) =>
         milliseconds(() => {
-          for (let i = 0; i < replays; i++) capture.replay();
+          for (let i = 0; i < replays; i++) for (const capture of captures) capture.replay();
           this.#context.synchronizeSync();
         }) / replays;
-      const both = step;
+      const [read, both] = [[this.#flush], [this.#flush, step]];
       turn(both, 1);
       const replays = Math.max(1, Math.ceil(turnMilliseconds / turn(both, 2)));
       const times = Array.from(
         { length: TURNS },
-        () => (1e3 * (turn(both, replays) - turn(this.#flush, replays))) / launches,
+        () => (1e3 * (turn(both, replays) - turn(read, replays))) / launches,
       ).sort((a, b) => a - b);
       const median = times[TURNS >> 1];
       return { microseconds: median, spread: times[Math.floor(TURNS * 0.75)] / median, launches };

@@ -34,16 +34,20 @@ describe('the tables of the device bench', () => {
       expect(floorMicroseconds, each.name).toBeLessThan(5000);
     }
     const gate = find('256/8/4/8 sigmoid bf16', 40000);
-    expect(gate.bytes).toBe(40000 * (512 + 64) + 1024);
-    expect(floorOf(gate, ceilings)).toEqual({ floor: 'bytes', floorMicroseconds: gate.bytes / 4e6 });
-    expect(floorOf({ bytes: 1 }, { ...ceilings, emptyNodeMicroseconds: 1.4 }).floorMicroseconds).toBe(1.4);
-    expect(floorOf({ bytes: 1, flops: 8e9 }, { ...ceilings, matmulFlopsPerSecond: 8e14 })).toEqual({
-      floor: 'matrix product',
-      floorMicroseconds: 10,
-    });
+    expect([gate.reads, gate.writes]).toEqual([40000 * 512 + 1024, 40000 * 64]);
+    expect(floorOf(gate, ceilings).floor).toBe('bytes');
+    const bytes = (reads: number, writes: number) => floorOf({ reads, writes }, ceilings).floorMicroseconds;
+    expect(bytes(8e9, 8e9)).toBeCloseTo(4000); // a copy
+    expect(bytes(8.2e9, 0)).toBeCloseTo(2000); // a read
+    expect(
+      floorOf({ reads: 1, writes: 1 }, { ...ceilings, emptyNodeMicroseconds: 1.4 }).floorMicroseconds,
+    ).toBe(1.4);
+    const product = floorOf({ reads: 1, writes: 1, flops: 8e9 }, { ...ceilings, matmulFlopsPerSecond: 8e14 });
+    expect(product).toEqual({ floor: 'matrix product', floorMicroseconds: 10 });
     // 10 rows of 7168 bf16 for every token, as the recorded floors have it
     const permute = find('257 experts, 9 columns, no blocks, rows of 7168 bf16', 4096);
-    expect(permute.bytes / 4.27e6).toBeCloseTo(137.8, 0);
+    expect((permute.reads + permute.writes) / 4.27e6).toBeCloseTo(137.7, 0);
+    expect(find('256/8/4/8 sigmoid f16', 4096).recorded).toEqual({});
   });
 
   it('set recorded figures of the same dtype and shape beside each row', () => {

@@ -3,6 +3,7 @@
 // public kernels took when they were recorded (peers.ts).
 //
 //   node dist/bench/device.js [table...] [--json FILE] [--no-torch]
+//   node dist/bench/picture.js FILE PICTURE.svg
 //
 // Tables: sweep, gates, dispatch, combine, router, shared, experts, calls; default: all of them.
 import { writeFileSync } from 'node:fs';
@@ -22,7 +23,7 @@ if (unknown !== undefined) {
   console.error(`expected table: one of ${known.join(', ')} but received '${unknown}'`);
   process.exit(2);
 }
-const { tables } = await runDeviceBench({
+const report = await runDeviceBench({
   names: positionals.length > 0 ? positionals : known,
   command: ['node dist/bench/device.js', ...process.argv.slice(2)].join(' '),
   open: () => createContext({ backend: 'cuda' }),
@@ -40,5 +41,8 @@ const { tables } = await runDeviceBench({
   save: (report) => {
     if (options.json !== undefined) writeFileSync(options.json, `${JSON.stringify(report, null, 2)}\n`);
   },
+}).catch((error: Error) => {
+  console.error(error.message);
+  process.exit(1);
 });
-if (Object.values(tables).some(({ failures }) => failures.length > 0)) process.exitCode = 1;
+if (Object.values(report.tables).some(({ failures }) => failures.length > 0)) process.exitCode = 1;

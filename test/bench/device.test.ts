@@ -7,8 +7,10 @@ import { gateCase, gateShapes } from '../../bench/device/gate_cases.js';
 import { uniformIds } from '../../bench/device/inputs.js';
 import { expertsCase, routerCase, sharedCase } from '../../bench/device/matrix_cases.js';
 import { combineCase, dispatchCase } from '../../bench/device/move_cases.js';
+import { deviceReport } from '../../bench/device/picture.js';
 import { deviceTables, runDeviceBench } from '../../bench/device/run.js';
 import { createContext } from '../../lib/index.js';
+import { renderReportSvg } from '../../lib/report/report_file.js';
 
 const ceilings = { copyBytesPerSecond: 4e12, readBytesPerSecond: 4.1e12, emptyNodeMicroseconds: 0.6 };
 const cases = Object.values(deviceTables).flatMap((table) => table.cases);
@@ -141,6 +143,17 @@ describe('a run', () => {
     expect(text).toContain('Ceilings before: copy 4.00 TB/s');
     expect(text).toContain('this run: torch 12.00');
     expect(JSON.parse(JSON.stringify(report))).toMatchObject({ command: 'test' });
+
+    // Drawn from the file that was saved
+    const { pictures } = deviceReport(JSON.parse(JSON.stringify(report)));
+    expect(pictures.map(({ heading }) => heading)).toEqual([
+      expect.stringContaining('Gate: 256 experts'),
+      expect.stringContaining('small: H 32'),
+    ]);
+    const svg = await renderReportSvg(deviceReport(report));
+    for (const series of ['moe-kernels bf16', 'moe-kernels f32', 'floor', 'torch (this run)']) {
+      expect(svg).toContain(series);
+    }
   });
 });
 

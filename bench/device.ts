@@ -25,7 +25,9 @@ if (unknown !== undefined) {
 }
 const report = await runDeviceBench({
   names: positionals.length > 0 ? positionals : known,
-  command: ['node dist/bench/device.js', ...process.argv.slice(2)].join(' '),
+  command: ['node dist/bench/device.js', ...positionals, ...(options['no-torch'] ? ['--no-torch'] : [])].join(
+    ' ',
+  ),
   open: () => createContext({ backend: 'cuda' }),
   tables: deviceTables,
   timing: deviceTiming,

@@ -5,7 +5,7 @@
 #   ./run.sh doctor            what the machine offers
 #   ./run.sh test [pattern]    the op, grid, contract and CUDA suites on the cuda backend
 #   ./run.sh test-ptx [pattern]  the same on the PTX of the addon, which the driver compiles: what a GPU newer than the
-#                              addon would run. The first kernels take a minute or more
+#                              addon would run. Compiling takes minutes and comes first
 #   ./run.sh bench [table...]  ops through the package, beside floors, PyTorch and recorded peers
 #   ./run.sh sanitize          compute-sanitizer (where installed) over a reduced grid: memcheck, racecheck, initcheck, synccheck
 #   ./run.sh node ...          the node inside, in the package's folder
@@ -52,10 +52,14 @@ run_tests() {
   return $status
 }
 
-# CUDA_FORCE_PTX_JIT is the driver's own: machine code in the addon is left aside. The cache keeps what every process
-# of the suites would otherwise compile again.
+# CUDA_FORCE_PTX_JIT is the driver's own: machine code in the addon is left aside. Every op runs once before the suites,
+# so that these find all kernels in the driver's cache instead of compiling them in every process.
 run_tests_ptx() {
-  CUDA_FORCE_PTX_JIT=1 CUDA_CACHE_PATH="$target/ptx-cache" CUDA_CACHE_MAXSIZE=4294967296 kind=tests-ptx run_tests "$@"
+  export CUDA_FORCE_PTX_JIT=1 CUDA_CACHE_PATH="$target/ptx-cache" CUDA_CACHE_MAXSIZE=4294967296
+  kind=tests-ptx
+  vitest+=(--testTimeout=600000 --hookTimeout=600000)
+  step compile-ptx node scripts/offline/sanitized.mjs
+  run_tests "$@"
 }
 
 bench_ops() { node --expose-gc dist/bench/device.js "$@" --json "$results/ops.json"; }
@@ -90,6 +94,6 @@ case ${1:-all} in
     done
     sanitize
     ;;
-  *) sed -n '2,14p' "${BASH_SOURCE[0]}" ; exit 2 ;;
+  *) sed -n "2,14p" "$here/run.sh" ; exit 2 ;;
 esac
 exit $failed

@@ -58,8 +58,10 @@ run_tests_ptx() {
   export CUDA_FORCE_PTX_JIT=1 CUDA_CACHE_PATH="$target/ptx-cache" CUDA_CACHE_MAXSIZE=4294967296
   kind=tests-ptx
   vitest+=(--testTimeout=600000 --hookTimeout=600000)
-  step compile-ptx node scripts/offline/sanitized.mjs
-  run_tests "$@"
+  local status=0
+  step compile-ptx node scripts/offline/sanitized.mjs || status=1
+  run_tests "$@" || status=1
+  return $status
 }
 
 bench_ops() { node --expose-gc dist/bench/device.js "$@" --json "$results/ops.json"; }

@@ -1,6 +1,7 @@
 // A context: one backend, one in-order queue, the tensors on it. Ops find their backend through their tensors'
 // context, so this is the only place that makes one.
 import { availableParallelism } from 'node:os';
+import { signalOf, throwIfAborted, unlessAborted, type WaitOptions } from './abort.js';
 import type { Backend, BackendName, MemoryInfo, ReadAs } from './backend/backend.js';
 import { NativeBackend } from './backend/native.js';
 import { OracleBackend } from './backend/oracle.js';
@@ -11,6 +12,7 @@ import { type BackendStatus, describeStatus, loadBackend, nativeBackends, requir
 import type { Call } from './op.js';
 import { choice, describeValue, integer, resolveOptions } from './options.js';
 import {
+  arrayLength,
   arrayType,
   constructionKey,
   type DType,
@@ -165,6 +167,11 @@ export class Context {
     });
   }
 
+  /** True for contexts of this copy of the package, whatever else claims to be one. */
+  static [Symbol.hasInstance](value: unknown): boolean {
+    return typeof value === 'object' && value !== null && #backend in value;
+  }
+
   get state(): 'open' | 'closed' | 'lost' {
     return this.#state;
   }
@@ -177,9 +184,9 @@ export class Context {
   tensor<D extends DType>(dtype: D, shape: readonly number[], data?: TensorData<D>): Tensor<D> {
     const op = 'tensor';
     this.assertUsable(op);
-    checkShape(op, dtype, shape);
-    if (data !== undefined) checkData(op, dtype, elementsOf(shape), data as RawArray);
-    const tensor = this.allocate(op, 'tensor', dtype, shape);
+    const dims = checkShape(op, dtype, shape);
+    if (data !== undefined) checkData(op, dtype, elementsOf(dims), data as RawArray);
+    const tensor = this.allocate(op, 'tensor', dtype, dims);
     try {
       this.#noticing(() =>
         this.#backend.write(tensor.handle(op, 'tensor'), dtype, data as RawArray | undefined),
@@ -191,15 +198,18 @@ export class Context {
     return tensor;
   }
 
-  /** Waits until everything enqueued so far is done; rejects when any of it failed, naming the op. */
-  synchronize(): Promise<void> {
+  /**
+   * Waits until everything enqueued so far is done; rejects when any of it failed, naming the op. A `signal` ends the
+   * wait with ERR_MOE_ABORTED, not the work.
+   */
+  synchronize(options?: WaitOptions): Promise<void> {
     this.assertNotRecording('synchronize');
-    return this.#synchronize();
+    return this.#synchronize(options);
   }
 
-  async #synchronize(): Promise<void> {
+  async #synchronize(options: WaitOptions | undefined): Promise<void> {
     this.assertUsable('synchronize');
-    await this.#watch(this.#backend.synchronize());
+    await this.#watch('synchronize', options, () => this.#backend.synchronize());
   }
 
   /** `synchronize` that blocks the thread. For benchmarks and scripts. */
@@ -326,8 +336,22 @@ export class Context {
     };
   }
 
-  /** Finishes the work in flight and gives everything back; afterwards every call throws ERR_MOE_DISPOSED. */
-  close(): Promise<void> {
+  /**
+   * Finishes the work in flight and gives everything back; afterwards every call throws ERR_MOE_DISPOSED. A `signal`
+   * is the end of patience: the work that is left is given up, and this and every wait for it reject with
+   * ERR_MOE_ABORTED. The context is closed all the same.
+   */
+  close(options?: WaitOptions): Promise<void> {
+    const signal = signalOf('close', options);
+    const closing = this.#close();
+    if (signal === undefined) return closing;
+    return unlessAborted('close', closing, signal, 'the work in flight', () => {
+      this.#closing = closing.catch(() => {}); // closed it is
+      this.#backend.abandon();
+    });
+  }
+
+  #close(): Promise<void> {
     if (this.#closing === undefined) {
       if (this.#recorded !== undefined) {
         throw new MoeError(
@@ -452,9 +476,10 @@ export class Context {
   }
 
   /** @internal */
-  async readTensor(tensor: Tensor, as: ReadAs): Promise<RawArray> {
+  async readTensor(tensor: Tensor, as: ReadAs, options?: WaitOptions): Promise<RawArray> {
     this.#assertMayWait('read');
-    return this.#watch(this.#backend.read(tensor.handle('read', 'tensor'), tensor.dtype, as));
+    const handle = tensor.handle('read', 'tensor');
+    return this.#watch('read', options, () => this.#backend.read(handle, tensor.dtype, as));
   }
 
   /** @internal */
@@ -491,9 +516,11 @@ export class Context {
     );
   }
 
-  async #watch<T>(wait: Promise<T>): Promise<T> {
+  async #watch<T>(op: string, options: WaitOptions | undefined, begin: () => Promise<T>): Promise<T> {
+    const signal = signalOf(op, options);
+    throwIfAborted(op, signal, 'the wait');
     try {
-      return await wait;
+      return await unlessAborted(op, begin(), signal, 'the wait');
     } catch (error) {
       throw this.#notice(error);
     }
@@ -517,8 +544,9 @@ export class Context {
 
 /** What is enqueued by a function has to be enqueued when it returns. */
 function refusePromise(op: string, arg: string, result: unknown, where: string): void {
-  if (typeof (result as PromiseLike<unknown> | undefined)?.then !== 'function') return;
-  (result as PromiseLike<unknown>).then(undefined, () => {});
+  const then: unknown = (result as PromiseLike<unknown> | null | undefined)?.then;
+  if (typeof then !== 'function') return;
+  if (result instanceof Promise) result.catch(() => {});
   throw new MoeError('ERR_MOE_CAPTURE', `expected a synchronous function: nothing can be awaited ${where}`, {
     op,
     arg,
@@ -564,7 +592,8 @@ export class Capture<T> {
   }
 }
 
-function checkShape(op: string, dtype: unknown, shape: unknown): void {
+/** A copy of the shape, each number read once, so that nothing can answer differently later. */
+function checkShape(op: string, dtype: unknown, shape: unknown): number[] {
   if (typeof dtype !== 'string' || !Object.hasOwn(dtypes, dtype)) {
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
@@ -572,25 +601,24 @@ function checkShape(op: string, dtype: unknown, shape: unknown): void {
       { op, arg: 'dtype' },
     );
   }
-  const valid = Array.isArray(shape) && shape.every((dim) => Number.isSafeInteger(dim) && dim >= 0);
-  if (!valid || shape.length === 0 || shape.length > 8) {
-    const received = Array.isArray(shape)
-      ? `[${shape.slice(0, 9).map(describeValue).join(', ')}]`
-      : describeValue(shape);
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected shape: 1 to 8 integers >= 0 but received ${received}`,
-      { op, arg: 'shape' },
-    );
-  }
+  const list = Array.isArray(shape);
+  const rank: unknown = list ? shape.length : 0;
+  const dims = list ? Array.from({ length: Math.min(Number(rank), 9) }, (_, axis) => shape[axis]) : [];
+  if (dims.length >= 1 && dims.length <= 8 && dims.every((dim) => Number.isSafeInteger(dim) && dim >= 0))
+    return dims;
+  throw new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected shape: 1 to 8 integers >= 0 but received ${list ? `[${dims.map(describeValue).join(', ')}]` : describeValue(shape)}`,
+    { op, arg: 'shape' },
+  );
 }
 
 function checkData(op: string, dtype: DType, elements: number, data: RawArray): void {
   const { raw, values } = dtypes[dtype];
   const types = raw === (values as unknown) ? raw.name : `${values.name} or ${raw.name}`;
   const type = arrayType(data);
-  if ((type !== raw.name && type !== values.name) || data.length !== elements) {
-    const received = type === undefined ? describeValue(data) : `${type}(${data.length})`;
+  if ((type !== raw.name && type !== values.name) || arrayLength(data) !== elements) {
+    const received = type === undefined ? describeValue(data) : `${type}(${arrayLength(data)})`;
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
       `expected data: ${types}(${elements}) for ${dtype} but received ${received}`,

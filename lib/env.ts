@@ -23,4 +23,9 @@ export const env = {
     help: 'threads of a CPU context (default: the parallelism available to the process)',
     read: () => raw('MOE_KERNELS_THREADS'),
   },
+  cudaExperts: {
+    name: 'MOE_KERNELS_CUDA_EXPERTS',
+    help: 'how CUDA computes experts wherever it can (plain, mma, wgmma or stream); read by the CUDA addon',
+    read: () => raw('MOE_KERNELS_CUDA_EXPERTS'),
+  },
 } as const satisfies Record<string, Variable<string | undefined>>;

@@ -57,6 +57,12 @@ export class ExpertWeights implements ExpertsLayout {
     this.swiglu = Object.freeze({ ...layout.swiglu });
     this.bytes = bytes;
     this.#handle = handle;
+    Object.freeze(this); // what kernels were told stays true
+  }
+
+  /** True for weights of this copy of the package, whatever else claims to be some. */
+  static [Symbol.hasInstance](value: unknown): boolean {
+    return typeof value === 'object' && value !== null && #handle in value;
   }
 
   get disposed(): boolean {

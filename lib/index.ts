@@ -1,4 +1,5 @@
 // The table of contents of the public API.
+export type { WaitOptions } from './abort.js';
 export type { BackendName, MemoryInfo } from './backend/backend.js';
 export {
   backendStatuses,

@@ -4,6 +4,7 @@ import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join, sep } from 'node:path';
 import type { BackendName, MemoryInfo } from './backend/backend.js';
+import { binaryFault } from './binary.js';
 import { MoeError } from './errors.js';
 import { packageRoot } from './package.js';
 
@@ -30,6 +31,7 @@ export interface NativeContext {
   memory(): MemoryInfo;
   paths(): Record<string, string>;
   close(): Promise<void>;
+  abandon(): void;
   /** Settles promises whose work is done; true while it should be called again soon. */
   poll(): boolean;
 }
@@ -58,6 +60,8 @@ export interface Addon {
   probe(): AddonProbe;
   /** Gives the addon the class of the errors it throws. */
   setErrorClass(errorClass: typeof MoeError): void;
+  /** What V8 has been told of beside its heap; for tests. */
+  externalMemory(): number;
   readonly Context: new (options: { device: number; threads: number }) => NativeContext;
 }
 
@@ -144,6 +148,8 @@ function load(backend: keyof typeof rows): Loaded {
     return { status: { ...none, state: 'not built', detail, attempts: [{ path, error }] } };
   }
   try {
+    const fault = binaryFault(path);
+    if (fault !== undefined) throw new Error(fault);
     const addon = require(path) as Addon;
     addon.setErrorClass(MoeError);
     return { addon, status: { ...none, ...addon.probe(), loadedFrom: path } };
@@ -166,8 +172,8 @@ function adviseFor(message: string, command: string): string {
   if (/GLIBC|GLIBCXX|CXXABI/.test(message)) {
     return `the prebuilt addon needs a newer C library: '${command}' makes one for this machine`;
   }
-  if (/invalid ELF|wrong ELF class|not a mach-o|not a valid Win32/i.test(message)) {
-    return `the addon is for another platform or damaged: '${command}' makes a new one`;
+  if (/invalid ELF|wrong ELF class|not a mach-o|not a valid Win32|the file is /i.test(message)) {
+    return `'${command}' makes a new one`;
   }
   return `'${command}' may mend it`;
 }

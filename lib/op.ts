@@ -170,7 +170,7 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
       const dtype = source?.dtype ?? signature.dtypes[0];
       outputs.push({ name, signature, value: context.allocate(opName, name, dtype, shape) });
     }
-    context.run({ op, dims: bound, inputs, outputs, options });
+    if (hasWork(inputs, outputs)) context.run({ op, dims: bound, inputs, outputs, options });
   } catch (error) {
     for (const { value } of outputs) value?.dispose();
     throw error;
@@ -179,6 +179,15 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   if (spec.returns === 'nothing') return undefined;
   if (spec.returns === 'tensor') return results[0].value;
   return Object.fromEntries(results.map(({ name, value }) => [name, value]));
+}
+
+/**
+ * Whether a call has anything to write. Where it has not, its dimensions may be any numbers, such as 2^50 tokens of no
+ * columns, and no backend is to loop over them.
+ */
+function hasWork(inputs: readonly CallTensor[], outputs: readonly CallTensor[]): boolean {
+  const written = ({ value }: CallTensor) => value !== undefined && elementsOf(shapeOf(value)) > 0;
+  return outputs.some(written) || inputs.some((input) => input.signature.inout && written(input));
 }
 
 /** Reads every property once, so that a getter cannot answer differently later, and checks what kind of thing it is. */
@@ -219,7 +228,7 @@ function readInputs(op: CompiledOp, given: object): CallTensor[] {
           : `a tensor ${signature.text}`;
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
-      `expected ${name}: ${expected} but received ${describeValue(value)}`,
+      `expected ${name}: ${expected} but received ${describeValue(value)}${stranger(value)}`,
       {
         op: op.name,
         arg: name,
@@ -227,6 +236,10 @@ function readInputs(op: CompiledOp, given: object): CallTensor[] {
     );
   });
 }
+
+/** A tensor of a second copy of the package, or a proxy of one, looks right and is not. */
+const stranger = (value: unknown): string =>
+  describeValue(value) === 'an object' ? ' that this copy of moe-kernels did not make' : '';
 
 function contextOf(op: string, inputs: readonly CallTensor[]): Context {
   let first: CallTensor | undefined;

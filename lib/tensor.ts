@@ -1,6 +1,7 @@
 // Tensors and the one dtype table. A tensor is a handle to memory that its context owns: device memory on
 // native backends, a typed array on the oracle. Nothing here waits except read() and its synchronous twin.
 
+import type { WaitOptions } from './abort.js';
 import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { bf16, type FloatFormat, f8e4m3, f16 } from './float_formats.js';
@@ -95,25 +96,31 @@ export function decode<D extends DType>(dtype: D, raw: Raw<D>): Values<D> {
   return values as unknown as Values<D>;
 }
 
-const typedArrayTag = Object.getOwnPropertyDescriptor(
-  Object.getPrototypeOf(Uint8Array.prototype),
-  Symbol.toStringTag,
-)!.get!;
+// A subclass or a property of its own may tell lies about an array; these getters look at the array itself.
+const typedArray = Object.getPrototypeOf(Uint8Array.prototype);
+const typedArrayTag = Object.getOwnPropertyDescriptor(typedArray, Symbol.toStringTag)!.get!;
+const typedArrayLength = Object.getOwnPropertyDescriptor(typedArray, 'length')!.get!;
 
 /** `Float32Array` for any Float32Array, one of another realm (a vm context, a test runner) too. */
 export function arrayType(value: unknown): string | undefined {
   return typedArrayTag.call(value);
 }
 
+/** Elements of a typed array; 0 for one whose buffer is detached or has shrunk away under it. */
+export function arrayLength(data: RawArray): number {
+  return typedArrayLength.call(data);
+}
+
 /** Raw bits of values, rounded to nearest even; data that is raw already is copied. */
 export function encode<D extends DType>(dtype: D, data: TensorData<D>): Raw<D> {
   const { format, raw } = dtypeRow(dtype);
+  const length = arrayLength(data as RawArray);
   if (format === undefined || arrayType(data) === raw.name) {
-    const copy = new raw(data.length);
-    copy.set(data as never);
+    const copy = new raw(length);
+    if (length > 0) copy.set(data as never); // a detached array has no elements and cannot be copied
     return copy as Raw<D>;
   }
-  const bits = new raw(data.length) as Uint16Array | Uint8Array;
+  const bits = new raw(length) as Uint16Array | Uint8Array;
   const values = data as Float32Array;
   for (let i = 0; i < bits.length; i++) bits[i] = format.encode(values[i]);
   return bits as unknown as Raw<D>;
@@ -153,6 +160,12 @@ export class Tensor<D extends DType = DType> {
     this.shape = Object.freeze([...shape]);
     this.size = elementsOf(shape);
     this.#handle = handle;
+    Object.freeze(this); // what kernels were told stays true
+  }
+
+  /** True for tensors of this copy of the package, whatever else claims to be one. */
+  static [Symbol.hasInstance](value: unknown): boolean {
+    return typeof value === 'object' && value !== null && #handle in value;
   }
 
   get disposed(): boolean {
@@ -169,17 +182,18 @@ export class Tensor<D extends DType = DType> {
 
   /**
    * Waits for the work enqueued so far and copies the values out; rejects when that work failed, naming the op.
+   * A `signal` ends the wait with ERR_MOE_ABORTED, not the work: others may depend on it.
    * @throws MoeError ERR_MOE_CAPTURE, at the call, while a capture is being recorded.
    */
-  read(): Promise<Values<D>> {
+  read(options?: WaitOptions): Promise<Values<D>> {
     this.context.assertNotRecording('read');
-    return this.context.readTensor(this, 'values') as Promise<unknown> as Promise<Values<D>>;
+    return this.context.readTensor(this, 'values', options) as Promise<unknown> as Promise<Values<D>>;
   }
 
   /** Like `read`, but the bits as stored: Uint16Array for bf16 and f16. */
-  readRaw(): Promise<Raw<D>> {
+  readRaw(options?: WaitOptions): Promise<Raw<D>> {
     this.context.assertNotRecording('readRaw');
-    return this.context.readTensor(this, 'raw') as Promise<unknown> as Promise<Raw<D>>;
+    return this.context.readTensor(this, 'raw', options) as Promise<unknown> as Promise<Raw<D>>;
   }
 
   /** `read` that blocks the thread. For benchmarks and scripts. */
@@ -202,8 +216,14 @@ export class Tensor<D extends DType = DType> {
   }
 
   /** A copy of this tensor in another context. */
-  async to(context: Context): Promise<Tensor<D>> {
-    if (context?.constructor !== this.context.constructor) {
+  to(context: Context): Promise<Tensor<D>> {
+    this.context.assertNotRecording('to');
+    return this.#copyTo(context);
+  }
+
+  async #copyTo(context: Context): Promise<Tensor<D>> {
+    // The class itself cannot be imported here: contexts import tensors
+    if (!(context instanceof (this.context.constructor as typeof Context))) {
       throw new MoeError('ERR_MOE_INVALID_ARG', 'expected context: a context from createContext', {
         op: 'to',
         arg: 'context',

@@ -3,6 +3,7 @@
 //   node scripts/build-cuda.mjs                          sm_80, sm_90 and PTX
 //   node scripts/build-cuda.mjs --architectures 90-real  as CMAKE_CUDA_ARCHITECTURES has them
 //   node scripts/build-cuda.mjs --test-hooks             also out/cuda-hooks/moe_cuda.node, with deliberate faults
+//   node scripts/build-cuda.mjs --bench                  also out/bench-cuda/ceilings, which bench/device.ts runs
 //   node scripts/build-cuda.mjs --missing                only if the addon is older than its sources
 import { spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, statSync } from 'node:fs';
@@ -31,12 +32,21 @@ export function missingCudaTools() {
   return missing;
 }
 
-export function buildCuda({ missingOnly = false, hooks = false, architectures } = {}) {
-  const addons = (hooks ? ['cuda', 'cuda-hooks'] : ['cuda']).map((folder) =>
-    join(root, 'out', folder, 'moe_cuda.node'),
-  );
-  const fresh = (addon) => existsSync(addon) && statSync(addon).mtimeMs > newestSource();
-  if (missingOnly && addons.every(fresh)) return true;
+/** What CMakeLists.txt can make, by target, and the folders of its sources. */
+const ADDON_FOLDERS = ['csrc', 'csrc/binding', 'csrc/common', 'csrc/cuda'];
+const PRODUCTS = {
+  moe_cuda: { path: 'out/cuda/moe_cuda.node', folders: ADDON_FOLDERS },
+  moe_cuda_hooks: { path: 'out/cuda-hooks/moe_cuda.node', folders: ADDON_FOLDERS },
+  ceilings: { path: 'out/bench-cuda/ceilings', folders: ['bench/cuda'] },
+};
+
+export function buildCuda({ missingOnly = false, hooks = false, bench = false, architectures } = {}) {
+  const targets = ['moe_cuda', ...(hooks ? ['moe_cuda_hooks'] : []), ...(bench ? ['ceilings'] : [])];
+  const fresh = (target) => {
+    const { path, folders } = PRODUCTS[target];
+    return existsSync(join(root, path)) && statSync(join(root, path)).mtimeMs > newestSource(folders);
+  };
+  if (missingOnly && targets.every(fresh)) return true;
   const missing = missingCudaTools();
   if (missing.length > 0) {
     console.error(`The CUDA addon is not built: this machine has no ${missing.join(', no ')}.`);
@@ -48,21 +58,23 @@ export function buildCuda({ missingOnly = false, hooks = false, architectures } 
   if (architectures !== undefined) args.push(`--CDCMAKE_CUDA_ARCHITECTURES=${architectures}`);
   const begun = Date.now();
   console.error('Building the CUDA addon ...');
-  for (const target of hooks ? ['moe_cuda', 'moe_cuda_hooks'] : ['moe_cuda']) {
+  for (const target of targets) {
     const { status } = spawnSync(process.execPath, [cmakeJs, ...args, '-T', target], {
       cwd: root,
       stdio: 'inherit',
     });
     if (status !== 0) return false;
   }
-  for (const addon of addons) console.error(`${addon}: ${(statSync(addon).size / 1e6).toFixed(1)} MB`);
+  for (const { path } of targets.map((target) => PRODUCTS[target])) {
+    console.error(`${path}: ${(statSync(join(root, path)).size / 1e6).toFixed(1)} MB`);
+  }
   console.error(`${((Date.now() - begun) / 1000).toFixed(0)} s`);
   return true;
 }
 
-function newestSource() {
+function newestSource(folders) {
   let newest = statSync(join(root, 'CMakeLists.txt')).mtimeMs;
-  for (const folder of ['csrc', 'csrc/binding', 'csrc/common', 'csrc/cuda']) {
+  for (const folder of folders) {
     for (const name of readdirSync(join(root, folder))) {
       newest = Math.max(newest, statSync(join(root, folder, name)).mtimeMs);
     }
@@ -79,6 +91,7 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const built = buildCuda({
     missingOnly: process.argv.includes('--missing'),
     hooks: process.argv.includes('--test-hooks'),
+    bench: process.argv.includes('--bench'),
     ...(at < 0 ? {} : { architectures: process.argv[at + 1] }),
   });
   process.exit(built ? 0 : 1);

@@ -55,7 +55,12 @@ const APP = [
   'csrc',
   'dist',
 ];
-const ADDONS = ['build/Release/moe_cpu.node', 'out/cuda/moe_cuda.node', 'out/cuda-hooks/moe_cuda.node'];
+const BUILT = [
+  'build/Release/moe_cpu.node',
+  'out/cuda/moe_cuda.node',
+  'out/cuda-hooks/moe_cuda.node',
+  'out/bench-cuda/ceilings',
+];
 
 function run(command, args, options = {}) {
   const { status, error } = spawnSync(command, args, {
@@ -135,7 +140,7 @@ function packApp() {
         filter: (from) => !left.test(from),
       });
     }
-    for (const path of ADDONS) {
+    for (const path of BUILT) {
       if (!existsSync(join(root, path))) continue;
       mkdirSync(join(staging, dirname(path)), { recursive: true });
       cpSync(join(root, path), join(staging, path));
@@ -163,7 +168,7 @@ if (!process.argv.includes('--no-build')) {
   const built =
     buildTypescript({ missingOnly: true }) &&
     buildAddon({ missingOnly: true }) === true &&
-    (cpuOnly || buildCuda({ missingOnly: true, hooks: true }));
+    (cpuOnly || buildCuda({ missingOnly: true, hooks: true, bench: true }));
   if (!built) process.exit(1);
 }
 mkdirSync(cache, { recursive: true });

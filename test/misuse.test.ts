@@ -8,7 +8,6 @@ import {
   type DType,
   dtypes,
   fusedMoe,
-  MoeError,
   moeCombine,
   moeDispatch,
   moeExperts,
@@ -18,27 +17,8 @@ import {
   sharedExperts,
 } from '../lib/index.js';
 import { decode, encode } from '../lib/tensor.js';
+import { failure, rejection } from './failures.js';
 import { backends } from './ops/backends.js';
-
-function failure(act: () => unknown): MoeError {
-  try {
-    act();
-  } catch (error) {
-    expect(error).toBeInstanceOf(MoeError);
-    return error as MoeError;
-  }
-  throw new Error('expected the call to throw');
-}
-
-async function rejection(act: () => Promise<unknown>): Promise<MoeError> {
-  try {
-    await act();
-  } catch (error) {
-    expect(error).toBeInstanceOf(MoeError);
-    return error as MoeError;
-  }
-  throw new Error('expected the promise to reject');
-}
 
 // biome-ignore lint/suspicious/noExplicitAny: the point is to pass what the types forbid
 type Anything = any;

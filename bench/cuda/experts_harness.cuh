@@ -57,6 +57,14 @@ inline void fill(DType dtype, void* out, size_t n, uint64_t seed, float scale) {
   CHECK(cudaDeviceSynchronize());
 }
 
+// As the binding does it: scratch goes back when the call has been enqueued.
+template <class Params>
+Status enqueue(Backend& backend, const Params& p) {
+  Status status;
+  backend.submit([&] { status = registered_kernel<Params>(backend, p); });
+  return status;
+}
+
 // Weights in the source's layout (gate rows, up rows) and packed.
 struct Weights {
   Layer layer;
@@ -82,7 +90,7 @@ struct Weights {
     p.experts = experts;
     p.w13 = {w13.data, l.dtype, static_cast<int64_t>(n13)}, p.w2 = {w2.data, l.dtype, static_cast<int64_t>(n2)};
     if (l.biases) p.b13 = {b13.data, DType::kF32, l.S * 2 * l.I}, p.b2 = {b2.data, DType::kF32, l.S * l.H};
-    OK(registered_kernel<PackExperts>(backend, p));
+    OK(enqueue<PackExperts>(backend, p));
     OK(backend.wait());
   }
   // The source is needed by the reference alone.

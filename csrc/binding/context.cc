@@ -86,6 +86,16 @@ Napi::Error make_error(Napi::Env env, const Status& status, const std::string& o
   return Napi::Error(env, error);
 }
 
+// Made by JavaScript's own constructor: napi_create_arraybuffer ends the process where there is no memory.
+static Napi::ArrayBuffer new_array_buffer(Napi::Env env, size_t bytes, const char* op) {
+  try {
+    return env.GetInstanceData<AddonData>()->array_buffer.New({Napi::Number::New(env, static_cast<double>(bytes))})
+        .As<Napi::ArrayBuffer>();
+  } catch (const Napi::Error& error) {
+    throw make_error(env, no_host_memory(bytes), op);
+  }
+}
+
 struct NativeContext::Wait {
   explicit Wait(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
   Napi::Promise::Deferred deferred;
@@ -96,6 +106,7 @@ struct NativeContext::Wait {
   size_t bytes = 0;
   std::function<void()> arrive;           // what is left to do once the data is there; from any thread
 };
+static constexpr const char* kWaitNames[] = {"read", "synchronize", "close"};  // by kind
 
 struct NativeContext::Polled {
   std::shared_ptr<Wait> wait;
@@ -140,6 +151,7 @@ Napi::Function NativeContext::define(Napi::Env env) {
                          InstanceMethod<&NativeContext::memory>("memory"),
                          InstanceMethod<&NativeContext::paths>("paths"),
                          InstanceMethod<&NativeContext::close>("close"),
+                         InstanceMethod<&NativeContext::abandon>("abandon"),
                          InstanceMethod<&NativeContext::poll>("poll"),
                      });
 }
@@ -176,6 +188,8 @@ NativeContext::NativeContext(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
 
 NativeContext::~NativeContext() {
   if (backend_ != nullptr && mailbox_ != nullptr) shut_down();
+  int64_t ignored = 0;  // of a context that was never closed
+  napi_adjust_external_memory(env_, -external_, &ignored);
 }
 
 void NativeContext::environment_ends(void* context) {
@@ -208,6 +222,14 @@ void NativeContext::assert_open(Napi::Env env, const char* op) {
   throw make_error(env, Status::Error(Code::kDisposed, "expected an open context but it is closed"), op);
 }
 
+// Copies to the host, waits and replays must not become part of a graph, and a wait is for both lanes.
+void NativeContext::assert_not_recording(Napi::Env env, const char* op) {
+  assert_open(env, op);
+  assert_joined(env, op);
+  if (recording_ == nullptr) return;
+  throw make_error(env, Status::Error(Code::kCapture, "not while a capture is being recorded"), op);
+}
+
 std::shared_ptr<Buffer> NativeContext::buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op) {
   assert_open(info.Env(), op);
   const std::shared_ptr<Buffer>* found =
@@ -218,11 +240,13 @@ std::shared_ptr<Buffer> NativeContext::buffer_at(const Napi::CallbackInfo& info,
 }
 
 Napi::Value NativeContext::device(const Napi::CallbackInfo& info) {
+  assert_open(info.Env(), "device");
   return Napi::String::New(info.Env(), backend_->device_name());
 }
 
 // Lets the collector know what its small objects stand for.
 void NativeContext::account(Napi::Env env, int64_t bytes) {
+  if (bytes == 0) return;
   external_ += bytes;
   Napi::MemoryManagement::AdjustExternalMemory(env, bytes);
 }
@@ -238,8 +262,8 @@ double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DT
   buffer->dtype = dtype;
   buffer->elements = elements;
   buffer->experts = std::move(experts);
-  // Until a replay has written it there is nothing in it.
-  if (recording_ != nullptr && !buffer->experts.has_value()) {
+  // Until a replay has written it there is nothing in it, unless there is nothing to write.
+  if (recording_ != nullptr && !buffer->experts.has_value() && elements != 0) {
     static const auto unwritten = std::make_shared<const Fault>(
         Fault{Status::Error(Code::kCapture, "expected a replay before the first read of what a capture made"), "capture"});
     buffer->fault = unwritten;
@@ -428,10 +452,11 @@ void NativeContext::enqueue(const Napi::CallbackInfo& info) {
 
 Napi::Promise NativeContext::wait_for(Napi::Env env, std::shared_ptr<Wait> wait) {
   // Pending waits keep the process and this object alive; an idle context keeps neither.
-  if (pending_++ == 0) {
+  if (pending_.empty()) {
     Ref();
     napi_ref_threadsafe_function(env, mailbox_->sender);
   }
+  pending_.push_back(wait);
   Napi::Promise promise = wait->deferred.Promise();
   std::unique_ptr<Milestone> milestone = backend_->mark();
   if (milestone == nullptr) {
@@ -473,7 +498,7 @@ Napi::Value NativeContext::poll(const Napi::CallbackInfo& info) {
       polled_.pop_front();
       if (wait->status.ok()) wait->status = std::move(status);
       if (wait->status.ok() && wait->fault == nullptr && wait->arrive) wait->arrive();
-      settle(env, *wait);
+      settle(env, wait);
     } else if (std::chrono::steady_clock::now() >= polled_.front().until) {
       hand_over(std::move(polled_.front()));
       polled_.pop_front();
@@ -496,20 +521,22 @@ void NativeContext::deliver(napi_env raw_env, napi_value, void* context, void*) 
   }
   for (const auto& wait : finished) {
     try {
-      self->settle(env, *wait);
+      self->settle(env, wait);
     } catch (const Napi::Error&) {
       // No JavaScript can run any more: the worker is being terminated, and nobody waits for the answer.
     }
   }
 }
 
-void NativeContext::settle(Napi::Env env, Wait& wait) {
+void NativeContext::settle(Napi::Env env, const std::shared_ptr<Wait>& settled) {
+  Wait& wait = *settled;
   std::shared_ptr<const Fault> found = wait.status.ok() && wait.fault == nullptr ? device_fault() : nullptr;
   if (wait.kind == Wait::Kind::kClose) {
     shut_down();
     account(env, -external_);
   }
-  if (--pending_ == 0) {
+  pending_.erase(std::find(pending_.begin(), pending_.end(), settled));
+  if (pending_.empty()) {
     if (mailbox_->sender != nullptr) napi_unref_threadsafe_function(env, mailbox_->sender);
     Unref();
   }
@@ -518,24 +545,25 @@ void NativeContext::settle(Napi::Env env, Wait& wait) {
     if (wait.kind == Wait::Kind::kSynchronize && wait.status.ok()) fault = faults_->take();
     if (fault == nullptr) fault = std::move(found);
     if (!wait.status.ok()) {
-      wait.deferred.Reject(make_error(env, wait.status, wait.kind == Wait::Kind::kRead ? "read" : "synchronize").Value());
+      wait.deferred.Reject(make_error(env, wait.status, kWaitNames[static_cast<int>(wait.kind)]).Value());
     } else if (fault != nullptr) {
       faults_->reported(fault);
       wait.deferred.Reject(make_error(env, fault->status, fault->op).Value());
     } else if (wait.kind == Wait::Kind::kRead) {
-      Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, wait.bytes);
+      Napi::ArrayBuffer buffer = new_array_buffer(env, wait.bytes, "read");
       if (wait.bytes != 0) std::memcpy(buffer.Data(), wait.host.get(), wait.bytes);
       wait.deferred.Resolve(buffer);
     } else {
       wait.deferred.Resolve(env.Undefined());
     }
   } catch (const Napi::Error& error) {
-    wait.deferred.Reject(error.Value());  // no memory for the ArrayBuffer
+    wait.deferred.Reject(error.Value());  // no memory for the ArrayBuffer, or an error class that throws
   }
 }
 
 // What kernels found wrong since the last wait.
 std::shared_ptr<const Fault> NativeContext::device_fault() {
+  if (backend_ == nullptr) return nullptr;
   Fault fault;
   fault.status = backend_->take_fault(&fault.op);
   return fault.status.ok() ? nullptr : std::make_shared<const Fault>(std::move(fault));
@@ -543,8 +571,8 @@ std::shared_ptr<const Fault> NativeContext::device_fault() {
 
 Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
+  assert_not_recording(env, "read");
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "read");
-  assert_joined(env, "read");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
   auto wait = std::make_shared<Wait>(env);
   wait->kind = Wait::Kind::kRead;
@@ -565,8 +593,8 @@ Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
+  assert_not_recording(env, "readSync");
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "readSync");
-  assert_joined(env, "readSync");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
   std::shared_ptr<uint8_t[]> raw = backend_->staging(buffer->bytes);
   if (raw == nullptr) throw make_error(env, no_host_memory(buffer->bytes), "readSync");
@@ -585,7 +613,7 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   }
   if (const auto fault = device_fault(); fault != nullptr) throw make_error(env, fault->status, fault->op);
   const size_t elements = static_cast<size_t>(buffer->elements);
-  Napi::ArrayBuffer result = Napi::ArrayBuffer::New(env, values ? elements * sizeof(float) : buffer->bytes);
+  Napi::ArrayBuffer result = new_array_buffer(env, values ? elements * sizeof(float) : buffer->bytes, "readSync");
   if (values) {
     widen(static_cast<float*>(result.Data()), buffer->dtype, raw.get(), elements);
   } else if (buffer->bytes != 0) {
@@ -595,14 +623,12 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value NativeContext::synchronize(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "synchronize");
-  assert_joined(info.Env(), "synchronize");
+  assert_not_recording(info.Env(), "synchronize");
   return wait_for(info.Env(), std::make_shared<Wait>(info.Env()));
 }
 
 void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "synchronizeSync");
-  assert_joined(info.Env(), "synchronizeSync");
+  assert_not_recording(info.Env(), "synchronizeSync");
   Status status = backend_->wait();
   if (!status.ok()) throw make_error(info.Env(), status, "synchronizeSync");
   if (const auto fault = faults_->take(); fault != nullptr) throw make_error(info.Env(), fault->status, fault->op);
@@ -612,17 +638,36 @@ void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
 Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "close");
   join_lanes();
+  assert_not_recording(info.Env(), "close");
   open_ = false;
   auto wait = std::make_shared<Wait>(info.Env());
   wait->kind = Wait::Kind::kClose;
   return wait_for(info.Env(), std::move(wait));
 }
 
+// After close(): what has not been done yet is given up, and whoever waits for it is told.
+void NativeContext::abandon(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  if (backend_ == nullptr) return;
+  shut_down();  // from here on nothing is posted any more
+  std::vector<std::shared_ptr<Wait>> finished;
+  {
+    std::lock_guard lock(mailbox_->mutex);
+    finished.swap(mailbox_->finished);
+  }
+  for (const auto& wait : finished) settle(env, wait);
+  const std::deque<std::shared_ptr<Wait>> left = pending_;
+  for (const auto& wait : left) {
+    wait->status = Status::Error(Code::kAborted, "the context was closed before its work was done");
+    settle(env, wait);
+  }
+  account(env, -external_);
+}
+
 // Recordings -----------------------------------------------------------------------------------------------------
 
 void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "capture");
-  assert_joined(info.Env(), "capture");
+  assert_not_recording(info.Env(), "capture");
   if (backend_->has_graphs()) {
     Status status = backend_->begin_capture();
     if (!status.ok()) throw make_error(info.Env(), status, "capture");
@@ -673,8 +718,7 @@ void NativeContext::assert_joined(Napi::Env env, const char* op) {
 }
 
 void NativeContext::replay(const Napi::CallbackInfo& info) {
-  assert_open(info.Env(), "replay");
-  assert_joined(info.Env(), "replay");
+  assert_not_recording(info.Env(), "replay");
   const std::shared_ptr<Recording>* found =
       info.Length() > 0 && info[0].IsNumber() ? captures_.find(info[0].As<Napi::Number>().DoubleValue()) : nullptr;
   if (found == nullptr) {

@@ -18,6 +18,7 @@ namespace moe {
 // Per-environment state: one for the main thread and one for each worker.
 struct AddonData {
   Napi::FunctionReference error_class;
+  Napi::FunctionReference array_buffer;  // the constructor
 };
 
 // A MoeError for a status.
@@ -57,11 +58,13 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value paths(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
+  void abandon(const Napi::CallbackInfo&);
   Napi::Value poll(const Napi::CallbackInfo&);
 
   void assert_open(Napi::Env env, const char* op);
   void assert_joined(Napi::Env env, const char* op);
   void join_lanes();
+  void assert_not_recording(Napi::Env env, const char* op);
   std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
   void account(Napi::Env env, int64_t bytes);
   double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,
@@ -72,7 +75,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   static std::function<void(Status)> finisher(std::shared_ptr<Wait> wait, std::shared_ptr<Mailbox> mailbox);
   void hand_over(Polled polled);
   std::shared_ptr<const Fault> device_fault();
-  void settle(Napi::Env env, Wait& wait);
+  void settle(Napi::Env env, const std::shared_ptr<Wait>& wait);
   void shut_down();
   static void environment_ends(void* context);
 
@@ -85,7 +88,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   HandleTable<Recording> captures_;
   std::shared_ptr<Recording> recording_;
   std::deque<Polled> polled_;
-  size_t pending_ = 0;
+  std::deque<std::shared_ptr<Wait>> pending_;  // promises not settled yet, in order
   int64_t external_ = 0;  // what the collector has been told of
   bool open_ = true;
   bool lanes_ = false;  // two lanes are open

@@ -45,14 +45,16 @@ Status Allocator::out_of_memory(size_t requested) const {
                                                std::to_string(available) + " bytes available");
 }
 
+bool Allocator::affords(size_t bytes) { return bytes < kWorthAsking || bytes <= available_memory(); }
+
 // With the mutex held. A system that overcommits would grant anything and kill the process when it is touched, so
 // that what cannot be there is refused here.
 Status Allocator::take_from_system(size_t bytes, size_t requested, void** out) {
   const size_t most = physical_memory(), held = live_ + scratch_;
   if (bytes > most || held > most - bytes) return out_of_memory(requested);
-  if (bytes >= kWorthAsking && bytes > available_memory()) {
+  if (!affords(bytes)) {
     release_kept();
-    if (bytes > available_memory()) return out_of_memory(requested);
+    if (!affords(bytes)) return out_of_memory(requested);
   }
   *out = system_allocate(bytes);
   if (*out == nullptr) {

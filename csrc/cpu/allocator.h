@@ -29,6 +29,9 @@ class Allocator {
   Status allocate_scratch(size_t bytes, void** out);
   void release_scratch(void* data, size_t bytes) noexcept;
 
+  // Whether the system can back as much now.
+  static bool affords(size_t bytes);
+
   // Gives all unused blocks back to the system.
   void trim() noexcept;
   MemoryInfo info() const;

@@ -28,6 +28,10 @@ class CpuBackend : public Backend {
   Status wait() override { return queue_.wait(); }
   void stop() override;
 
+  // Nothing where it cannot be there: a system that overcommits would grant it and kill the process later.
+  std::shared_ptr<uint8_t[]> staging(size_t bytes) override {
+    return allocator_.affords(bytes) ? host_memory(bytes) : nullptr;
+  }
   Status copy_in(void* device, const void* host, size_t bytes) override { return copy(device, host, bytes); }
   Status copy_out(void* host, const void* device, size_t bytes) override { return copy(host, device, bytes); }
   Status fill_zero(void* device, size_t bytes) override;

@@ -1,6 +1,7 @@
 #include "backend.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <system_error>
@@ -18,6 +19,13 @@ namespace {
 
 // The oldest device that the kernels are compiled for.
 constexpr int kOldestCapability = 80;
+
+// Whether the driver is told to leave machine code aside and compile PTX. Kernels of one architecture alone (*_sm90a.cu)
+// have none, so that the portable ones, those of the oldest device, have to be taken then.
+bool ptx_is_forced() {
+  const char* forced = std::getenv("CUDA_FORCE_PTX_JIT");
+  return forced != nullptr && std::strcmp(forced, "1") == 0;
+}
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -118,6 +126,7 @@ Status CudaBackend::open(int device) {
                                                  std::to_string(properties.minor) +
                                                  "; 8.0 or newer is needed, or backend 'cpu'", "device");
   }
+  if (ptx_is_forced()) compute_capability_ = kOldestCapability;
   MOE_CUDA_CHECK(cudaSetDevice(device));
   MOE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   MOE_CUDA_CHECK(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));

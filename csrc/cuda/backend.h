@@ -40,7 +40,7 @@ class CudaBackend : public Backend {
   cudaStream_t stream() const { return aside_ ? side_ : beside_now_ ? beside_ : stream_; }
   int sm_count() const { return sm_count_; }
   int device() const { return device_; }
-  // 10 * major + minor: 90 on Hopper.
+  // Whose kernels may be taken, 10 * major + minor: 90 on Hopper, 80 wherever only PTX is used.
   int compute_capability() const { return compute_capability_; }
   // Device memory of undefined content, aligned to 256 bytes, for the kernels of this call; it goes back by itself when
   // the call returns, in the order of the stream. Allowed in captures.

@@ -1,7 +1,8 @@
 #include "expert_paths.h"
 
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace moe::mlp {
 
@@ -10,7 +11,7 @@ namespace {
 constexpr Path kAll[] = {Path::kPlain, Path::kMma, Path::kWgmma, Path::kStream};
 
 bool can_run(Path path, const Shape& s) {
-  const bool tensor = s.rows == s.weights && s.rows != DType::kF32 && s.H % 8 == 0 && s.I % 8 == 0;
+  const bool tensor = s.rows == s.weights && s.rows != DType::kF32 && s.H % 8 == 0 && s.I % 8 == 0 && s.C <= 4096;
   switch (path) {
     case Path::kPlain: return true;
     case Path::kMma: return tensor && s.compute_capability >= 80;
@@ -33,15 +34,22 @@ const char* name_of(Path path) {
   return "";
 }
 
-Path choose(const Shape& shape) {
-  if (const char* wanted = std::getenv("MOE_CUDA_EXPERTS")) {
-    for (const Path path : kAll) {
-      if (std::strcmp(wanted, name_of(path)) == 0 && can_run(path, shape)) return path;
+bool choose(const Shape& shape, const char* wanted, Path* out) {
+  if (wanted != nullptr && *wanted != 0) {
+    const auto* named = std::find_if(std::begin(kAll), std::end(kAll),
+                                     [&](Path path) { return std::strcmp(wanted, name_of(path)) == 0; });
+    if (named == std::end(kAll)) return false;
+    if (can_run(*named, shape)) {
+      *out = *named;
+      return true;
     }
   }
-  if (can_run(Path::kStream, shape) && shape.T <= 128) return Path::kStream;
-  if (can_run(Path::kWgmma, shape)) return Path::kWgmma;
-  return can_run(Path::kMma, shape) ? Path::kMma : Path::kPlain;
+  const bool few = shape.T <= 128;
+  for (const Path path : {few ? Path::kStream : Path::kWgmma, Path::kWgmma, Path::kMma, Path::kPlain}) {
+    *out = path;
+    if (can_run(path, shape)) break;
+  }
+  return true;
 }
 
 int tile_rows(Path path, int64_t rows, int64_t experts) {

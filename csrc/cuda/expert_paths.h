@@ -19,9 +19,13 @@ struct Shape {
 };
 
 // `stream` where few rows an expert make streaming the weights the whole cost, `wgmma` else on Hopper, `mma` on other
-// devices from sm_80 on, `plain` for f32, mixed dtypes and sizes that are no multiple of 8. MOE_CUDA_EXPERTS=plain|mma|
-// wgmma|stream takes the named one wherever it can run.
-Path choose(const Shape& shape);
+// devices from sm_80 on, `plain` for f32, mixed dtypes, sizes that are no multiple of 8 and more than 4,096 columns.
+// `wanted` (the value of MOE_KERNELS_CUDA_EXPERTS, or null): the path of that name wherever it can run.
+// False for a name that there is not.
+bool choose(const Shape& shape, const char* wanted, Path* out);
+
+// The paths by name, for messages.
+inline constexpr const char* kPathNames = "plain, mma, wgmma, stream";
 
 // Rows of a tile of the grouped paths for `rows` rows among `experts` experts.
 int tile_rows(Path path, int64_t rows, int64_t experts);

@@ -3,6 +3,8 @@
 #include "expert_tiles.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 
 namespace moe {
 
@@ -72,6 +74,15 @@ __global__ void __launch_bounds__(kThreads) cut_whole(int rows, RowTiles out) {
 }
 
 }  // namespace
+
+Status choose_path(const mlp::Shape& shape, mlp::Path* out) {
+  const char* wanted = std::getenv("MOE_KERNELS_CUDA_EXPERTS");
+  if (mlp::choose(shape, wanted, out)) return Status::Ok();
+  return Status::Error(
+      Code::kInvalidArg,
+      std::string("expected MOE_KERNELS_CUDA_EXPERTS: one of ") + mlp::kPathNames + " but received '" + wanted + "'",
+      "MOE_KERNELS_CUDA_EXPERTS");
+}
 
 Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out) {
   out->tile_rows = mlp::tile_rows(path, rows, experts);

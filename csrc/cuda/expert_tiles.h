@@ -23,6 +23,9 @@ inline int64_t most_tiles(int64_t rows, int64_t experts, int tile_rows) {
 // Kernels go through the tiles in steps of the grid's second dimension, which is limited.
 inline unsigned grid_of_tiles(int64_t most) { return static_cast<unsigned>(most < 65535 ? most : 65535); }
 
+// The path of a call, see mlp::choose.
+Status choose_path(const mlp::Shape& shape, mlp::Path* out);
+
 // Scratch for the tiles of `rows` rows, of the size that suits the path.
 Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out);
 

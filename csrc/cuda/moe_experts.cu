@@ -47,8 +47,9 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   if (p.P == 0 || p.H == 0) return Status::Ok();
   if (p.P > INT32_MAX) return Status::Error(Code::kUnsupported, "expected a capacity below 2^31");
   CudaBackend& device = cuda(backend);
-  const mlp::Path path =
-      mlp::choose({p.rows.dtype, p.experts.layout.dtype, p.P, 1, p.S, p.H, p.I, device.compute_capability(), false});
+  mlp::Path path{};
+  MOE_RETURN_IF_ERROR(choose_path(
+      {p.rows.dtype, p.experts.layout.dtype, p.P, 1, p.S, p.H, p.I, device.compute_capability(), false}, &path));
   backend.note_path("moe_experts", mlp::name_of(path));
   RowTiles tiles;
   int32_t* taken = nullptr;

@@ -4,7 +4,8 @@
 // source (columns, or rows if transposed) through shared memory and written along columns, so that both are coalesced.
 // Interleaved gate and up rows are taken apart by the row's index. Values are widened to f32 and rounded once, which
 // keeps the bits where the dtypes are equal (a NaN stays a NaN, its payload may change); biases become f32, and 0 where
-// the slot has biases and none are given. Limits: none.
+// the slot has biases and none are given. Limits: matrices below 2^41
+// elements, which no device holds.
 #include "backend.h"
 #include "experts_layout.h"
 #include "floats.cuh"
@@ -35,9 +36,10 @@ template <class From, class To>
 __global__ void pack_matrix(const From* from, To* to, Matrix m) {
   constexpr bool kTiled = !std::is_same_v<To, float>;
   __shared__ float square[kSquare][kSquare + 1];
-  const int64_t first_row = int64_t{blockIdx.y} * kSquare, first_column = int64_t{blockIdx.x} * kSquare;
-  from += int64_t{blockIdx.z} * m.rows * m.columns;
-  to += int64_t{blockIdx.z} * m.packed_rows * m.packed_columns;
+  const int64_t across = (m.packed_columns + kSquare - 1) / kSquare;
+  const int64_t first_row = blockIdx.x / across * kSquare, first_column = blockIdx.x % across * kSquare;
+  from += int64_t{blockIdx.y} * m.rows * m.columns;
+  to += int64_t{blockIdx.y} * m.packed_rows * m.packed_columns;
   for (int i = threadIdx.y; i < kSquare; i += kStripes) {
     const int64_t r = first_row + (m.transposed ? threadIdx.x : i), c = first_column + (m.transposed ? i : threadIdx.x);
     const int64_t source = r < m.packed_rows && c < m.columns ? source_row<kTiled>(r, m) : -1;
@@ -67,11 +69,10 @@ Status pack_one(CudaBackend& device, const Tensor& from, void* to, DType dtype, 
     using From = pointee<decltype(from_type)>;
     return with_float(dtype, [&](auto* to_type) {
       using To = pointee<decltype(to_type)>;
-      const int64_t across = ceil_div(m.packed_columns, kSquare), down = ceil_div(m.packed_rows, kSquare);
-      if (down > 65535) return Status::Error(Code::kUnsupported, "expected at most 2097120 rows in an expert's matrix");
+      const int64_t squares = ceil_div(m.packed_columns, kSquare) * ceil_div(m.packed_rows, kSquare);
       for (int64_t first = 0; first < count; first += 65535) {
         const int64_t here = count - first < 65535 ? count - first : 65535;
-        const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down), static_cast<unsigned>(here));
+        const dim3 grid(static_cast<unsigned>(squares), static_cast<unsigned>(here));
         pack_matrix<From, To><<<grid, dim3(kSquare, kStripes), 0, device.stream()>>>(
             from.as<const From>() + first * m.rows * m.columns,
             static_cast<To*>(to) + first * m.packed_rows * m.packed_columns, m);

@@ -133,9 +133,11 @@ Status shared_experts(Backend& backend, const SharedExperts& p) {
   if (p.T == 0) return Status::Ok();
   CudaBackend& device = cuda(backend);
   mlp::StreamCall stream = stream_call(device, p, nullptr);
-  const mlp::Path path =
-      mlp::choose({p.hidden.dtype, p.experts.layout.dtype, p.T, 1, 1, p.H, p.I, device.compute_capability(),
-                   p.part == SharedPart::kWhole && mlp::stream_takes(stream)});
+  mlp::Path path{};
+  MOE_RETURN_IF_ERROR(
+      choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, 1, 1, p.H, p.I, device.compute_capability(),
+                   p.part == SharedPart::kWhole && mlp::stream_takes(stream)},
+                  &path));
   backend.note_path("shared_experts", mlp::name_of(path));
   float* gates = nullptr;
   MOE_RETURN_IF_ERROR(launch_gates(device, p, &gates));

@@ -58,4 +58,6 @@ export interface Backend {
   paths(): Record<string, string>;
   /** Finishes queued work, then gives everything back. */
   close(): Promise<void>;
+  /** After close: gives up the work that is left and everything else, now; waits for it reject with ERR_MOE_ABORTED. */
+  abandon(): void;
 }

@@ -112,6 +112,9 @@ export class NativeBackend implements Backend {
   close(): Promise<void> {
     return this.#context.close();
   }
+  abandon(): void {
+    this.#context.abandon();
+  }
 
   /** A wait that was begun: short ones are over before another thread would have woken up. */
   #awaited<T>(wait: Promise<T>): Promise<T> {

@@ -1,11 +1,15 @@
 // The pure TypeScript backend: computes on the JS thread at the call. The last fallback, and what every other backend
 // is compared with, so it is plain rather than fast.
+import { freemem } from 'node:os';
 import { MoeError } from '../errors.js';
 import type { ExpertsLayout } from '../experts.js';
 import type { Call, CallTensor } from '../op.js';
 import type { OracleExperts, OracleTensor } from '../oracle/values.js';
 import { type DType, decode, dtypeRow, encode, type Handle, type RawArray, Tensor } from '../tensor.js';
 import type { Backend, MemoryInfo, ReadAs } from './backend.js';
+
+/** Below it, asking the system costs more than the array. */
+const WORTH_ASKING = 32 * 2 ** 20;
 
 interface Storage {
   raw: RawArray;
@@ -21,9 +25,10 @@ export class OracleBackend implements Backend {
   #paths: Record<string, string> = {};
 
   allocate(dtype: DType, elements: number): Storage {
+    this.#afford(elements * dtypeRow(dtype).bytes);
     const raw = this.#array(dtypeRow(dtype).raw, elements);
     this.#used += raw.byteLength;
-    if (this.#recording === undefined) return { raw };
+    if (this.#recording === undefined || elements === 0) return { raw };
     const text = 'expected a replay before the first read of what a capture made';
     return { raw, fault: new MoeError('ERR_MOE_CAPTURE', text, { op: 'capture' }) };
   }
@@ -31,6 +36,8 @@ export class OracleBackend implements Backend {
   allocateExperts(layout: ExpertsLayout): { handle: OracleExperts; bytes: number } {
     const { slots, hidden, intermediate, dtype } = layout;
     const { format } = dtypeRow(dtype);
+    const bytes = 4 * slots * (3 * intermediate * hidden + 2 * intermediate + hidden);
+    this.#afford(bytes);
     const perSlot = (elements: number) =>
       Array.from({ length: slots }, () => this.#array(Float32Array, elements) as Float32Array);
     const handle: OracleExperts = {
@@ -45,7 +52,6 @@ export class OracleBackend implements Backend {
       b2: perSlot(hidden),
       round: format === undefined ? Math.fround : (value) => format.decode(format.encode(value)),
     };
-    const bytes = 4 * slots * (3 * intermediate * hidden + 2 * intermediate + hidden);
     this.#used += bytes;
     return { handle, bytes };
   }
@@ -145,6 +151,7 @@ export class OracleBackend implements Backend {
     return { ...this.#paths };
   }
   async close(): Promise<void> {}
+  abandon(): void {}
 
   #enqueue(step: () => void): void {
     if (this.#recording === undefined) step();
@@ -167,6 +174,20 @@ export class OracleBackend implements Backend {
     if (fault !== undefined) throw fault;
     const data = signature.inout ? raw : (decode(value.dtype, raw as never) as RawArray);
     return { shape: value.shape, data } satisfies OracleTensor<RawArray>;
+  }
+
+  /** V8 hands out pages that the system does not have, and the process dies when they are touched. */
+  #afford(bytes: number): void {
+    if (bytes < WORTH_ASKING) return;
+    const available = freemem();
+    if (bytes <= available) return;
+    throw new MoeError(
+      'ERR_MOE_OOM',
+      `out of memory: requested ${bytes} bytes, ${available} bytes available`,
+      {
+        op: 'oracle',
+      },
+    );
   }
 
   #array(

@@ -3,7 +3,9 @@
 import { extname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
+import { checkSignal, throwIfAborted, unlessAborted } from '../abort.js';
 import { MoeError, type MoeErrorCode } from '../errors.js';
+import { describeValue } from '../options.js';
 import { Placement } from '../placement/placement.js';
 import type { Loads } from './loads.js';
 import { checkRequest, type Plan, type PlanRequest, planSync } from './plan.js';
@@ -45,6 +47,15 @@ export interface PlannerOptions {
   thread?: 'worker' | 'main';
 }
 
+function errorOf({ code, message, op, arg }: ReplyMessage & { kind: 'error' }): MoeError {
+  const prefix = op === undefined ? '' : `[${op}] `;
+  const text = message.startsWith(prefix) ? message.slice(prefix.length) : message;
+  return new MoeError(code, text, {
+    ...(op === undefined ? {} : { op }),
+    ...(arg === undefined ? {} : { arg }),
+  });
+}
+
 const packLoads = ({ steps, layers, experts, counts }: Loads): RequestMessage['loads'] => ({
   steps,
   layers,
@@ -64,25 +75,39 @@ export class Planner {
   }
 
   /**
-   * Makes a plan. Throws what `planSync` throws, ERR_MOE_ABORTED on abort, ERR_MOE_DISPOSED after close. Plans asked
-   * for at the same time are made one after the other.
+   * Makes a plan. Throws what `planSync` throws, ERR_MOE_ABORTED on abort, ERR_MOE_DISPOSED after close, and what
+   * `onProgress` throws. Plans asked for at the same time are made one after the other.
    */
-  plan(request: PlanRequest, options: PlanOptions = {}): Promise<Plan> {
-    const result = this.#queue.then(() => this.#one(request, options));
-    this.#queue = result.catch(() => {});
+  async plan(request: PlanRequest, options: PlanOptions = {}): Promise<Plan> {
+    const { signal, onProgress } = options;
+    checkSignal('plan', signal);
+    if (onProgress !== undefined && typeof onProgress !== 'function') {
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected onProgress: a function but received ${describeValue(onProgress)}`,
+        { op: 'plan', arg: 'onProgress' },
+      );
+    }
+    const before = this.#queue;
+    const result = unlessAborted('plan', before, signal, 'the plan').then(() =>
+      this.#one(request, signal, onProgress),
+    );
+    this.#queue = Promise.allSettled([before, result]);
     return result;
   }
 
-  async #one(request: PlanRequest, { signal, onProgress }: PlanOptions): Promise<Plan> {
-    const aborted = (): MoeError =>
-      new MoeError('ERR_MOE_ABORTED', 'the plan was cancelled', { op: 'plan', cause: signal?.reason });
+  async #one(
+    request: PlanRequest,
+    signal: AbortSignal | undefined,
+    onProgress: PlanOptions['onProgress'],
+  ): Promise<Plan> {
     if (this.#closed) throw new MoeError('ERR_MOE_DISPOSED', 'the planner was closed before', { op: 'plan' });
-    if (signal?.aborted) throw aborted();
+    throwIfAborted('plan', signal, 'the plan');
     checkRequest(request);
     if (this.thread === 'main') {
       let done = 0;
       return planSync(request, () => {
-        if (signal?.aborted) throw aborted();
+        throwIfAborted('plan', signal, 'the plan');
         onProgress?.(++done, request.loads.layers);
       });
     }
@@ -93,55 +118,49 @@ export class Planner {
       ...(current === undefined ? {} : { current: current.map(packPlacement) }),
     };
     const worker = this.#start();
-    return new Promise<Plan>((resolve, reject) => {
+    let stop = (): void => {};
+    const planned = new Promise<Plan>((resolve, reject) => {
       const finish = (act: () => void): void => {
         worker.off('message', onMessage).off('error', onError).off('exit', onExit);
-        signal?.removeEventListener('abort', onAbort);
         worker.unref();
         act();
       };
+      /** Ends the thread with the plan that it is making. */
+      const giveUp = (error: unknown): void => {
+        this.#worker = undefined;
+        finish(() => reject(error));
+        void worker.terminate();
+      };
       const onMessage = (reply: ReplyMessage): void => {
-        if (reply.kind === 'progress') onProgress?.(reply.done, reply.layers);
-        else if (reply.kind === 'plan')
-          finish(() => resolve({ ...reply.plan, placements: reply.plan.placements.map(unpackPlacement) }));
-        else
-          finish(() => {
-            const prefix = reply.op === undefined ? '' : `[${reply.op}] `;
-            const text = reply.message.startsWith(prefix)
-              ? reply.message.slice(prefix.length)
-              : reply.message;
-            reject(
-              new MoeError(reply.code, text, {
-                ...(reply.op === undefined ? {} : { op: reply.op }),
-                ...(reply.arg === undefined ? {} : { arg: reply.arg }),
-              }),
-            );
-          });
+        try {
+          if (reply.kind === 'progress') onProgress?.(reply.done, reply.layers);
+          else if (reply.kind === 'error') finish(() => reject(errorOf(reply)));
+          else {
+            const placements = reply.plan.placements.map(unpackPlacement);
+            finish(() => resolve({ ...reply.plan, placements }));
+          }
+        } catch (error) {
+          giveUp(error);
+        }
       };
       const lost = (cause: unknown): void => {
-        this.#worker = undefined;
-        finish(() =>
-          reject(
-            new MoeError(
-              'ERR_MOE_INTERNAL',
-              `the planning thread ended (${cause instanceof Error ? cause.message : `exit code ${cause}`})`,
-              { op: 'plan', cause },
-            ),
-          ),
+        const text = cause instanceof Error ? cause.message : `exit code ${cause}`;
+        giveUp(
+          new MoeError('ERR_MOE_INTERNAL', `the planning thread ended (${text})`, { op: 'plan', cause }),
         );
       };
       const onError = (error: Error): void => lost(error);
       const onExit = (code: number): void => lost(code);
-      const onAbort = (): void => {
-        this.#worker = undefined;
-        finish(() => reject(aborted()));
-        void worker.terminate();
-      };
+      stop = () => giveUp(undefined); // whoever waits has been told
       worker.ref();
       worker.on('message', onMessage).on('error', onError).on('exit', onExit);
-      signal?.addEventListener('abort', onAbort, { once: true });
-      worker.postMessage(message, [message.loads.counts.buffer as ArrayBuffer]);
+      try {
+        worker.postMessage(message, [message.loads.counts.buffer as ArrayBuffer]);
+      } catch (error) {
+        giveUp(error); // something in the request cannot cross threads
+      }
     });
+    return unlessAborted('plan', planned, signal, 'the plan', stop);
   }
 
   #start(): Worker {

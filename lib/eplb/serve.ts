@@ -2,6 +2,7 @@
 // layers a few per step, then collect again. Every step is judged under the placement in force when it ran. The cycle
 // is a plain reducer over the step number; a layer switches between two steps, never inside one, and a layer that does
 // not change costs no step.
+import { checkSignal } from '../abort.js';
 import { MoeError } from '../errors.js';
 import type { Placement } from '../placement/placement.js';
 import type { Loads } from './loads.js';
@@ -33,6 +34,7 @@ export interface ServedTrace {
 /** Serves the whole trace with one policy. Throws ERR_MOE_INVALID_ARG for intervals below 1, ERR_MOE_ABORTED on abort. */
 export async function serveTrace(trace: Loads, options: ServeOptions): Promise<ServedTrace> {
   const { collect, plan: planning, layersPerStep, planner = planSync, signal, ...rest } = options;
+  checkSignal('serve', signal);
   for (const [name, value] of Object.entries({ collect, plan: planning, layersPerStep }))
     if (!Number.isInteger(value) || value < 1)
       throw new MoeError(

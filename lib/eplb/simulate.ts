@@ -1,6 +1,7 @@
 // Replays a trace through policies, window by window: plan k sees window k and its own previous placement, and is
 // judged on the window it saw (same) and on the one that follows (next). This is how every figure about planners in
 // this project is measured; the even split over replicas applies throughout.
+import { checkSignal } from '../abort.js';
 import { MoeError } from '../errors.js';
 import type { Placement } from '../placement/placement.js';
 import type { Loads } from './loads.js';
@@ -53,6 +54,7 @@ const mean = (values: readonly number[]): number =>
  */
 export async function simulate(trace: Loads, options: SimulateOptions): Promise<PolicyFigures[]> {
   const { policies, window, planner = planSync, onPlan, signal, budgetFirst = false, ...rest } = options;
+  checkSignal('simulate', signal);
   const windows = windowsOf(trace, window);
   const figures: PolicyFigures[] = [];
   for (const name of policies) {

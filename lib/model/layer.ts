@@ -1,5 +1,6 @@
 // MoeLayer: one MoE layer of a checkpoint, assembled from the ops. Loading moves one expert at a time through one
 // host buffer, so a layer is never held twice; whatever goes wrong, everything loaded until then is given back.
+import { checkSignal, throwIfAborted, unlessAborted } from '../abort.js';
 import { Context } from '../context.js';
 import { MoeError } from '../errors.js';
 import type { ExpertWeights, SwiGLU } from '../experts.js';
@@ -154,7 +155,7 @@ export class MoeLayer {
    */
   static async load(source: string | Checkpoint, options: MoeLayerOptions): Promise<MoeLayer> {
     const resolved = checkLoadOptions(options);
-    throwIfAborted(resolved.signal);
+    throwIfAborted(loadOp, resolved.signal, 'loading');
     const checkpoint = source instanceof Checkpoint ? source : await Checkpoint.open(source);
     try {
       const plan = await checkpoint.plan(resolved.layer);
@@ -163,7 +164,7 @@ export class MoeLayer {
       const layer = new MoeLayer(resolved.context, description, weights);
       try {
         if (description.overlapped) await layer.#validateOverlap();
-        throwIfAborted(resolved.signal);
+        throwIfAborted(loadOp, resolved.signal, 'loading');
       } catch (error) {
         layer.dispose();
         throw error;
@@ -283,9 +284,13 @@ export class MoeLayer {
     const { hidden: width, dtype } = this.description;
     const states = randomStates(VALIDATION_TOKENS * width);
     using hidden = this.context.tensor(dtype, [VALIDATION_TOKENS, width], states);
-    using routed = this.forward(hidden, { part: 'routed' });
-    using whole = sharedExperts({ hidden, experts: shared, routed, expertGate });
-    using overlapped = this.forward(hidden);
+    using whole = sharedExperts({ hidden, experts: shared, expertGate });
+    const [projected] = this.context.overlap(
+      () => sharedExperts({ hidden, experts: shared }, { part: 'gateUp' }),
+      () => this.forward(hidden, { part: 'routed' }).dispose(),
+    );
+    using overlapped = sharedExperts({ hidden, experts: shared, projected, expertGate }, { part: 'down' });
+    projected.dispose();
     const [expected, received] = await Promise.all([whole.read(), overlapped.read()]);
     const difference = relativeDifference(expected as Float32Array, received as Float32Array);
     const limit = OVERLAP_TOLERANCE[dtype];
@@ -374,7 +379,8 @@ function relativeDifference(a: Float32Array, b: Float32Array): number {
     difference += (b[i] - a[i]) ** 2;
     norm += a[i] ** 2;
   }
-  return difference === 0 ? 0 : Math.sqrt(difference / norm);
+  const relative = difference === 0 ? 0 : Math.sqrt(difference / norm);
+  return Number.isNaN(relative) ? Number.POSITIVE_INFINITY : relative;
 }
 
 type ResolvedOptions = MoeLayerOptions &
@@ -432,19 +438,12 @@ function checkLoadOptions(options: MoeLayerOptions): ResolvedOptions {
   }
   const float = choice(['f32', 'bf16', 'f16'], 'f32');
   if (dtype !== undefined && !float.accepts(dtype)) throw invalid(loadOp, 'dtype', float.expected, dtype);
-  if (signal !== undefined && !(signal instanceof AbortSignal))
-    throw invalid(loadOp, 'signal', 'an AbortSignal', signal);
+  checkSignal(loadOp, signal);
   if (onProgress !== undefined && typeof onProgress !== 'function') {
     throw invalid(loadOp, 'onProgress', 'a function', onProgress);
   }
   context.assertUsable(loadOp);
-  return { ...options, fuseSharedExperts, overlapSharedExperts };
-}
-
-function throwIfAborted(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) {
-    throw new MoeError('ERR_MOE_ABORTED', 'loading was cancelled', { op: loadOp, cause: signal.reason });
-  }
+  return { layer, context, fuseSharedExperts, overlapSharedExperts, dtype, signal, onProgress };
 }
 
 function describe(
@@ -534,13 +533,18 @@ class Loader {
         });
         await this.#pack(unfused.mlp, weights.shared, 0);
       }
-      await context.synchronize();
-      throwIfAborted(this.#options.signal);
+      await this.#synchronize();
+      throwIfAborted(loadOp, this.#options.signal, 'loading');
       return weights as Weights;
     } catch (error) {
       for (const thing of held(weights as Weights)) thing.dispose();
       throw error;
     }
+  }
+
+  #synchronize(): Promise<void> {
+    const { context, signal } = this.#options;
+    return unlessAborted(loadOp, context.synchronize(), signal, 'loading');
   }
 
   async #tensor(info: TensorInfo, shape: readonly number[]): Promise<Tensor<FloatDType>> {
@@ -556,7 +560,7 @@ class Loader {
   }
 
   async #pack(source: MlpSource, into: ExpertWeights, slot: number, w2?: Uint8Array): Promise<void> {
-    throwIfAborted(this.#options.signal);
+    throwIfAborted(loadOp, this.#options.signal, 'loading');
     const { w13, b13, b2, transposed, order } = source;
     const stage = this.#staging;
     const parts: Partial<Record<keyof typeof stage, { bytes: Uint8Array; matrices: readonly Matrix[] }>> = {};
@@ -594,7 +598,7 @@ class Loader {
       for (const made of temporary) made.dispose();
     }
     if (this.#inFlight > MAX_BYTES_IN_FLIGHT) {
-      await this.#options.context.synchronize();
+      await this.#synchronize();
       this.#inFlight = 0;
     }
     this.#done++;

@@ -300,7 +300,9 @@ export async function writeSafetensors(
     ([a, x], [b, y]) =>
       (dtypes[y?.dtype]?.bytes ?? 0) - (dtypes[x?.dtype]?.bytes ?? 0) || (a < b ? -1 : a > b ? 1 : 0),
   );
-  const header: Record<string, unknown> = metadata === undefined ? {} : { __metadata__: metadata };
+  // Without a prototype, so that '__proto__' is a name like any other.
+  const header: Record<string, unknown> = Object.create(null);
+  if (metadata !== undefined) header.__metadata__ = metadata;
   const chunks: Uint8Array[] = [];
   let end = 0;
   for (const [name, tensor] of sorted) {

@@ -31,7 +31,10 @@ export interface FusedMoeOptions {
 /**
  * moeDispatch, moeExperts and moeCombine in one call, without materialising gathered rows:
  * `out[t] = outputScale * sum over columns c of weights[t, c] * expert_ids[t, c](hidden[t])`, [tokens, hidden] in the
- * dtype of `hidden`. Accumulation is f32; a token's columns are summed in column order.
+ * dtype of `hidden`. Accumulation is f32; a token's columns are summed in a fixed order: that of the columns, or that of
+ * the experts where CUDA streams their weights for few tokens. On the tensor cores of CUDA
+ * (bf16 and f16) activations and experts' outputs are rounded to the dtype in between: in f16, where one exceeds 65504,
+ * it becomes infinite there.
  * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option.
  */
 export const fusedMoe = defineOp<FusedMoeInputs, FusedMoeOptions, Tensor<FloatDType>>({

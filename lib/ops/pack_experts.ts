@@ -127,9 +127,10 @@ export function allocateExperts(
  * Shared experts to be fused are ordinary experts after the routed ones: pack them as the last slots.
  * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option; ERR_MOE_OOM.
  */
-export function packExperts(inputs: PackExpertsInputs, options: PackExpertsOptions = {}): ExpertWeights {
+export function packExperts(given: PackExpertsInputs, options: PackExpertsOptions = {}): ExpertWeights {
   const op = 'pack_experts';
-  if (!isPlainObject(inputs)) throw invalid(op, 'inputs', 'an object', inputs);
+  if (!isPlainObject(given)) throw invalid(op, 'inputs', 'an object', given);
+  const inputs = { ...given }; // a getter answers once
   const { into, swiglu, dtype, ...layout } = resolveOptions(
     op,
     {

@@ -28,7 +28,12 @@ export interface SharedExpertsOptions {
 /**
  * Shared experts as a dense MLP beside the routed ones, for layers that do not fuse them:
  * `out = routed + sigmoid(hidden . expertGate) * down(swiglu(gate_up(hidden)))`, [tokens, hidden] in the dtype of
- * `hidden`; gate and `routed` only where given. Accumulation is f32. The gate multiplies in 'whole' and in 'down'.
+ * `hidden`; gate and `routed` only where given. Accumulation is f32. The gate multiplies in 'whole' and in 'down'. On the tensor cores of CUDA
+ * (bf16 and f16) the activation is rounded to the dtype in between: in f16, where one exceeds 65504,
+ * it becomes infinite there.
+ *
+ * Like the router it is dense and takes no `validTokens`: rows do not touch each other, so that a padded one costs its
+ * time and what comes out of it means nothing.
  * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or combination of inputs.
  */
 export const sharedExperts = defineOp<SharedExpertsInputs, SharedExpertsOptions, Tensor<FloatDType>>({

@@ -3,8 +3,10 @@
 #
 #   ./run.sh                   everything below, one after the other; results as JSON and logs in $RESULTS
 #   ./run.sh doctor            what the machine offers
-#   ./run.sh test [pattern]    the op, contract and CUDA suites on the cuda backend
-#   ./run.sh bench             benches: ops through the package, and the programs of bench/cuda
+#   ./run.sh test [pattern]    the op, grid, contract, misuse, state, process and CUDA suites on the cuda backend
+#   ./run.sh test-ptx [pattern]  the same on the PTX of the addon, which the driver compiles: what a GPU newer than the
+#                              addon would run. Compiling takes minutes and comes first
+#   ./run.sh bench [table...]  ops through the package, beside floors, PyTorch and recorded peers
 #   ./run.sh sanitize          compute-sanitizer (where installed) over a reduced grid: memcheck, racecheck, initcheck, synccheck
 #   ./run.sh node ...          the node inside, in the package's folder
 #
@@ -39,17 +41,30 @@ step() { # name, command...
 
 doctor() { node dist/lib/cli/main.js doctor; }
 
+kind=tests
 run_tests() {
-  local pattern=(test/cuda test/ops test/contract/)
+  local pattern=(test/cuda test/ops test/grid test/contract/ test/misuse test/states test/fuzz test/process/life test/process/leaks)
   [ ! -e test/fixtures/hf ] || pattern+=(test/model/layer test/model/families)
   [ $# -eq 0 ] || pattern=("$@")
   local status=0
   MOE_KERNELS_TEST_BACKENDS=cuda "${vitest[@]}" "${pattern[@]}" || status=$?
-  cp out/test-results.json "$results/tests.json" && node scripts/offline/summary.mjs "$results/tests.json" "$results/tests-summary.json"
+  cp out/test-results.json "$results/$kind.json" && node scripts/offline/summary.mjs "$results/$kind.json" "$results/$kind-summary.json"
   return $status
 }
 
-bench_ops() { node --expose-gc dist/bench/device.js "$results/ops.json"; }
+# CUDA_FORCE_PTX_JIT is the driver's own: machine code in the addon is left aside. Every op runs once before the suites,
+# so that these find all kernels in the driver's cache instead of compiling them in every process.
+run_tests_ptx() {
+  export CUDA_FORCE_PTX_JIT=1 CUDA_CACHE_PATH="$target/ptx-cache" CUDA_CACHE_MAXSIZE=4294967296
+  kind=tests-ptx
+  vitest+=(--testTimeout=600000 --hookTimeout=600000)
+  local status=0
+  step compile-ptx node scripts/offline/sanitized.mjs || status=1
+  run_tests "$@" || status=1
+  return $status
+}
+
+bench_ops() { node --expose-gc dist/bench/device.js "$@" --json "$results/ops.json"; }
 
 sanitize() {
   command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer on this machine"; return 0; }
@@ -64,7 +79,8 @@ sanitize() {
 case ${1:-all} in
   doctor) doctor ;;
   test) shift; run_tests "$@"; failed=$? ;;
-  bench) bench_ops; failed=$? ;;
+  test-ptx) shift; run_tests_ptx "$@"; failed=$? ;;
+  bench) shift; bench_ops "$@"; failed=$? ;;
   sanitize) sanitize; failed=$? ;;
   node) shift; node "$@"; failed=$? ;;
   all)
@@ -80,6 +96,6 @@ case ${1:-all} in
     done
     sanitize
     ;;
-  *) sed -n '2,12p' "${BASH_SOURCE[0]}" ; exit 2 ;;
+  *) sed -n "2,14p" "$here/run.sh" ; exit 2 ;;
 esac
 exit $failed

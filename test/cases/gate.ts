@@ -52,6 +52,8 @@ export interface GateCase {
   /** Slots of a load that does not start at 0. */
   readonly slots?: number;
   readonly seed?: number;
+  /** Rows repeat after this many: large batches that are quick to make and to judge. */
+  readonly period?: number;
 }
 
 export interface GateInputs {
@@ -66,22 +68,30 @@ export interface GateInputs {
   readonly load?: BigInt64Array;
 }
 
-export function gateLogits(kind: LogitKind, tokens: number, experts: number, random: Random): Float32Array {
+export function gateLogits(
+  kind: LogitKind,
+  tokens: number,
+  experts: number,
+  random: Random,
+  period = tokens,
+): Float32Array {
   const logits = new Float32Array(tokens * experts);
   const kinds = Object.keys(rowKinds) as RowKind[];
-  for (let t = 0; t < tokens; t++) {
+  for (let t = 0; t < Math.min(period, tokens); t++) {
     const rowKind = kind === 'mixed' ? kinds[t % kinds.length] : kind === 'skewed' ? 'normal' : kind;
     for (let e = 0; e < experts; e++) {
       logits[t * experts + e] = rowKinds[rowKind](random) + (kind === 'skewed' && e % 7 === 1 ? 6 : 0);
     }
   }
+  for (let t = period; t < tokens; t++)
+    logits.copyWithin(t * experts, (t % period) * experts, ((t % period) + 1) * experts);
   return logits;
 }
 
 export function gateInputs(given: GateCase): GateInputs {
   const { tokens, experts, kind = 'normal', dtype = 'f32', rounds = 0, seed = 1 } = given;
   const random = new Random(seed);
-  const logits = rounded(dtype, gateLogits(kind, tokens, experts, random));
+  const logits = rounded(dtype, gateLogits(kind, tokens, experts, random, given.period));
   const bias = random.normals(experts, 0.3);
   if (given.bias === 'special') {
     for (let e = 0; e < experts; e++) if (random.chance(0.3)) bias[e] = rowKinds.everything(random);

@@ -171,7 +171,8 @@ function judgeWeights(
   let tolerance = gap;
   if (options.renormalize) {
     const most = Math.max(...expected);
-    if (most > 0 && most < 1e-30) return undefined; // f32 may have it as 0
+    const smallest = scoring === 'sqrtSoftplus' ? most ** 2 : most; // of what f32 has to hold on the way
+    if (most > 0 && smallest < 1e-30) return undefined; // f32 may have it as 0
     if (most > 0 && most < 1) tolerance *= 1 - Math.log(most) / 8; // x - max has few bits left after the point
     const infinite = expected.filter((w) => w === Number.POSITIVE_INFINITY).length;
     const sum = expected.reduce((total, w) => total + w, 0);

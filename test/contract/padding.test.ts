@@ -7,6 +7,8 @@ import {
   moeDispatch,
   moeExperts,
   moeFusedGate,
+  moeRouter,
+  sharedExperts,
 } from '../../lib/index.js';
 import { Random } from '../cases/random.js';
 import { backends, contextOf } from '../ops/backends.js';
@@ -93,6 +95,28 @@ describe.each(backends)('padding on %s', (backend) => {
       }
       const counts = await step.output.counts.read();
       expect(counts.reduce((sum, count) => sum + count, 0)).toBe(5 * valid);
+    }
+  });
+
+  it('dense ops compute every row, and padded ones reach no other', async () => {
+    const valid = 5;
+    const x = new Random(3).normals(tokens * hidden);
+    const weight = context.tensor('f32', [experts, hidden], new Random(4).normals(experts * hidden));
+    using dense = packCase(context, { slots: 1, hidden, intermediate: 4 });
+    const run = async (values: Float32Array) => {
+      const xs = context.tensor('f32', [tokens, hidden], values);
+      const outputs = [
+        moeRouter({ hidden: xs, weight }),
+        sharedExperts({ hidden: xs, experts: dense, routed: xs }),
+      ];
+      return Promise.all(outputs.map((output) => output.read()));
+    };
+    const whole = await run(x);
+    const padded = await run(x.map((value, i) => (i < valid * hidden ? value : Number.NaN)));
+    for (const [i, values] of padded.entries()) {
+      const end = (valid * values.length) / tokens;
+      expect(values.subarray(0, end)).toEqual(whole[i].subarray(0, end));
+      expect(values.subarray(end).every(Number.isNaN)).toBe(true);
     }
   });
 });

@@ -1,3 +1,4 @@
+import { getEventListeners } from 'node:events';
 import { resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -61,6 +62,46 @@ describe('Planner', () => {
     await planner().plan(request(40));
     clearInterval(timer);
     expect(turns).toBeGreaterThan(5);
+  });
+
+  it.each(['worker', 'main'] as const)('outlives a callback that throws, on thread %s', async (thread) => {
+    const made = planner({ thread });
+    const onProgress = () => {
+      throw new RangeError('mine');
+    };
+    await expect(made.plan(request(), { onProgress })).rejects.toThrow('mine');
+    const worse = { signal: {} as AbortSignal };
+    await expect(made.plan(request(), worse)).rejects.toMatchObject({
+      code: 'ERR_MOE_INVALID_ARG',
+      arg: 'signal',
+    });
+    await expect(made.plan(request(), { onProgress: 5 as never })).rejects.toMatchObject({
+      arg: 'onProgress',
+    });
+    expect((await made.plan(request())).placements.length).toBe(12);
+  });
+
+  it('rejects what cannot cross threads, and lets the process go', async () => {
+    const made = planner();
+    const uncloneable = { ...request(), memory: () => 1 };
+    await expect(made.plan(uncloneable)).rejects.toThrow(/could not be cloned/);
+    expect((await made.plan(request())).placements.length).toBe(12);
+  });
+
+  it('aborts a plan that waits for its turn at once, and listens to no signal afterwards', async () => {
+    const made = planner();
+    const { signal } = new AbortController();
+    const first = made.plan(request(40), { signal });
+    const controller = new AbortController();
+    const second = made.plan(request(40), { signal: controller.signal });
+    const third = made.plan(request());
+    const begun = performance.now();
+    controller.abort('never mind');
+    await expect(second).rejects.toMatchObject({ code: 'ERR_MOE_ABORTED', cause: 'never mind' });
+    expect(performance.now() - begun).toBeLessThan(100);
+    expect((await first).placements.length).toBe(40);
+    expect((await third).placements.length).toBe(12);
+    for (const each of [signal, controller.signal]) expect(getEventListeners(each, 'abort')).toEqual([]);
   });
 
   it('rejects an aborted plan and can plan again', async () => {

@@ -1,4 +1,5 @@
 // MoeLayer beyond its numbers: fusing, dtypes, options, cancelling, giving memory back, recordings.
+import { getEventListeners } from 'node:events';
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -215,6 +216,40 @@ describe.each(backends)('%s', (backend) => {
     expect(layer.description.fused).toBe(true);
     expect(seen).toHaveLength(22);
     expect([seen[0], seen[21]]).toEqual(['1/22 experts', '22/22 experts']);
+  });
+
+  test('a load that is cancelled from outside ends at once and listens no longer', async () => {
+    await context().synchronize();
+    const before = context().memory().used;
+    const controller = new AbortController();
+    const loading = load(fixture('deepseek_v3_256'), { signal: controller.signal });
+    await new Promise((done) => setTimeout(done, 5));
+    const begun = performance.now();
+    controller.abort('enough');
+    await expect(loading).rejects.toMatchObject({ code: 'ERR_MOE_ABORTED', cause: 'enough' });
+    expect(performance.now() - begun).toBeLessThan(200);
+    expect(getEventListeners(controller.signal, 'abort')).toEqual([]);
+    const kept = new AbortController();
+    (await load(fixture('olmoe'), { signal: kept.signal })).dispose();
+    expect(getEventListeners(kept.signal, 'abort')).toEqual([]);
+    await context().synchronize();
+    expect(context().memory().used).toBe(before);
+  });
+
+  test('a callback that throws in the middle of a forward leaves nothing behind', async () => {
+    using layer = await load(fixture('qwen2_moe'));
+    using hidden = context().tensor('f32', [3, layer.description.hidden]);
+    await context().synchronize();
+    const before = context().memory().used;
+    for (const at of ['router', 'gate', 'experts', 'shared']) {
+      const onStage = (stage: MoeLayerStage) => {
+        if (stage === at) throw new Error(`at ${at}`);
+      };
+      expect(() => layer.forward(hidden, { onStage })).toThrow(`at ${at}`);
+      expect(() => context().capture(() => layer.forward(hidden, { onStage }))).toThrow(`at ${at}`);
+    }
+    await context().synchronize();
+    expect(context().memory().used).toBe(before);
   });
 
   test('whatever ends a load early, everything is given back', async () => {

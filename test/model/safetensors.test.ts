@@ -75,6 +75,17 @@ describe('reading and writing', () => {
     );
   });
 
+  test('a tensor may be called __proto__', async () => {
+    const tensors: Record<string, TensorToWrite> = Object.create(null);
+    const name = '__proto__';
+    tensors[name] = { dtype: 'i32', shape: [2], data: Int32Array.of(3, 4) };
+    const file = fresh();
+    await writeSafetensors(file, tensors);
+    const read = await readSafetensors(file);
+    expect(Object.keys(read)).toEqual([name]);
+    expect(read[name]).toMatchObject({ dtype: 'i32', data: Int32Array.of(3, 4) });
+  });
+
   test('values of narrow floats are rounded to nearest even', async () => {
     const file = fresh();
     const data = Float32Array.of(1, -2.5, 1 + 2 ** -8);

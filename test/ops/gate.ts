@@ -136,3 +136,43 @@ function logicalRow(given: GateCase, { ids, logicalIds }: GateResult, token: num
   const shared = Array.from({ length: sharedExperts }, (_, j) => given.experts - zeroExperts + j);
   return [...logicalIds.subarray(token * topK, (token + 1) * topK), ...shared];
 }
+
+/**
+ * Checks a large result whose rows repeat (`period`): the first of them as `checkGate` does, the others by being equal to
+ * those, then padding, map and load.
+ */
+export function checkManyRows(given: GateCase & { readonly period: number }, result: GateResult): void {
+  const { tokens, experts, idMap, rounds, load, validTokens: valid = tokens } = gateInputs(given);
+  const { topK, sharedExperts } = resolveGateOptions(given);
+  const columns = topK + sharedExperts;
+  const { validTokens: _, rounds: __, slots: ___, ...plain } = given;
+  const first = Math.min(given.period, valid);
+  const logical = new Int32Array(valid * columns);
+  for (let t = 0; t < valid; t++) logical.set(logicalRow(given, result, t)!, t * columns);
+  checkGate(
+    { ...plain, tokens: first },
+    { ids: logical.slice(0, first * columns), weights: result.weights.slice(0, first * columns) },
+  );
+  const counted = load?.slice();
+  for (let i = 0; i < valid * columns; i++) {
+    const t = Math.floor(i / columns);
+    const same = (t % given.period) * columns + (i % columns);
+    const ids = (t % rounds) * (experts + sharedExperts);
+    const id = idMap === undefined ? logical[i] : idMap[ids + logical[i]];
+    const right =
+      logical[i] === logical[same] &&
+      result.ids[i] === id &&
+      Math.abs(result.weights[i] - result.weights[same]) <= gap * Math.max(1, result.weights[same]);
+    if (!right) {
+      expect.fail(
+        `row ${t}, column ${i % columns}: id ${logical[i]}, mapped ${result.ids[i]}, weight ${result.weights[i]}; ` +
+          `row ${t % given.period}: id ${logical[same]}, weight ${result.weights[same]}; the map has ${id}`,
+      );
+    }
+    if (counted !== undefined && id >= 0 && id < counted.length) counted[id] += 1n;
+  }
+  expect(result.ids.length).toBe(tokens * columns);
+  expect(result.ids.subarray(valid * columns).every((id) => id === -1)).toBe(true);
+  expect(result.weights.subarray(valid * columns).every((weight) => weight === 0)).toBe(true);
+  expect(result.load).toEqual(counted);
+}

@@ -41,6 +41,25 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// The same for barriers at which threads of other blocks of the cluster arrive.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra leave;\n"
+      "bra again;\n"
+      "leave:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Arrives at a barrier of any block of the cluster (an address of `in_block`).
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Threads of this block that meet at barrier `id` (1 .. 15).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -81,6 +100,37 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// Arrives at `barrier` once the copies that this thread has started so far are done; the barrier counts this arrival like
+// any other. Who reads what was copied through the tensor cores needs fence_proxy_shared() after waiting.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// `bytes` to the same place in every block of the cluster that `blocks` has a bit for; counts towards the barrier at the
+// same place in each.
+__device__ __forceinline__ void copy_bulk_to_all(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t blocks) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+               : "memory");
+}
+
+// Clusters of blocks ------------------------------------------------------------------------------------------------------
+
+// Where block `rank` of the cluster has what lies at `address` here.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+__device__ __forceinline__ void store_in_block(uint32_t address, int4 value) {
+  asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Registers ---------------------------------------------------------------------------------------------------------------
+
 template <int REGISTERS>
 __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -118,6 +168,21 @@ __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_gr
 template <int GROUPS>
 __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+// Keeps what reads `sum` behind the wait before it.
+template <int N>
+__device__ __forceinline__ void product_done(float (&sum)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// Matrices of 8 x 8 elements of 16 bits, transposed on the way: lane l holds elements (l / 4, 2 (l % 4)) and the next of
+// each; column c of matrix m goes to the 16 bytes at the address of lane 8m + c.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // sum [64 x N] (+)= a [64 x 16] b^T [N x 16]. Thread t of the warpgroup holds, in sum[4j + 2h + l], row 16 (t / 32) + 8h +
@@ -212,12 +277,19 @@ MOE_PRODUCTS(40, 20, 20, 21, 22)
 MOE_PRODUCTS(48, 24, 24, 25, 26)
 MOE_PRODUCTS(56, 28, 28, 29, 30)
 MOE_PRODUCTS(64, 32, 32, 33, 34)
+MOE_PRODUCTS(72, 36, 36, 37, 38)
 MOE_PRODUCTS(80, 40, 40, 41, 42)
+MOE_PRODUCTS(88, 44, 44, 45, 46)
 MOE_PRODUCTS(96, 48, 48, 49, 50)
+MOE_PRODUCTS(104, 52, 52, 53, 54)
 MOE_PRODUCTS(112, 56, 56, 57, 58)
+MOE_PRODUCTS(120, 60, 60, 61, 62)
 MOE_PRODUCTS(128, 64, 64, 65, 66)
+MOE_PRODUCTS(136, 68, 68, 69, 70)
 MOE_PRODUCTS(144, 72, 72, 73, 74)
+MOE_PRODUCTS(152, 76, 76, 77, 78)
 MOE_PRODUCTS(160, 80, 80, 81, 82)
+MOE_PRODUCTS(168, 84, 84, 85, 86)
 MOE_PRODUCTS(176, 88, 88, 89, 90)
 MOE_PRODUCTS(192, 96, 96, 97, 98)
 MOE_PRODUCTS(208, 104, 104, 105, 106)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the standalone check and timing programs of moe_fused_gate and moe_dispatch. usage: build.sh OUT [gate|dispatch]...
+# Builds the standalone check and timing programs of the CUDA kernels. usage: build.sh OUT [gate|dispatch|experts]...
 # Needs nvcc 13 and g++; the programs need only a driver.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -12,8 +12,28 @@ for source in "$cpu"/*.cc "$root"/csrc/common/*.cc; do
   [ "$object" -nt "$source" ] && [ "$object" -nt "$root/csrc/backend.h" ] || g++ -std=c++20 -O3 -c "$source" -o "$object"
 done
 flags=(-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo)
-[ $# -gt 0 ] || set -- gate dispatch
+[ $# -gt 0 ] || set -- gate dispatch experts
+# fused_moe and what it needs, through the backend itself.
+build_experts() {
+  local objects=() source object arch
+  for source in "$root"/csrc/cuda/{backend,memory}.cc "$root"/csrc/cuda/expert_*.{cc,cu} \
+    "$root"/csrc/cuda/{moe_dispatch,moe_dispatch_launch,moe_combine,moe_experts,fused_moe,shared_experts,pack_experts}.cu \
+    "$root/bench/cuda/experts_bench.cu"; do
+    object="$out/objects/$(basename "$source").experts.o"
+    objects+=("$object")
+    arch=90
+    [[ $source == *_sm90a.cu ]] && arch=90a
+    local but=()
+    [[ $source == *_sm90a.cu ]] || but=(-not -name hopper.cuh -not -name "*_sm90a.cuh")
+    [ "$object" -nt "$source" ] && [ -z "$(find "$root/csrc" "$root/bench/cuda" \( -name "*.h" -o -name "*.cuh" \) "${but[@]}" -newer "$object")" ] && continue
+    echo "$(basename "$source")"
+    nvcc -std=c++20 -O3 --compress-mode=size --expt-relaxed-constexpr "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v -c "$source" -o "$object" \
+      2> "$object.ptxas" || { cat "$object.ptxas"; exit 1; }
+  done
+  nvcc -cudart static -Xcompiler -pthread -o "$out/experts_bench" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
+}
 for what in "$@"; do
+  [ "$what" = experts ] && { build_experts; continue; }
   kernels="$root/csrc/cuda/moe_dispatch_launch.cu"
   [ "$what" = gate ] && kernels="$root/csrc/cuda/moe_fused_gate_launch.cu"
   object="$out/objects/$what.o"

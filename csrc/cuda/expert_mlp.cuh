@@ -4,78 +4,45 @@
 #pragma once
 #include "backend.h"
 #include "experts_layout.h"
+#include "expert_tiles.h"
 #include "floats.cuh"
+#include "swiglu.cuh"
 #include "tile.cuh"
 
 namespace moe {
 
 constexpr int kMlpRows = 64;
 
-// Rows first .. first + rows - 1 belong to `expert`.
-struct RowTile {
-  int32_t expert, first, rows;
-};
-
-// What a row's product is multiplied by before the bias: weights[order[row]]. Either none or both are given.
-struct RowWeights {
-  const int32_t* order = nullptr;
-  const float* weights = nullptr;
-  int64_t choices = 0;
-
-  __device__ __forceinline__ float of(int64_t row) const {
-    if (order == nullptr) return 1.0f;
-    const int32_t choice = order[row];
-    return choice >= 0 && choice < choices ? weights[choice] : 0.0f;
-  }
-};
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-__device__ __forceinline__ float swiglu(const SwiGLU& p, float g, float u) {
-  if (p.limit > 0) {
-    g = g > p.limit ? p.limit : g;
-    u = u > p.limit ? p.limit : u < -p.limit ? -p.limit : u;
-  }
-  return (u + p.beta) * (g * sigmoid(p.alpha * g));
-}
-
-// Worst-case number of tiles of `places` rows among S experts.
-inline int64_t most_tiles(int64_t places, int64_t S) { return (places < S ? places : S) + places / kMlpRows; }
-
-// Cuts the rows of every expert into tiles; defined in moe_experts.cu. Bad counts and offsets are dropped and noted.
-Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t S, int64_t P,
-                 RowTile* tiles, int32_t* tile_count);
-// One expert that has rows 0 .. T - 1.
-Status whole_tiles(CudaBackend& device, int64_t T, RowTile* tiles, int32_t* tile_count);
-
-// Rows of the input: `rows[row]`, or `rows[order[row] / columns]`.
-struct RowSource {
-  const void* rows;
-  const int32_t* order;
-  int64_t columns;
-};
+// A row of a packed matrix, as experts_layout.h has it for the dtype.
+template <class W>
+using WeightRow = std::conditional_t<std::is_same_v<W, float>, const W*, TiledRow<W>>;
 
 // active f32 [P, I] = swiglu of the gate and up products of every tile; or, with `projected`, the products themselves
 // in the dtype of the input [P, 2I]. A column tile is 32 gate and the 32 up columns that belong to them.
 template <class X, class W>
 __global__ void __launch_bounds__(kTileThreads)
-    project_gate_up(RowSource source, ExpertsView experts, ExpertsLayout layout, const RowTile* tiles,
-                    const int32_t* tile_count, RowWeights row_weights, float* active, X* projected, bool vectors) {
+    project_gate_up(mlp::RowSource source, ExpertsView experts, ExpertsLayout layout, const mlp::RowTile* tiles,
+                    const int32_t* tile_count, mlp::RowWeights row_weights, float* active, X* projected, bool vectors) {
   if (static_cast<int32_t>(blockIdx.y) >= *tile_count) return;
-  const RowTile tile = tiles[blockIdx.y];
+  const mlp::RowTile tile = tiles[blockIdx.y];
   const int64_t H = layout.H, I = layout.I, column = int64_t{blockIdx.x} * 32;
-  const W* weight = static_cast<const W*>(experts.w13) + tile.expert * 2 * I * H;
+  const W* weight = static_cast<const W*>(experts.w13) + tile.expert * experts.size13;
   float sum[4][4] = {};
   // Thread columns 4x .. 4x+3 are gate, up, gate, up of columns 2x and 2x+1.
   multiply_tile<4, 4>(
       [&](int r) -> const X* {
         if (r >= tile.rows) return nullptr;
         const int64_t row = tile.first + r;
-        return static_cast<const X*>(source.rows) + (source.order ? source.order[row] / source.columns : row) * H;
+        return static_cast<const X*>(source.rows) + source_of(source, row) * H;
       },
-      [&](int c) -> const W* {
+      [&](int c) -> WeightRow<W> {
         const int64_t i = column + c / 2;
-        return i < I ? weight + (c % 2 * I + i) * H : nullptr;
+        if (i >= I) return {};
+        if constexpr (std::is_same_v<W, float>) {
+          return weight + (c % 2 * I + i) * H;
+        } else {
+          return {weight, gate_up_row(i, c % 2), weight_tiles(H)};
+        }
       },
       0, H, vectors, vectors, sum);
   using Shape = TileShape<4, 4>;
@@ -83,7 +50,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int r = 0; r < 4; r++) {
     if (Shape::row(r) >= tile.rows) continue;
     const int64_t row = tile.first + Shape::row(r);
-    const float weight_of_row = row_weights.of(row);
+    const float weight_of_row = weight_of(row_weights, row);
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       const int64_t i = column + Shape::column(j) / 2;
@@ -106,16 +73,23 @@ __global__ void __launch_bounds__(kTileThreads)
 // done(row, h, value) for every row of every tile: the down product with its bias.
 template <class W, class Done>
 __global__ void __launch_bounds__(kTileThreads)
-    project_down(const float* active, ExpertsView experts, ExpertsLayout layout, const RowTile* tiles,
+    project_down(const float* active, ExpertsView experts, ExpertsLayout layout, const mlp::RowTile* tiles,
                  const int32_t* tile_count, bool vectors, Done done) {
   if (static_cast<int32_t>(blockIdx.y) >= *tile_count) return;
-  const RowTile tile = tiles[blockIdx.y];
+  const mlp::RowTile tile = tiles[blockIdx.y];
   const int64_t H = layout.H, I = layout.I, column = int64_t{blockIdx.x} * 64;
-  const W* weight = static_cast<const W*>(experts.w2) + tile.expert * H * I;
+  const W* weight = static_cast<const W*>(experts.w2) + tile.expert * experts.size2;
   float sum[4][4] = {};
   multiply_tile<4, 4>([&](int r) { return r < tile.rows ? active + (tile.first + r) * I : nullptr; },
-                      [&](int c) { return column + c < H ? weight + (column + c) * I : nullptr; }, 0, I, vectors,
-                      vectors, sum);
+                      [&](int c) -> WeightRow<W> {
+                        if (column + c >= H) return {};
+                        if constexpr (std::is_same_v<W, float>) {
+                          return weight + (column + c) * I;
+                        } else {
+                          return {weight, column + c, weight_tiles(I)};
+                        }
+                      },
+                      0, I, vectors, vectors, sum);
   using Shape = TileShape<4, 4>;
 #pragma unroll
   for (int r = 0; r < 4; r++) {
@@ -136,29 +110,29 @@ inline Status check_tiles(int64_t tiles) {
 }
 
 template <class X>
-Status launch_gate_up(CudaBackend& device, const RowSource& source, const Experts& experts, const RowTile* tiles,
-                      const int32_t* tile_count, int64_t most, const RowWeights& weights, float* active, X* projected) {
+Status launch_gate_up(CudaBackend& device, const mlp::RowSource& source, const Experts& experts, const RowTiles& tiles,
+                      const mlp::RowWeights& weights, float* active, X* projected) {
   const ExpertsLayout& layout = experts.layout;
-  MOE_RETURN_IF_ERROR(check_tiles(most));
+  MOE_RETURN_IF_ERROR(check_tiles(tiles.most));
   return with_float(layout.dtype, [&](auto* type) {
     using W = pointee<decltype(type)>;
-    const dim3 grid(static_cast<unsigned>(ceil_div(layout.I, 32)), static_cast<unsigned>(most));
-    project_gate_up<X, W><<<grid, kTileThreads, 0, device.stream()>>>(source, view_of(experts), layout, tiles, tile_count,
-                                                                     weights, active, projected, layout.H % 4 == 0);
+    const dim3 grid(static_cast<unsigned>(ceil_div(layout.I, 32)), static_cast<unsigned>(tiles.most));
+    project_gate_up<X, W><<<grid, kTileThreads, 0, device.stream()>>>(source, view_of(experts), layout, tiles.tiles,
+                                                                     tiles.count, weights, active, projected,
+                                                                     layout.H % 4 == 0);
     MOE_CUDA_LAUNCHED("project_gate_up");
     return Status::Ok();
   });
 }
 
 template <class Done>
-Status launch_down(CudaBackend& device, const float* active, const Experts& experts, const RowTile* tiles,
-                   const int32_t* tile_count, int64_t most, Done done) {
+Status launch_down(CudaBackend& device, const float* active, const Experts& experts, const RowTiles& tiles, Done done) {
   const ExpertsLayout& layout = experts.layout;
-  MOE_RETURN_IF_ERROR(check_tiles(most));
+  MOE_RETURN_IF_ERROR(check_tiles(tiles.most));
   return with_float(layout.dtype, [&](auto* type) {
     using W = pointee<decltype(type)>;
-    const dim3 grid(static_cast<unsigned>(ceil_div(layout.H, 64)), static_cast<unsigned>(most));
-    project_down<W><<<grid, kTileThreads, 0, device.stream()>>>(active, view_of(experts), layout, tiles, tile_count,
+    const dim3 grid(static_cast<unsigned>(ceil_div(layout.H, 64)), static_cast<unsigned>(tiles.most));
+    project_down<W><<<grid, kTileThreads, 0, device.stream()>>>(active, view_of(experts), layout, tiles.tiles, tiles.count,
                                                                layout.I % 4 == 0, done);
     MOE_CUDA_LAUNCHED("project_down");
     return Status::Ok();

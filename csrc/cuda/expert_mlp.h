@@ -52,8 +52,8 @@ struct GroupedCall {
   SwiGLU swiglu;
   RowSource source;
   RowWeights weights;
-  const RowTile* tiles;  // on the device, like the rest; at most grouped_tile_rows() rows each; the tiles of an expert
-                         // lie together, experts ascending
+  const RowTile* tiles;   // on the device, like the rest; the tiles of an expert lie together, experts ascending
+  int tile_rows;          // rows of a tile at most, as expert_paths.h chose
   const int32_t* tile_count;
   int64_t most_tiles;     // an upper bound of *tile_count known to the host
   int64_t rows;           // an upper bound of every tile's first + rows
@@ -61,14 +61,11 @@ struct GroupedCall {
   void* projected;        // not null: gate_up only, T [rows, 2I] (gate half, then up half), biases included, no activation
   bool activated;         // `active` holds the activations already: down only
   Finish finish;
-  int32_t* counters;      // grouped_counters(most_tiles) of them, zero before, any value after
+  int32_t* counters;      // `wgmma`: wgmma_counters(most_tiles) of them, zero before, any value after
   int sm_count;
   cudaStream_t stream;
 };
 
-// Rows of a tile that suit `rows` rows among `experts` experts.
-int mma_tile_rows(int64_t rows, int64_t experts);
-int wgmma_tile_rows(int64_t rows, int64_t experts);
 int64_t wgmma_counters(int64_t most_tiles);
 cudaError_t launch_mma(const GroupedCall& call);
 cudaError_t launch_wgmma(const GroupedCall& call);

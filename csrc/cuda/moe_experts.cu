@@ -1,79 +1,43 @@
 // moe_experts: the expert MLP of every dispatched row.
 //
-// Algorithm: one block cuts every expert's rows into tiles of 64; then two launches of the tiles of expert_mlp.cuh with
-// the activation f32 [P, I] in scratch between them. The weight of a row multiplies the products before the bias.
-// Places without a row are zeroed first. Plain and exact: f32 on ordinary cores. Limits: 4 million places. An expert
-// whose rows would leave the capacity is dropped and noted (ERR_MOE_RANGE); a row that two experts claim (its value is
-// then that of either) and an order outside the choices, which counts as weight 0, are noted. NaN and infinities take their course.
+// One block cuts every expert's rows into tiles; then the two products of the path that expert_paths.h chooses (never
+// `stream`: the rows are sorted already), with the activations [P, I] in scratch between them: f32 on `plain`, else in the
+// dtype of the rows. The weight of a row multiplies the products before the bias. Places without a row become 0. An expert
+// whose rows would leave the capacity is dropped and noted (ERR_MOE_RANGE); a row that two experts claim (its value is then
+// that of either) and an order outside the choices, which counts as weight 0, are noted. NaN and infinities take their
+// course. Limits: below 2^31 places, on `plain` 4 million.
 #include "expert_mlp.cuh"
+#include "expert_paths.h"
 
 namespace moe {
 
 namespace {
 
-constexpr int kCutThreads = 1024;
+constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kCutThreads) cut(const int32_t* counts, const int32_t* offsets, int S, int P,
-                                                   RowTile* tiles, int32_t* tile_count, FaultNote* notes) {
-  __shared__ int of_warp[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int before = 0;  // tiles of experts before this round
-  for (int first = 0; first < S; first += kCutThreads) {
-    const int e = first + threadIdx.x;
-    int rows = e < S ? counts[e] : 0;
-    const int place = e < S ? offsets[e] : 0;
-    if (rows < 0) {
-      raise_fault(notes, FaultSite::kExpertsCounts, rows, 0, e);
-      rows = 0;
-    } else if (rows > 0 && (place < 0 || int64_t{place} + rows > P)) {
-      raise_fault(notes, FaultSite::kExpertsOffsets, place, P, e, static_cast<int>(int64_t{place} + rows - 1));
-      rows = 0;
+// Marks the rows of every tile; notes those that belong to two experts, and choices that are not there.
+__global__ void __launch_bounds__(kThreads) mark_rows(const mlp::RowTile* tiles, const int32_t* tile_count, int32_t* taken,
+                                                      mlp::RowWeights weights, FaultNote* notes) {
+  for (int t = static_cast<int>(blockIdx.x); t < *tile_count; t += static_cast<int>(gridDim.x)) {
+    const mlp::RowTile tile = tiles[t];
+    for (int r = static_cast<int>(threadIdx.x); r < tile.rows; r += kThreads) {
+      const int32_t row = tile.first + r;
+      if (atomicExch(taken + row, 1) != 0) raise_fault(notes, FaultSite::kExpertsOverlap, row, 0, tile.expert);
+      if (weights.order == nullptr) continue;
+      const int32_t choice = weights.order[row];
+      if (choice < 0 || choice >= weights.choices) {
+        raise_fault(notes, FaultSite::kExpertsOrder, choice, static_cast<int32_t>(weights.choices), row);
+      }
     }
-    const int mine = (rows + kMlpRows - 1) / kMlpRows;
-    int sum = mine;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
-    if (lane == 31) of_warp[warp] = sum;
-    __syncthreads();
-    int at = before + sum - mine;
-    for (int w = 0; w < 32; w++) {
-      if (w < warp) at += of_warp[w];
-      before += of_warp[w];
-    }
-    for (int r = 0; r < mine; r++) {
-      // Counts that overlap could make more tiles than there is room for.
-      if (at + r >= min(P, S) + P / kMlpRows) break;
-      const int left = rows - r * kMlpRows;
-      tiles[at + r] = {e, place + r * kMlpRows, left < kMlpRows ? left : kMlpRows};
-    }
-    __syncthreads();
   }
-  if (threadIdx.x == 0) *tile_count = min(before, min(P, S) + P / kMlpRows);
 }
 
-__global__ void cut_whole(int T, RowTile* tiles, int32_t* tile_count) {
-  const int count = (T + kMlpRows - 1) / kMlpRows;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int left = T - i * kMlpRows;
-    tiles[i] = {0, i * kMlpRows, left < kMlpRows ? left : kMlpRows};
-  }
-  if (threadIdx.x == 0) *tile_count = count;
-}
-
-// Notes rows that belong to two experts, and choices that are not there for the rows that count.
-__global__ void check_rows(const RowTile* tiles, const int32_t* tile_count, int32_t* taken, RowWeights weights,
-                           FaultNote* notes) {
-  if (static_cast<int32_t>(blockIdx.x) >= *tile_count) return;
-  const RowTile tile = tiles[blockIdx.x];
-  if (static_cast<int32_t>(threadIdx.x) >= tile.rows) return;
-  const int32_t row = tile.first + static_cast<int32_t>(threadIdx.x);
-  if (atomicExch(taken + row, 1) != 0) raise_fault(notes, FaultSite::kExpertsOverlap, row, 0, tile.expert);
-  if (weights.order == nullptr) return;
-  const int32_t choice = weights.order[row];
-  if (choice < 0 || choice >= weights.choices) {
-    raise_fault(notes, FaultSite::kExpertsOrder, choice, static_cast<int32_t>(weights.choices), row);
+// Rows that no expert has: H * width bytes of zeros each. A warp per row.
+__global__ void __launch_bounds__(kThreads) clear_rows(const int32_t* taken, int64_t P, uint16_t* output, int64_t halves) {
+  const int64_t warps = int64_t{gridDim.x} * (kThreads / 32);
+  for (int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32; row < P; row += warps) {
+    if (taken[row] != 0) continue;
+    for (int64_t i = threadIdx.x % 32; i < halves; i += 32) output[row * halves + i] = 0;
   }
 }
 
@@ -86,51 +50,62 @@ struct StoreRow {
 
 }  // namespace
 
-Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t S, int64_t P,
-                 RowTile* tiles, int32_t* tile_count) {
-  cut<<<1, kCutThreads, 0, device.stream()>>>(counts, offsets, static_cast<int>(S), static_cast<int>(P), tiles,
-                                             tile_count, device.fault_notes());
-  MOE_CUDA_LAUNCHED("cut_tiles");
-  return Status::Ok();
-}
-
-Status whole_tiles(CudaBackend& device, int64_t T, RowTile* tiles, int32_t* tile_count) {
-  cut_whole<<<1, 256, 0, device.stream()>>>(static_cast<int>(T), tiles, tile_count);
-  MOE_CUDA_LAUNCHED("whole_tiles");
-  return Status::Ok();
-}
-
 Status moe_experts(Backend& backend, const MoeExperts& p) {
   if (p.P == 0 || p.H == 0) return Status::Ok();
   if (p.P > INT32_MAX) return Status::Error(Code::kUnsupported, "expected a capacity below 2^31");
   CudaBackend& device = cuda(backend);
-  backend.note_path("moe_experts", "f32 tiles");
-  const int64_t most = most_tiles(p.P, p.S);
-  RowTile* tiles = nullptr;
-  int32_t* tile_count = nullptr;
-  float* active = nullptr;
-  MOE_RETURN_IF_ERROR(check_tiles(most));
-  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(most), &tiles));
-  MOE_RETURN_IF_ERROR(device.scratch(1, &tile_count));
-  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.P * p.I), &active));
-  MOE_RETURN_IF_ERROR(device.fill_zero(p.output.data, static_cast<size_t>(p.P * p.H) * size_of(p.output.dtype)));
-  const int32_t* counts = p.counts.as<const int32_t>();
-  MOE_RETURN_IF_ERROR(cut_tiles(device, counts, p.offsets.as<const int32_t>(), p.S, p.P, tiles, tile_count));
-  RowWeights weights;
+  const mlp::Path path = mlp::choose({p.rows.dtype, p.experts.layout.dtype, p.P, 1, p.S, p.H, p.I,
+                                      device.compute_capability(), false});
+  backend.note_path("moe_experts", mlp::name_of(path));
+  const int tile_rows = mlp::tile_rows(path, p.P, p.S);
+  const auto width = static_cast<int64_t>(size_of(p.rows.dtype));
+  RowTiles tiles;
+  int32_t *counters = nullptr, *taken = nullptr;
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, p.P, p.S, tile_rows, &tiles));
+  const int64_t counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(tiles.most) : 0;
+  if (counted > 0) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(counted), &counters));
+  MOE_RETURN_IF_ERROR(cut_tiles(device, p.counts.as<const int32_t>(), p.offsets.as<const int32_t>(), p.S, p.P, tile_rows,
+                                tiles, counters, counted));
+  mlp::RowWeights weights{};
   if (p.order) weights = {p.order.as<const int32_t>(), p.weights.as<const float>(), p.T * p.C};
-  int32_t* taken = nullptr;
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.P), &taken));
   MOE_RETURN_IF_ERROR(device.fill_zero(taken, static_cast<size_t>(p.P) * sizeof(int32_t)));
-  check_rows<<<static_cast<unsigned>(most), kMlpRows, 0, device.stream()>>>(tiles, tile_count, taken, weights,
-                                                                           device.fault_notes());
+  const auto blocks = [&](int64_t most) { return static_cast<unsigned>(most < 8 * device.sm_count() ? most : 8 * device.sm_count()); };
+  mark_rows<<<blocks(tiles.most), kThreads, 0, device.stream()>>>(tiles.tiles, tiles.count, taken, weights,
+                                                                 device.fault_notes());
   MOE_CUDA_LAUNCHED("moe_experts");
-  return with_float(p.rows.dtype, [&](auto* type) {
-    using T = pointee<decltype(type)>;
-    const RowSource source = {p.rows.data, nullptr, 1};
-    MOE_RETURN_IF_ERROR(
-        launch_gate_up<T>(device, source, p.experts, tiles, tile_count, most, weights, active, nullptr));
-    return launch_down(device, active, p.experts, tiles, tile_count, most, StoreRow<T>{p.output.as<T>(), p.H});
-  });
+  clear_rows<<<blocks(ceil_div(p.P, kThreads / 32)), kThreads, 0, device.stream()>>>(taken, p.P, p.output.as<uint16_t>(),
+                                                                                   p.H * width / 2);
+  MOE_CUDA_LAUNCHED("moe_experts");
+  const mlp::RowSource source = {p.rows.data, nullptr, 1};
+  if (path == mlp::Path::kPlain) {
+    float* active = nullptr;
+    MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.P * p.I), &active));
+    return with_float(p.rows.dtype, [&](auto* type) {
+      using T = pointee<decltype(type)>;
+      MOE_RETURN_IF_ERROR(launch_gate_up<T>(device, source, p.experts, tiles, weights, active, nullptr));
+      return launch_down(device, active, p.experts, tiles, StoreRow<T>{p.output.as<T>(), p.H});
+    });
+  }
+  char* active = nullptr;
+  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.P * weight_tiles(p.I) * kWeightTile * width), &active));
+  mlp::GroupedCall call{};
+  call.dtype = p.rows.dtype;
+  call.H = p.H, call.I = p.I;
+  call.experts = view_of(p.experts);
+  call.swiglu = p.experts.layout.swiglu;
+  call.source = source;
+  call.weights = weights;
+  call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
+  call.tile_rows = tile_rows;
+  call.rows = p.P;
+  call.active = active;
+  call.finish.out = p.output.data;
+  call.counters = counters;
+  call.sm_count = device.sm_count();
+  call.stream = device.stream();
+  MOE_CUDA_CHECK(path == mlp::Path::kWgmma ? mlp::launch_wgmma(call) : mlp::launch_mma(call));
+  return Status::Ok();
 }
 
 MOE_REGISTER(moe_experts, MoeExperts);

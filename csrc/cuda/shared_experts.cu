@@ -1,10 +1,11 @@
 // shared_experts: out = routed + sigmoid(hidden . expert_gate) * down(swiglu(gate_up(hidden))), a dense MLP.
 //
-// Algorithm: the tiles of expert_mlp.cuh with one expert that has every token. Part kGateUp ends after the projection,
-// biases included, rounded to the dtype of hidden; part kDown begins with it. The gate is a warp's dot product per
-// token; the product is scaled, `routed` is added, and the result is rounded once. Plain and exact: f32 on ordinary
-// cores. Limits: 4 million tokens. NaN and infinities take their course.
+// The path that expert_paths.h chooses, with one expert that has every token; `stream` for part kWhole alone. Part kGateUp
+// ends after the projection, biases included, rounded to the dtype of hidden; part kDown begins with it. The gate is a
+// warp's dot product per token; the product is scaled, `routed` is added, and the result is rounded once. Limits: on
+// `plain` 4 million tokens. NaN and infinities take their course.
 #include "expert_mlp.cuh"
+#include "expert_paths.h"
 
 namespace moe {
 
@@ -21,11 +22,14 @@ __global__ void compute_gates(const X* hidden, const G* weight, float* gates, in
   if (threadIdx.x % 32 == 0) gates[token] = sigmoid(sum);
 }
 
-template <class X>
-__global__ void activate(const X* projected, float* active, int64_t T, int64_t I, SwiGLU swiglu_of) {
-  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < T * I; at += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t row = at / I, i = at % I;
-    active[at] = swiglu(swiglu_of, widen(projected[row * 2 * I + i]), widen(projected[row * 2 * I + I + i]));
+// active [T, pitch], zero beyond I.
+template <class X, class A>
+__global__ void activate(const X* projected, A* active, int64_t T, int64_t I, int64_t pitch, SwiGLU swiglu_of) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < T * pitch; at += step) {
+    const int64_t row = at / pitch, i = at % pitch;
+    const X* from = projected + row * 2 * I;
+    active[at] = narrow<A>(i < I ? swiglu(swiglu_of, widen(from[i]), widen(from[I + i])) : 0.0f);
   }
 }
 
@@ -44,46 +48,126 @@ struct FinishToken {
 
 }  // namespace
 
+namespace {
+
+// gates[t] = sigmoid(hidden[t] . expert_gate)
+Status launch_gates(CudaBackend& device, const SharedExperts& p, float** gates) {
+  if (!p.expert_gate) return Status::Ok();
+  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T), gates));
+  return with_float(p.hidden.dtype, [&](auto* type) {
+    using T = pointee<decltype(type)>;
+    return with_float(p.expert_gate.dtype, [&](auto* gate_type) {
+      using G = pointee<decltype(gate_type)>;
+      compute_gates<T, G><<<static_cast<unsigned>(ceil_div(p.T, 8)), 256, 0, device.stream()>>>(
+          p.hidden.as<const T>(), p.expert_gate.as<const G>(), *gates, p.T, p.H);
+      MOE_CUDA_LAUNCHED("compute_gates");
+      return Status::Ok();
+    });
+  });
+}
+
+// The activations of part kDown, A [T, pitch].
+template <class T, class A>
+Status launch_activate(CudaBackend& device, const SharedExperts& p, A* active, int64_t pitch) {
+  const int64_t blocks = ceil_div(p.T * pitch, 256), enough = 16 * device.sm_count();
+  activate<<<static_cast<unsigned>(blocks < enough ? blocks : enough), 256, 0, device.stream()>>>(
+      p.projected_in.as<const T>(), active, p.T, p.I, pitch, p.experts.layout.swiglu);
+  MOE_CUDA_LAUNCHED("activate");
+  return Status::Ok();
+}
+
+Status shared_experts_plain(CudaBackend& device, const SharedExperts& p, const float* gates) {
+  RowTiles tiles;
+  float* active = nullptr;
+  MOE_RETURN_IF_ERROR(check_tiles(most_tiles(p.T, 1, kMlpRows)));
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, p.T, 1, kMlpRows, &tiles));
+  if (p.part != SharedPart::kGateUp) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T * p.I), &active));
+  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, kMlpRows, tiles));
+  return with_float(p.hidden.dtype, [&](auto* type) {
+    using T = pointee<decltype(type)>;
+    if (p.part == SharedPart::kDown) {
+      MOE_RETURN_IF_ERROR(launch_activate<T>(device, p, active, p.I));
+    } else {
+      const mlp::RowSource source = {p.hidden.data, nullptr, 1};
+      MOE_RETURN_IF_ERROR(
+          launch_gate_up<T>(device, source, p.experts, tiles, mlp::RowWeights{}, active, p.projected.as<T>()));
+    }
+    if (p.part == SharedPart::kGateUp) return Status::Ok();
+    return launch_down(device, active, p.experts, tiles, FinishToken<T>{p.output.as<T>(), p.routed.as<const T>(), gates, p.H});
+  });
+}
+
+Status shared_experts_grouped(CudaBackend& device, const SharedExperts& p, const float* gates, mlp::Path path) {
+  const int tile_rows = mlp::tile_rows(path, p.T, 1);
+  const int64_t pitch = weight_tiles(p.I) * kWeightTile;
+  RowTiles tiles;
+  int32_t* counters = nullptr;
+  char* active = nullptr;
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, p.T, 1, tile_rows, &tiles));
+  const int64_t counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(tiles.most) : 0;
+  if (counted > 0) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(counted), &counters));
+  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T * pitch) * size_of(p.hidden.dtype), &active));
+  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, tile_rows, tiles, counters, counted));
+  mlp::GroupedCall call{};
+  call.dtype = p.hidden.dtype;
+  call.H = p.H, call.I = p.I;
+  call.experts = view_of(p.experts);
+  call.swiglu = p.experts.layout.swiglu;
+  call.source = {p.hidden.data, nullptr, 1};
+  call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
+  call.tile_rows = tile_rows;
+  call.rows = p.T;
+  call.active = active;
+  call.projected = p.projected.data;
+  call.finish = {p.output.data, p.routed.data, gates};
+  call.counters = counters;
+  call.sm_count = device.sm_count();
+  call.stream = device.stream();
+  if (p.part == SharedPart::kDown) {
+    call.activated = true;
+    MOE_RETURN_IF_ERROR(with_float(p.hidden.dtype, [&](auto* type) {
+      using T = pointee<decltype(type)>;
+      return launch_activate<T>(device, p, reinterpret_cast<T*>(active), pitch);
+    }));
+  }
+  MOE_CUDA_CHECK(path == mlp::Path::kWgmma ? mlp::launch_wgmma(call) : mlp::launch_mma(call));
+  return Status::Ok();
+}
+
+mlp::StreamCall stream_call(CudaBackend& device, const SharedExperts& p, const float* gates) {
+  mlp::StreamCall call{};
+  call.dtype = p.hidden.dtype;
+  call.T = p.T, call.C = 1, call.H = p.H, call.I = p.I, call.S = 1;
+  call.hidden = p.hidden.data;
+  call.experts = view_of(p.experts);
+  call.swiglu = p.experts.layout.swiglu;
+  call.output_scale = 1.0f;
+  call.gates = gates;
+  call.routed = p.routed.data;
+  call.output = p.output.data;
+  call.sm_count = device.sm_count();
+  call.stream = device.stream();
+  return call;
+}
+
+}  // namespace
+
 Status shared_experts(Backend& backend, const SharedExperts& p) {
   if (p.T == 0) return Status::Ok();
   CudaBackend& device = cuda(backend);
-  backend.note_path("shared_experts", "f32 tiles");
-  const int64_t most = ceil_div(p.T, kMlpRows);
-  const bool finishes = p.part != SharedPart::kGateUp;
-  RowTile* tiles = nullptr;
-  int32_t* tile_count = nullptr;
-  float *active = nullptr, *gates = nullptr;
-  MOE_RETURN_IF_ERROR(check_tiles(most));
-  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(most), &tiles));
-  MOE_RETURN_IF_ERROR(device.scratch(1, &tile_count));
-  if (finishes) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T * p.I), &active));
-  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, tiles, tile_count));
-  return with_float(p.hidden.dtype, [&](auto* type) {
-    using T = pointee<decltype(type)>;
-    if (p.expert_gate) {
-      MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T), &gates));
-      MOE_RETURN_IF_ERROR(with_float(p.expert_gate.dtype, [&](auto* gate_type) {
-        using G = pointee<decltype(gate_type)>;
-        compute_gates<T, G><<<static_cast<unsigned>(ceil_div(p.T, 8)), 256, 0, device.stream()>>>(
-            p.hidden.as<const T>(), p.expert_gate.as<const G>(), gates, p.T, p.H);
-        MOE_CUDA_LAUNCHED("compute_gates");
-        return Status::Ok();
-      }));
-    }
-    if (p.part == SharedPart::kDown) {
-      const int64_t blocks = ceil_div(p.T * p.I, 256), enough = 16 * device.sm_count();
-      activate<T><<<static_cast<unsigned>(blocks < enough ? blocks : enough), 256, 0, device.stream()>>>(
-          p.projected_in.as<const T>(), active, p.T, p.I, p.experts.layout.swiglu);
-      MOE_CUDA_LAUNCHED("activate");
-    } else {
-      const RowSource source = {p.hidden.data, nullptr, 1};
-      MOE_RETURN_IF_ERROR(launch_gate_up<T>(device, source, p.experts, tiles, tile_count, most, RowWeights{}, active,
-                                            p.projected.as<T>()));
-    }
-    if (!finishes) return Status::Ok();
-    return launch_down(device, active, p.experts, tiles, tile_count, most,
-                       FinishToken<T>{p.output.as<T>(), p.routed.as<const T>(), gates, p.H});
-  });
+  mlp::StreamCall stream = stream_call(device, p, nullptr);
+  const mlp::Path path =
+      mlp::choose({p.hidden.dtype, p.experts.layout.dtype, p.T, 1, 1, p.H, p.I, device.compute_capability(),
+                   p.part == SharedPart::kWhole && mlp::stream_takes(stream)});
+  backend.note_path("shared_experts", mlp::name_of(path));
+  float* gates = nullptr;
+  MOE_RETURN_IF_ERROR(launch_gates(device, p, &gates));
+  if (path == mlp::Path::kPlain) return shared_experts_plain(device, p, gates);
+  if (path != mlp::Path::kStream) return shared_experts_grouped(device, p, gates, path);
+  stream.gates = gates;
+  MOE_RETURN_IF_ERROR(device.scratch(mlp::stream_scratch(stream), &stream.scratch));
+  MOE_CUDA_CHECK(mlp::launch_stream(stream));
+  return Status::Ok();
 }
 
 MOE_REGISTER(shared_experts, SharedExperts);

@@ -4,6 +4,7 @@
 // through shared memory, the next 16 loaded while the current ones are multiplied. Every result is one chain of fused
 // multiply-adds in ascending order of the inner index, whatever the tile: bitwise the same from run to run.
 #pragma once
+#include "experts_layout.h"
 #include "floats.cuh"
 
 namespace moe {
@@ -22,6 +23,27 @@ __device__ __forceinline__ float4 load_four(const T* row, int64_t k, int64_t end
   }
   return make_float4(k < end ? widen(row[k]) : 0, k + 1 < end ? widen(row[k + 1]) : 0,
                      k + 2 < end ? widen(row[k + 2]) : 0, k + 3 < end ? widen(row[k + 3]) : 0);
+}
+
+// A row of a tiled matrix (experts_layout.h); zeros beyond its end are in the matrix.
+template <class T>
+struct TiledRow {
+  const T* first = nullptr;  // of the row in its first tile; null without a row
+  int swizzle = 0;
+
+  TiledRow() = default;
+  __device__ TiledRow(const T* matrix, int64_t row, int64_t tiles)
+      : first(matrix + row / kWeightTile * tiles * kWeightTileElements + row % kWeightTile * kWeightTile),
+        swizzle(static_cast<int>(row % 8)) {}
+};
+
+// Four consecutive elements, k a multiple of 4.
+template <class T>
+__device__ __forceinline__ float4 load_four(const TiledRow<T>& row, int64_t k, int64_t end, bool) {
+  if (row.first == nullptr || k >= end) return make_float4(0, 0, 0, 0);
+  const int piece = (static_cast<int>(k) % kWeightTile / 8) ^ row.swizzle;
+  const Vec<T, 4> v = *reinterpret_cast<const Vec<T, 4>*>(row.first + k / kWeightTile * kWeightTileElements + piece * 8 + k % 8);
+  return make_float4(widen(v.v[0]), widen(v.v[1]), widen(v.v[2]), widen(v.v[3]));
 }
 
 // Where a thread's results lie: row(i) and column(j) of its TM x TN.

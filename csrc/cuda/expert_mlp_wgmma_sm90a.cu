@@ -14,6 +14,7 @@
 //
 // Order of accumulation: K ascending by 16, in f32.
 #include <cstdio>
+#include <cstdlib>
 
 #include "expert_mlp_wgmma_epilogue_sm90a.cuh"
 
@@ -178,7 +179,7 @@ __device__ __forceinline__ void gather_rows(const Params& p, uint32_t stages, in
 // A consumer warpgroup's part of one item.
 template <int N, class T, int CLUSTER>
 __device__ __forceinline__ void multiply(const Params& p, const Item& item, uint32_t stages, Stage& stage, int group, int thread) {
-  float sum[2][N / 2];
+  float sum[2][N / 2] = {};
   const int steps = p.product[item.product].steps, lane = thread % 32;
   const auto release = [&](int index) {
     if (lane < CLUSTER) {
@@ -190,6 +191,7 @@ __device__ __forceinline__ void multiply(const Params& p, const Item& item, uint
     }
   };
   int before = 0;
+#pragma unroll 1
   for (int k = 0; k < steps; k++) {
     wait_at<CLUSTER>(full_at(stages, stage.index), stage.parity, "a full stage");
     fence_proxy_shared();
@@ -198,8 +200,8 @@ __device__ __forceinline__ void multiply(const Params& p, const Item& item, uint
     product_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
-      product<N, T>(sum[0], a + 2 * kk, b + 2 * kk, k > 0 || kk > 0);
-      product<N, T>(sum[1], a + (kTileBytes >> 4) + 2 * kk, b + 2 * kk, k > 0 || kk > 0);
+      product<N, T>(sum[0], a + 2 * kk, b + 2 * kk, true);
+      product<N, T>(sum[1], a + (kTileBytes >> 4) + 2 * kk, b + 2 * kk, true);
     }
     product_commit();
     product_wait<1>();
@@ -327,11 +329,18 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
   p.active = call.active, p.projected = call.projected, p.finish = call.finish;
   if (call.most_tiles == 0) return cudaSuccess;
   // Pairs of row tiles share their weights only where an expert has several tiles.
-  const bool pairs = call.rows > 0 && call.most_tiles > 0 && call.sm_count >= 2 && call.experts_hint;
+  const int64_t experts = call.most_tiles - call.rows / call.tile_rows;
+  bool pairs = call.sm_count >= 2 && call.rows > 2 * experts * call.tile_rows;
+  if (const char* wanted = std::getenv("MOE_WGMMA_CLUSTER")) pairs = wanted[0] == '2';
+#ifdef MOE_ONE
+  return launch<__nv_bfloat16, MOE_ONE>(p, call.sm_count, call.stream);
+#endif
+#ifndef MOE_ONE
   if (call.dtype == DType::kBF16) {
     return pairs ? launch<__nv_bfloat16, 2>(p, call.sm_count, call.stream) : launch<__nv_bfloat16, 1>(p, call.sm_count, call.stream);
   }
   return pairs ? launch<__half, 2>(p, call.sm_count, call.stream) : launch<__half, 1>(p, call.sm_count, call.stream);
+#endif
 }
 
 }  // namespace moe::mlp

@@ -46,17 +46,17 @@ __device__ __forceinline__ Item item_of(const Params& p, int32_t index, int32_t 
 // Items go from the first block's weight thread to all of the cluster: {product, shared and block; expert; first; rows}
 // and {tile, none}.
 __device__ __forceinline__ void send(uint32_t stages, int place, uint32_t rank, const Item& item) {
-  const uint32_t at = in_block(item_at(stages, place), rank);
-  store_in_block(at, {item.product | item.shared << 1 | item.block << 2, item.rows.expert, item.rows.first, item.rows.rows});
-  store_in_block(at + 16, {item.tile, item.none, 0, 0});
-  barrier_arrive_cluster(in_block(item_full_at(stages, place), rank));
+  const uint32_t at = in_block(item_at(stages, place), rank), full = in_block(item_full_at(stages, place), rank);
+  barrier_arrive_expect_cluster(full, 32);
+  store_async(at, {item.product | item.shared << 1 | item.block << 2, item.rows.expert, item.rows.first, item.rows.rows}, full);
+  store_async(at + 16, {item.tile, item.none, 0, 0}, full);
 }
 
 // Called by whole warps, or by one thread of one.
 template <int CLUSTER>
 __device__ __forceinline__ Item receive(uint32_t stages, int n, bool whole_warp) {
   const int place = n % kItems;
-  wait_at<2>(item_full_at(stages, place), n / kItems % 2, "an item");
+  wait_at(item_full_at(stages, place), n / kItems % 2, "an item");
   const int4 a = load_shared(item_at(stages, place)), b = load_shared(item_at(stages, place) + 16);
   if (whole_warp) __syncwarp();
   if (!whole_warp || threadIdx.x % 32 == 0) barrier_arrive_cluster(in_block(item_empty_at(stages, place), 0));
@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t stages, u
   for (int n = 0;; n++) {
     int32_t next = 0;
     if (rank == 0) {
-      wait_at<CLUSTER>(item_empty_at(stages, n % kItems), n / kItems % 2 ^ 1, "a place for an item");
+      wait_at(item_empty_at(stages, n % kItems), n / kItems % 2 ^ 1, "a place for an item");
       send(stages, n % kItems, 0, item);
       if constexpr (CLUSTER == 2) send(stages, n % kItems, 1, other);
       if (!item.none) next = clusters + atomicAdd(p.next, 1);
@@ -99,7 +99,7 @@ __device__ __forceinline__ void load_weights(const Params& p, uint32_t stages, u
         next_item = item_of<CLUSTER>(p, next, tiles, 0);
         if constexpr (CLUSTER == 2) next_other = item_of<CLUSTER>(p, next, tiles, 1);
       }
-      wait_at<CLUSTER>(empty_at(stages, stage.index), stage.parity ^ 1, "an empty stage (weights)");
+      wait_at(empty_at(stages, stage.index), stage.parity ^ 1, "an empty stage (weights)");
       const uint32_t full = full_at(stages, stage.index), to = stages + stage.index * kStageBytes;
       if (CLUSTER > 1 && item.rows.rows == 0) {
         barrier_arrive(full);
@@ -161,7 +161,7 @@ __device__ __forceinline__ void gather_rows(const Params& p, uint32_t stages, in
     const char* in = product.in;
     const uint32_t pieces = product.in_pieces;
     for (int k = 0; k < product.steps; k++, in += kRowBytes) {
-      wait_at<CLUSTER>(empty_at(stages, stage.index), stage.parity ^ 1, "an empty stage (rows)");
+      wait_at(empty_at(stages, stage.index), stage.parity ^ 1, "an empty stage (rows)");
       const uint32_t to = stages + stage.index * kStageBytes + kWeightBytes;
       const bool there = k * 8 + piece < pieces;
 #pragma unroll
@@ -191,10 +191,16 @@ __device__ __forceinline__ void multiply(const Params& p, const Item& item, uint
     }
   };
   int before = 0;
+#ifdef LAG
+  const int lag = steps < kStages ? 0 : steps == kStages ? kStages : LAG;
+  if (group == 1 && lag > 0) named_barrier(3, 256);
+#endif
 #pragma unroll 1
   for (int k = 0; k < steps; k++) {
-    wait_at<CLUSTER>(full_at(stages, stage.index), stage.parity, "a full stage");
+    wait_at(full_at(stages, stage.index), stage.parity, "a full stage");
+#ifndef NO_FENCE
     fence_proxy_shared();
+#endif
     const uint32_t at = stages + stage.index * kStageBytes;
     const uint64_t a = describe(at + group * (2 * kTileBytes)), b = describe(at + kWeightBytes);
     product_fence();
@@ -206,10 +212,16 @@ __device__ __forceinline__ void multiply(const Params& p, const Item& item, uint
     product_commit();
     product_wait<1>();
     if (k > 0) release(before);
+#ifdef LAG
+    if (group == 0 && k == lag && lag > 0) named_barrier_arrive(3, 256);
+#endif
     before = stage.index;
     stage.advance();
   }
   product_wait<0>();
+#ifdef LAG
+  if (group == 0 && lag == steps) named_barrier_arrive(3, 256);
+#endif
   product_done(sum[0]);
   product_done(sum[1]);
   if (item.rows.rows > 0) {
@@ -335,7 +347,9 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
 #ifdef MOE_ONE
   return launch<__nv_bfloat16, MOE_ONE>(p, call.sm_count, call.stream);
 #endif
-#ifndef MOE_ONE
+#ifdef MOE_BF16
+  return pairs ? launch<__nv_bfloat16, 2>(p, call.sm_count, call.stream) : launch<__nv_bfloat16, 1>(p, call.sm_count, call.stream);
+#elif !defined(MOE_ONE)
   if (call.dtype == DType::kBF16) {
     return pairs ? launch<__nv_bfloat16, 2>(p, call.sm_count, call.stream) : launch<__nv_bfloat16, 1>(p, call.sm_count, call.stream);
   }

@@ -72,14 +72,13 @@ __device__ __forceinline__ uint32_t item_full_at(uint32_t stages, int n) { retur
 __device__ __forceinline__ uint32_t item_empty_at(uint32_t stages, int n) { return control_at(stages, offsetof(Control, item_empty) + 8 * n); }
 
 // Waits at a barrier, or with MOE_WATCHDOG defined traps after two seconds and says where.
-template <int CLUSTER>
 __device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity, [[maybe_unused]] const char* what) {
 #ifdef MOE_WATCHDOG
   uint64_t begin, now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
   while (true) {
     uint32_t done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
                  : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     if (done) return;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
@@ -89,11 +88,7 @@ __device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity, [[may
     }
   }
 #else
-  if constexpr (CLUSTER > 1) {
-    hopper::barrier_wait_cluster(barrier, parity);
-  } else {
-    hopper::barrier_wait(barrier, parity);
-  }
+  hopper::barrier_wait(barrier, parity);
 #endif
 }
 

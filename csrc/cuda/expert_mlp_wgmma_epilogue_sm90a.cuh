@@ -3,6 +3,9 @@
 //
 // A warpgroup holds two tiles of 64 weight rows: thread t holds of tile a, in sum[a][4j + 2h + l], weight row 16 (t / 32) +
 // 8h + t % 32 / 4 and token 8j + 2 (t % 4) + l. For gate_up h is 0 for a gate row and 1 for its up row.
+//
+// GENERAL adds row weights, `projected` and Finish: few calls need them, and their code in the way of those that don't cost
+// a tenth of the time of short items.
 #pragma once
 #include "expert_mlp_wgmma_sm90a.cuh"
 
@@ -29,61 +32,54 @@ __device__ __forceinline__ T rounded(float x) {
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
-__device__ __forceinline__ float activation(const SwiGLU& p, float g, float u) {
-  if (p.limit > 0) {
-    g = g > p.limit ? p.limit : g;
-    u = u > p.limit ? p.limit : u < -p.limit ? -p.limit : u;
+// swiglu() of swiglu.cuh by approximations within a few ulp, NaN in, NaN out.
+struct Activation {
+  float slope, beta, limit;
+  explicit __device__ __forceinline__ Activation(const SwiGLU& p)
+      : slope(-1.44269504f * p.alpha), beta(p.beta), limit(p.limit > 0 ? p.limit : __builtin_inff()) {}
+
+  __device__ __forceinline__ float operator()(float g, float u) const {
+    float power, reciprocal;
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(g) : "f"(limit));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(u) : "f"(limit));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(u) : "f"(-limit));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(slope * g));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + power));
+    return (u + beta) * (g * reciprocal);
   }
-  return (u + p.beta) * __fdividef(g, 1.0f + __expf(-p.alpha * g));
-}
+};
 
 __device__ __forceinline__ float weight_of_row(const RowWeights& weights, int32_t row) {
   const int32_t choice = weights.order[row];
   return choice >= 0 && choice < weights.choices ? weights.weights[choice] : 0.0f;
 }
 
-__device__ __forceinline__ int4 load_shared(uint32_t address) {
-  int4 v;
-  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-  return v;
-}
-
 // Copies tokens `begin` .. `begin` + TOKENS - 1 from shared memory, PIECES pieces of 16 bytes each, piece q of token t at
 // place q ^ (t % 8); `out` is where token 0 goes in global memory, of which `pieces` pieces exist.
 template <int TOKENS, int PIECES>
 __device__ __forceinline__ void write_rows(uint32_t from, char* out, int64_t stride, int begin, int tokens, int pieces, int thread) {
-  constexpr int kAtOnce = 128 / PIECES;
+  constexpr int kAtOnce = 128 / PIECES, kTimes = (TOKENS + kAtOnce - 1) / kAtOnce;
   const int piece = thread % PIECES, first = thread / PIECES;
-  if (piece >= pieces) return;
   char* to = out + (begin + first) * stride + piece * 16;
   from += first * (PIECES * 16) + (piece ^ (first % 8)) * 16;
+  tokens = piece < pieces ? min(tokens - begin, TOKENS) - first : 0;
+  int4 values[kTimes];
 #pragma unroll
-  for (int i = 0; i < TOKENS; i += kAtOnce) {
-    if (i + first < TOKENS && begin + i + first < tokens) {
-      *reinterpret_cast<int4*>(to + i * stride) = load_shared(from + i * (PIECES * 16));
-    }
+  for (int i = 0; i < kTimes; i++) values[i] = hopper::load_shared(from + i * (kAtOnce * PIECES * 16));
+#pragma unroll
+  for (int i = 0; i < kTimes; i++) {
+    if (i * kAtOnce < tokens) *reinterpret_cast<int4*>(to + i * kAtOnce * stride) = values[i];
   }
 }
 
 // The activations of gate_up. `staging`: 16 KiB.
-template <int N, class T>
+template <int N, class T, bool GENERAL>
 __device__ __forceinline__ void write_active(const Params& p, const Item& item, float (&sum)[2][N / 2], uint32_t staging, int group, int thread) {
   constexpr int kGroups = N / 8;         // of 8 tokens
   constexpr int kChunk = 8;              // groups at a time: 8 KiB
   const int warp = thread / 32, lane = thread % 32;
   const int32_t first_i = item.block * 128 + group * 64;  // 64 columns of `active`
-  float bias[2][2] = {};
-  if (p.b13 != nullptr) {
-#pragma unroll
-    for (int a = 0; a < 2; a++) {
-      const int32_t i = first_i + a * 32 + warp * 8 + lane / 4;
-      if (i < p.I) {
-        const float* b13 = p.b13 + int64_t{item.rows.expert} * 2 * p.I + i;
-        bias[a][0] = b13[0], bias[a][1] = b13[p.I];
-      }
-    }
-  }
-  if (p.weights.order != nullptr) {
+  if (GENERAL && p.weights.order != nullptr) {
 #pragma unroll
     for (int j = 0; j < kGroups; j++) {
 #pragma unroll
@@ -95,7 +91,19 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
       }
     }
   }
-  if (p.projected != nullptr) {
+  if (p.b13 != nullptr) {
+#pragma unroll
+    for (int a = 0; a < 2; a++) {
+      const int32_t i = first_i + a * 32 + warp * 8 + lane / 4;
+      const float* b13 = p.b13 + int64_t{item.rows.expert} * 2 * p.I + i;
+      const float gate = i < p.I ? b13[0] : 0.0f, up = i < p.I ? b13[p.I] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kGroups; j++) {
+        sum[a][4 * j] += gate, sum[a][4 * j + 1] += gate, sum[a][4 * j + 2] += up, sum[a][4 * j + 3] += up;
+      }
+    }
+  }
+  if (GENERAL && p.projected != nullptr) {
     T* out = static_cast<T*>(p.projected);
 #pragma unroll
     for (int j = 0; j < kGroups; j++) {
@@ -108,8 +116,8 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
           const int32_t i = first_i + a * 32 + warp * 8 + lane / 4;
           if (i >= p.I) continue;
           T* row = out + int64_t{item.rows.first + token} * 2 * p.I;
-          row[i] = rounded<T>(sum[a][4 * j + l] + bias[a][0]);
-          row[p.I + i] = rounded<T>(sum[a][4 * j + 2 + l] + bias[a][1]);
+          row[i] = rounded<T>(sum[a][4 * j + l]);
+          row[p.I + i] = rounded<T>(sum[a][4 * j + 2 + l]);
         }
       }
     }
@@ -118,9 +126,9 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
   const int64_t stride = p.product[1].in_stride * int64_t{16};
   char* out = static_cast<char*>(p.active) + item.rows.first * stride + first_i * 2;
   const int pieces = (p.I - first_i) / 8;
+  const Activation activation(p.swiglu);
   const auto value = [&](int a, int j) {
-    return pack<T>(activation(p.swiglu, sum[a][4 * j] + bias[a][0], sum[a][4 * j + 2] + bias[a][1]),
-                   activation(p.swiglu, sum[a][4 * j + 1] + bias[a][0], sum[a][4 * j + 3] + bias[a][1]));
+    return pack<T>(activation(sum[a][4 * j], sum[a][4 * j + 2]), activation(sum[a][4 * j + 1], sum[a][4 * j + 3]));
   };
   // Matrices of a store: groups j and j + 1 of tile 0, of tile 1.
   const uint32_t to = staging + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2 * 4 + warp) ^ (lane % 8)) * 16;
@@ -146,7 +154,7 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
 }
 
 // The rows of down. `staging`: 16 KiB.
-template <int N, class T>
+template <int N, class T, bool GENERAL>
 __device__ __forceinline__ void write_out(const Params& p, const Item& item, float (&sum)[2][N / 2], uint32_t staging, int group, int thread) {
   constexpr int kGroups = N / 8;  // of 8 tokens
   constexpr int kChunk = 4;       // groups at a time: 8 KiB
@@ -161,7 +169,7 @@ __device__ __forceinline__ void write_out(const Params& p, const Item& item, flo
       for (int j = 0; j < kGroups; j++) sum[m / 2][4 * j + m % 2 * 2] += bias, sum[m / 2][4 * j + m % 2 * 2 + 1] += bias;
     }
   }
-  if (p.finish.gates != nullptr || p.finish.routed != nullptr) {
+  if (GENERAL && (p.finish.gates != nullptr || p.finish.routed != nullptr)) {
     const T* routed = static_cast<const T*>(p.finish.routed);
 #pragma unroll
     for (int j = 0; j < kGroups; j++) {

@@ -41,22 +41,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// Arrives at a barrier of any block of the cluster (an address of `in_block`). Orders nothing that ordinary stores of this
-// block wrote for the other: that would take a release at cluster scope, which waits for all of a thread's stores.
-__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive_expect_cluster(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 // Threads of this block that meet at barrier `id` (1 .. 15).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-// Is one of them, but does not wait.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Makes this thread's ordinary writes visible to the copy engine and the tensor cores (shared memory), or its view of
@@ -98,32 +85,6 @@ __device__ __forceinline__ void copy_async_wait() {
 // any other. Who reads what was copied through the tensor cores needs fence_proxy_shared() after waiting.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// `bytes` to the same place in every block of the cluster that `blocks` has a bit for; counts towards the barrier at the
-// same place in each.
-__device__ __forceinline__ void copy_bulk_to_all(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t blocks) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
-               : "memory");
-}
-
-// Clusters of blocks ------------------------------------------------------------------------------------------------------
-
-// Where block `rank` of the cluster has what lies at `address` here.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
-// 16 bytes to another block (addresses of `in_block`); count towards its barrier.
-__device__ __forceinline__ void store_async(uint32_t address, int4 value, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Registers ---------------------------------------------------------------------------------------------------------------
@@ -171,6 +132,16 @@ template <int N>
 __device__ __forceinline__ void product_done(float (&sum)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// 16 bytes of shared memory.
+__device__ __forceinline__ int4 load_shared(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, int4 v) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // Matrices of 8 x 8 elements of 16 bits, transposed on the way: lane l holds elements (l / 4, 2 (l % 4)) and the next of
@@ -274,19 +245,12 @@ MOE_PRODUCTS(40, 20, 20, 21, 22)
 MOE_PRODUCTS(48, 24, 24, 25, 26)
 MOE_PRODUCTS(56, 28, 28, 29, 30)
 MOE_PRODUCTS(64, 32, 32, 33, 34)
-MOE_PRODUCTS(72, 36, 36, 37, 38)
 MOE_PRODUCTS(80, 40, 40, 41, 42)
-MOE_PRODUCTS(88, 44, 44, 45, 46)
 MOE_PRODUCTS(96, 48, 48, 49, 50)
-MOE_PRODUCTS(104, 52, 52, 53, 54)
 MOE_PRODUCTS(112, 56, 56, 57, 58)
-MOE_PRODUCTS(120, 60, 60, 61, 62)
 MOE_PRODUCTS(128, 64, 64, 65, 66)
-MOE_PRODUCTS(136, 68, 68, 69, 70)
 MOE_PRODUCTS(144, 72, 72, 73, 74)
-MOE_PRODUCTS(152, 76, 76, 77, 78)
 MOE_PRODUCTS(160, 80, 80, 81, 82)
-MOE_PRODUCTS(168, 84, 84, 85, 86)
 MOE_PRODUCTS(176, 88, 88, 89, 90)
 MOE_PRODUCTS(192, 96, 96, 97, 98)
 MOE_PRODUCTS(208, 104, 104, 105, 106)

@@ -16,7 +16,7 @@ __device__ void clear(int32_t* zeros, int64_t zeroed) {
 // Rows of each tile when `rows` are cut evenly.
 __host__ __device__ int even_rows(int rows, int tile_rows) {
   const int tiles = (rows + tile_rows - 1) / tile_rows;
-  return tiles == 0 ? 8 : ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+  return tiles == 0 ? 16 : ((rows + tiles - 1) / tiles + 15) / 16 * 16;
 }
 
 __global__ void __launch_bounds__(kThreads) cut(const int32_t* counts, const int32_t* offsets, int experts, int P,

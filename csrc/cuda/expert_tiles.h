@@ -20,7 +20,7 @@ inline int64_t most_tiles(int64_t rows, int64_t experts, int tile_rows) {
 // Scratch for the tiles of `rows` rows.
 Status scratch_tiles(CudaBackend& device, int64_t rows, int64_t experts, int tile_rows, RowTiles* out);
 
-// An expert's rows are cut evenly, into tiles of a multiple of 8 (but the last) and at most `tile_rows`. Bad counts and
+// An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Bad counts and
 // offsets are dropped and noted. `zeros` of `zeroed` counters are set to 0 on the way.
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
                  int tile_rows, const RowTiles& tiles, int32_t* zeros = nullptr, int64_t zeroed = 0);

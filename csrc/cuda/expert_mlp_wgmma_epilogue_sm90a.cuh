@@ -1,11 +1,11 @@
-// What the consumer warpgroups of `wgmma` do with their sums: bias, activation, rounding, and rows of 128 or 256 bytes to
-// global memory by way of 16 KiB of shared memory that are theirs.
+// What the consumer warpgroups of `wgmma` do with their sums: bias, activation, rounding, and rows of 128 or 256 bytes
+// to global memory by way of 16 KiB of shared memory that are theirs.
 //
-// A warpgroup holds two tiles of 64 weight rows: thread t holds of tile a, in sum[a][4j + 2h + l], weight row 16 (t / 32) +
-// 8h + t % 32 / 4 and token 8j + 2 (t % 4) + l. For gate_up h is 0 for a gate row and 1 for its up row.
+// A warpgroup holds two tiles of 64 weight rows: thread t holds of tile a, in sum[a][4j + 2h + l], weight row
+// 16 (t / 32) + 8h + t % 32 / 4 and token 8j + 2 (t % 4) + l. For gate_up h is 0 for a gate row and 1 for its up row.
 //
-// GENERAL adds row weights, `projected` and Finish: few calls need them, and their code in the way of those that don't cost
-// a tenth of the time of short items.
+// GENERAL adds row weights, `projected` and Finish: few calls need them, and so they have a kernel of their own, whose
+// code does not lie between that of the others.
 #pragma once
 #include "expert_mlp_wgmma_sm90a.cuh"
 
@@ -54,10 +54,11 @@ __device__ __forceinline__ float weight_of_row(const RowWeights& weights, int32_
   return choice >= 0 && choice < weights.choices ? weights.weights[choice] : 0.0f;
 }
 
-// Copies tokens `begin` .. `begin` + TOKENS - 1 from shared memory, PIECES pieces of 16 bytes each, piece q of token t at
-// place q ^ (t % 8); `out` is where token 0 goes in global memory, of which `pieces` pieces exist.
+// Copies tokens `begin` .. `begin` + TOKENS - 1 from shared memory, PIECES pieces of 16 bytes each, piece q of token t
+// at place q ^ (t % 8); `out` is where token 0 goes in global memory, of which `pieces` pieces exist.
 template <int TOKENS, int PIECES>
-__device__ __forceinline__ void write_rows(uint32_t from, char* out, int64_t stride, int begin, int tokens, int pieces, int thread) {
+__device__ __forceinline__ void write_rows(uint32_t from, char* out, int64_t stride, int begin, int tokens, int pieces,
+                                           int thread) {
   constexpr int kAtOnce = 128 / PIECES, kTimes = (TOKENS + kAtOnce - 1) / kAtOnce;
   const int piece = thread % PIECES, first = thread / PIECES;
   char* to = out + (begin + first) * stride + piece * 16;
@@ -74,9 +75,10 @@ __device__ __forceinline__ void write_rows(uint32_t from, char* out, int64_t str
 
 // The activations of gate_up. `staging`: 16 KiB.
 template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void write_active(const Params& p, const Item& item, float (&sum)[2][N / 2], uint32_t staging, int group, int thread) {
-  constexpr int kGroups = N / 8;         // of 8 tokens
-  constexpr int kChunk = 8;              // groups at a time: 8 KiB
+__device__ __forceinline__ void write_active(const Params& p, const Item& item, float (&sum)[2][N / 2],
+                                             uint32_t staging, int group, int thread) {
+  constexpr int kGroups = N / 8;  // of 8 tokens
+  constexpr int kChunk = 8;       // groups at a time: 8 KiB
   const int warp = thread / 32, lane = thread % 32;
   const int32_t first_i = item.block * 128 + group * 64;  // 64 columns of `active`
   if (GENERAL && p.weights.order != nullptr) {
@@ -138,7 +140,8 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
 #pragma unroll
     for (int j = c; j < c + kChunk && j < kGroups; j += 2) {
       if (j + 1 < kGroups) {
-        hopper::store_transposed(to + half + (j - c) * 1024, value(0, j), value(1, j), value(0, j + 1), value(1, j + 1));
+        hopper::store_transposed(to + half + (j - c) * 1024, value(0, j), value(1, j), value(0, j + 1),
+                                 value(1, j + 1));
       } else {
         hopper::store_transposed(to + half + (j - c) * 1024, value(0, j), value(1, j));
       }
@@ -155,7 +158,8 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
 
 // The rows of down. `staging`: 16 KiB.
 template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void write_out(const Params& p, const Item& item, float (&sum)[2][N / 2], uint32_t staging, int group, int thread) {
+__device__ __forceinline__ void write_out(const Params& p, const Item& item, float (&sum)[2][N / 2], uint32_t staging,
+                                          int group, int thread) {
   constexpr int kGroups = N / 8;  // of 8 tokens
   constexpr int kChunk = 4;       // groups at a time: 8 KiB
   const int warp = thread / 32, lane = thread % 32;
@@ -166,7 +170,10 @@ __device__ __forceinline__ void write_out(const Params& p, const Item& item, flo
       const int32_t h = first_h + m / 2 * 64 + warp * 16 + m % 2 * 8 + lane / 4;
       const float bias = h < p.H ? p.b2[int64_t{item.rows.expert} * p.H + h] : 0.0f;
 #pragma unroll
-      for (int j = 0; j < kGroups; j++) sum[m / 2][4 * j + m % 2 * 2] += bias, sum[m / 2][4 * j + m % 2 * 2 + 1] += bias;
+      for (int j = 0; j < kGroups; j++) {
+        sum[m / 2][4 * j + m % 2 * 2] += bias;
+        sum[m / 2][4 * j + m % 2 * 2 + 1] += bias;
+      }
     }
   }
   if (GENERAL && (p.finish.gates != nullptr || p.finish.routed != nullptr)) {
@@ -199,8 +206,10 @@ __device__ __forceinline__ void write_out(const Params& p, const Item& item, flo
     const uint32_t half = c / kChunk % 2 * 8192;
 #pragma unroll
     for (int j = c; j < c + kChunk && j < kGroups; j++) {
-      hopper::store_transposed(to + half + (j - c) * 2048, pack<T>(sum[0][4 * j], sum[0][4 * j + 1]), pack<T>(sum[0][4 * j + 2], sum[0][4 * j + 3]),
-                               pack<T>(sum[1][4 * j], sum[1][4 * j + 1]), pack<T>(sum[1][4 * j + 2], sum[1][4 * j + 3]));
+      hopper::store_transposed(to + half + (j - c) * 2048, pack<T>(sum[0][4 * j], sum[0][4 * j + 1]),
+                               pack<T>(sum[0][4 * j + 2], sum[0][4 * j + 3]),
+                               pack<T>(sum[1][4 * j], sum[1][4 * j + 1]),
+                               pack<T>(sum[1][4 * j + 2], sum[1][4 * j + 3]));
     }
     hopper::named_barrier(1 + group, 128);
     constexpr int kLast = kGroups % kChunk == 0 ? kChunk : kGroups % kChunk;

@@ -1,12 +1,13 @@
 // The expert MLP on Hopper for more rows than a few: one persistent kernel for both products.
 //
-// A work item is a tile of at most 176 rows of one expert times a block of 256 weight rows, along all of K. First come all
-// items of gate_up, then those of down, which wait until their row tile has been through all blocks of gate_up; as every
-// block takes items in this order, what is waited for is always under way. Items are handed out by an atomic counter.
+// A work item is a tile of at most 176 rows of one expert times a block of 256 weight rows, along all of K. First come
+// all items of gate_up, then those of down, which wait until their row tile has been through all blocks of gate_up; as
+// every block takes items in this order, what is waited for is always under way. Items are handed out by an atomic
+// counter.
 //
-// Warpgroup 0 loads: one thread the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16 bytes
-// at a time into the same swizzle. Warpgroups 1 and 2 multiply, 128 weight rows each (weights are M, tokens N, so that N
-// fits the tile to 16 rows), and write out; the loads for the next item go on meanwhile. A stage is 64 along K.
+// Warpgroup 0 loads: one thread the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16
+// bytes at a time into the same swizzle. Warpgroups 1 and 2 multiply, 128 weight rows each (weights are M, tokens N, so
+// that N fits the tile to 16 rows), and write out; the loads for the next item go on meanwhile. A stage is 64 along K.
 //
 // Order of accumulation: K ascending by 16, in f32.
 #include "expert_mlp_wgmma_epilogue_sm90a.cuh"
@@ -56,7 +57,8 @@ __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
     if (item.none) return;
     const int32_t next = static_cast<int32_t>(gridDim.x) + atomicAdd(p.next, 1);
     const Product& product = p.product[item.product];
-    const int steps = product.steps, present = min(kBlockTiles, product.weight_tiles - item.block * kBlockTiles);
+    const int steps = product.steps;
+    const int present = min(kBlockTiles, product.weight_tiles - item.block * kBlockTiles);
     const int64_t tile_run = int64_t{steps} * kTileBytes;
     const char* from = product.weights + item.rows.expert * product.slot_bytes + item.block * kBlockTiles * tile_run;
     for (int k = 0; k < steps; k++, from += kTileBytes) {
@@ -71,9 +73,9 @@ __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
   }
 }
 
-// Three warps: the rows. Eight lanes take a row's 128 bytes, so a warp has four rows at a time, and twelve rows later the
-// next four. Each lane keeps its pointers: a pointer computed in front of its copy would have to wait until the copy before
-// it has read its own.
+// Three warps: the rows. Eight lanes take a row's 128 bytes, so a warp has four rows at a time, and twelve rows later
+// the next four. Each lane keeps its pointers: a pointer computed in front of its copy would have to wait until the
+// copy before it has read its own.
 __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int thread) {
   constexpr int kAtOnce = kGatherWarps * 4, kPasses = (kMaxRows + kAtOnce - 1) / kAtOnce, kUnrolled = 4;
   const int first = thread / 8;
@@ -97,7 +99,8 @@ __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int 
       if (i < passes && product.order != nullptr) row = product.order[row] / product.columns;
       from[i] = product.in + (static_cast<uint32_t>(row) * uint64_t{product.in_stride} + piece) * 16;
     }
-    const int steps = product.steps, last = (product.in_pieces - piece + 7) / 8;  // this lane's pieces lie in the steps before `last`
+    const int steps = product.steps;
+    const int last = (product.in_pieces - piece + 7) / 8;  // this lane's pieces of K lie in the steps before it
 #pragma unroll 1
     for (int k = 0; k < steps; k += kUnrolled) {
 #pragma unroll
@@ -108,7 +111,8 @@ __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int 
         const bool there = k + u < last;
 #pragma unroll
         for (int i = 0; i < kPasses; i++) {
-          if (i < passes) copy_async((i % 2 == 0 ? even : odd) + i * (kAtOnce * kRowBytes), from[i] + u * kRowBytes, there);
+          const uint32_t to = (i % 2 == 0 ? even : odd) + i * (kAtOnce * kRowBytes);
+          if (i < passes) copy_async(to, from[i] + u * kRowBytes, there);
         }
         copy_async_arrive(shared.full(stage.index));
         stage.advance();
@@ -121,8 +125,10 @@ __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int 
 
 // A consumer warpgroup's part of one item.
 template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void multiply(const Params& p, const Item& item, Shared shared, Stage& stage, int group, int thread) {
-  float sum[2][N / 2] = {};  // and not skipped by the first product: ptxas would copy them, and they leave no room for that
+__device__ __forceinline__ void multiply(const Params& p, const Item& item, Shared shared, Stage& stage, int group,
+                                         int thread) {
+  // Zero instead of skipped by the first product: ptxas would make copies, and the sums leave no registers for any.
+  float sum[2][N / 2] = {};
   const int steps = p.product[item.product].steps;
   int before = 0;
   const auto release = [&] {
@@ -132,7 +138,8 @@ __device__ __forceinline__ void multiply(const Params& p, const Item& item, Shar
   for (int k = 0; k < steps; k++) {
     barrier_wait(shared.full(stage.index), stage.parity);
     fence_proxy_shared();  // the rows were not copied by the copy engine
-    const uint64_t a = describe(shared.weights(stage.index) + group * (2 * kTileBytes)), b = describe(shared.rows(stage.index));
+    const uint64_t a = describe(shared.weights(stage.index) + group * (2 * kTileBytes));
+    const uint64_t b = describe(shared.rows(stage.index));
     product_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
@@ -193,17 +200,19 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
     for (int n = 0;; n++) {
       const Item item = receive(shared, n);
       if (item.none) return;
-#define MOE_ROWS(N)                                                    \
-  case N:                                                              \
-    multiply<N, T, GENERAL>(p, item, shared, stage, group, thread);    \
+#define MOE_ROWS(N)                                                 \
+  case N:                                                           \
+    multiply<N, T, GENERAL>(p, item, shared, stage, group, thread); \
     break;
       // Few sizes in the general kernel, for the sake of what it takes to compile.
       if constexpr (GENERAL) {
-        switch (min((item.rows.rows + 31) / 32 * 32, kMaxRows)) { MOE_ROWS(32) MOE_ROWS(64) MOE_ROWS(96) MOE_ROWS(128) MOE_ROWS(160) MOE_ROWS(176) }
+        switch (min((item.rows.rows + 31) / 32 * 32, kMaxRows)) {
+          MOE_ROWS(32) MOE_ROWS(64) MOE_ROWS(96) MOE_ROWS(128) MOE_ROWS(160) MOE_ROWS(176)
+        }
       } else {
         switch ((item.rows.rows + 15) / 16 * 16) {
-          MOE_ROWS(16) MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128) MOE_ROWS(144)
-          MOE_ROWS(160) MOE_ROWS(176)
+          MOE_ROWS(16) MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128)
+          MOE_ROWS(144) MOE_ROWS(160) MOE_ROWS(176)
         }
       }
 #undef MOE_ROWS
@@ -211,11 +220,17 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
   }
 }
 
-Product product_of(int64_t M, int64_t K, const void* weights, int64_t size, const void* in, const int32_t* order, int32_t columns, int64_t in_stride) {
+// `size` and `in_stride` in elements.
+Product product_of(int64_t M, int64_t K, const void* weights, int64_t size, const RowSource& in, int64_t in_stride) {
   const int64_t tiles = weight_tiles(M);
-  return {static_cast<const char*>(weights), size * 2, static_cast<int32_t>(tiles), static_cast<int32_t>((tiles + kBlockTiles - 1) / kBlockTiles),
-          static_cast<int32_t>(weight_tiles(K)), static_cast<const char*>(in), order, columns,
-          static_cast<uint32_t>(in_stride / 8), static_cast<uint32_t>(K / 8)};
+  Product p{};
+  p.weights = static_cast<const char*>(weights), p.slot_bytes = size * 2;
+  p.weight_tiles = static_cast<int32_t>(tiles);
+  p.blocks = static_cast<int32_t>((tiles + kBlockTiles - 1) / kBlockTiles);
+  p.steps = static_cast<int32_t>(weight_tiles(K));
+  p.in = static_cast<const char*>(in.rows), p.order = in.order, p.columns = in.columns;
+  p.in_stride = static_cast<uint32_t>(in_stride / 8), p.in_pieces = static_cast<uint32_t>(K / 8);
+  return p;
 }
 
 template <class T, bool GENERAL>
@@ -236,9 +251,10 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
   if (call.tile_rows > kMaxRows) return cudaErrorInvalidValue;
   if (call.most_tiles == 0) return cudaSuccess;
   const int64_t H = call.H, I = call.I;
+  const RowSource active = {call.active, nullptr, 1};
   Params p{};
-  p.product[0] = product_of(2 * I, H, call.experts.w13, call.experts.size13, call.source.rows, call.source.order, call.source.columns, H);
-  p.product[1] = product_of(H, I, call.experts.w2, call.experts.size2, call.active, nullptr, 1, weight_tiles(I) * kWeightTile);
+  p.product[0] = product_of(2 * I, H, call.experts.w13, call.experts.size13, call.source, H);
+  p.product[1] = product_of(H, I, call.experts.w2, call.experts.size2, active, weight_tiles(I) * kWeightTile);
   p.gate_up = !call.activated;
   p.down = call.projected == nullptr;
   p.H = static_cast<int32_t>(H), p.I = static_cast<int32_t>(I);
@@ -247,11 +263,12 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
   p.b13 = call.experts.b13, p.b2 = call.experts.b2;
   p.swiglu = call.swiglu, p.weights = call.weights;
   p.active = call.active, p.projected = call.projected, p.finish = call.finish;
-  const bool general = p.weights.order != nullptr || p.projected != nullptr || p.finish.gates != nullptr || p.finish.routed != nullptr;
-  if (call.dtype == DType::kBF16) {
-    return general ? launch<__nv_bfloat16, true>(p, call.sm_count, call.stream) : launch<__nv_bfloat16, false>(p, call.sm_count, call.stream);
-  }
-  return general ? launch<__half, true>(p, call.sm_count, call.stream) : launch<__half, false>(p, call.sm_count, call.stream);
+  const bool finish = p.finish.gates != nullptr || p.finish.routed != nullptr;
+  const bool general = p.weights.order != nullptr || p.projected != nullptr || finish;
+  const auto kernel = call.dtype == DType::kBF16
+                          ? (general ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>)
+                          : (general ? launch<__half, true> : launch<__half, false>);
+  return kernel(p, call.sm_count, call.stream);
 }
 
 }  // namespace moe::mlp

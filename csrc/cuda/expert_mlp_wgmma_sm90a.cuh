@@ -65,16 +65,18 @@ constexpr int kSharedBytes = kStages * kStageBytes + sizeof(Control) + 1024;  //
 struct Shared {
   uint32_t stages;
 
-  __device__ __forceinline__ uint32_t weights(int s) const { return stages + s * kStageBytes; }
-  __device__ __forceinline__ uint32_t rows(int s) const { return weights(s) + kWeightBytes; }
-  __device__ __forceinline__ uint32_t full(int s) const { return control(offsetof(Control, full)) + 8 * s; }
-  __device__ __forceinline__ uint32_t empty(int s) const { return control(offsetof(Control, empty)) + 8 * s; }
-  __device__ __forceinline__ uint32_t item(int n) const { return control(offsetof(Control, items)) + 32 * (n % kItems); }
-  __device__ __forceinline__ uint32_t item_full(int n) const { return control(offsetof(Control, item_full)) + 8 * (n % kItems); }
-  __device__ __forceinline__ uint32_t item_empty(int n) const { return control(offsetof(Control, item_empty)) + 8 * (n % kItems); }
+  __device__ uint32_t weights(int s) const { return stages + s * kStageBytes; }
+  __device__ uint32_t rows(int s) const { return weights(s) + kWeightBytes; }
+  __device__ uint32_t full(int s) const { return control(offsetof(Control, full)) + 8 * s; }
+  __device__ uint32_t empty(int s) const { return control(offsetof(Control, empty)) + 8 * s; }
+  __device__ uint32_t item(int n) const { return control(offsetof(Control, items)) + 32 * (n % kItems); }
+  __device__ uint32_t item_full(int n) const { return control(offsetof(Control, item_full)) + 8 * (n % kItems); }
+  __device__ uint32_t item_empty(int n) const { return control(offsetof(Control, item_empty)) + 8 * (n % kItems); }
 
  private:
-  __device__ __forceinline__ uint32_t control(size_t offset) const { return stages + kStages * kStageBytes + static_cast<uint32_t>(offset); }
+  __device__ uint32_t control(size_t offset) const {
+    return stages + kStages * kStageBytes + static_cast<uint32_t>(offset);
+  }
 };
 
 // A place in the ring of stages.

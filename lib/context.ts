@@ -255,8 +255,10 @@ export class Context {
       this.#captureNet.register(capture, handle, recorded);
       return capture;
     } catch (error) {
-      if (this.#recorded !== undefined) this.#backend.abortCapture();
-      this.#recorded = undefined;
+      if (this.#recorded !== undefined) {
+        this.#recorded = undefined;
+        this.#backend.abortCapture();
+      }
       for (const tensor of recorded) tensor.dispose();
       throw error;
     }
@@ -264,8 +266,10 @@ export class Context {
 
   /**
    * Runs two sequences of work beside each other: what `beside` enqueues may overlap with what `main` enqueues (on CUDA
-   * it goes to a second stream), and everything enqueued later comes after both. `main` must not use what `beside` made,
-   * nor the other way round. Where a backend runs one thing at a time, `beside` runs first. Can be captured.
+   * it goes to a second stream), and everything enqueued later comes after both. Neither may write what the other one
+   * reads or writes (by an op, `write`, a `load` or `packExperts` into the same weights), and `main` must not use what
+   * `beside` made. Memory given back inside is free again only after both, so an overlap takes more memory than its two
+   * parts one after the other. Where a backend runs one thing at a time, `beside` runs first. Can be captured.
    * @returns What the two functions returned.
    * @throws MoeError ERR_MOE_CAPTURE for reads, waits, captures or another overlap inside, or an async function.
    */
@@ -288,14 +292,21 @@ export class Context {
     };
     this.#noticing(() => this.#backend.takeLane('beside'));
     this.#overlapping = true;
+    let results: [A, B];
     try {
       const first = enqueue('beside', beside);
       this.#noticing(() => this.#backend.takeLane('main'));
-      return [first, enqueue('main', main)];
-    } finally {
+      results = [first, enqueue('main', main)];
+    } catch (error) {
       this.#overlapping = false;
-      if (this.#state === 'open') this.#noticing(() => this.#backend.takeLane('join'));
+      try {
+        this.#backend.takeLane('join');
+      } catch {} // what went wrong first is what is told
+      throw error;
     }
+    this.#overlapping = false;
+    this.#noticing(() => this.#backend.takeLane('join'));
+    return results;
   }
 
   /** Bytes in use and bytes taken from the system. */
@@ -475,7 +486,7 @@ export class Context {
     if (!this.#overlapping) return;
     throw new MoeError(
       'ERR_MOE_CAPTURE',
-      'not possible inside of an overlap: only ops can be enqueued there',
+      'not possible inside of an overlap: work can only be enqueued there',
       { op },
     );
   }

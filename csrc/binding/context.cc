@@ -611,7 +611,7 @@ void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "close");
-  assert_joined(info.Env(), "close");
+  join_lanes();
   open_ = false;
   auto wait = std::make_shared<Wait>(info.Env());
   wait->kind = Wait::Kind::kClose;
@@ -644,8 +644,8 @@ Napi::Value NativeContext::end_capture(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), captures_.add(recording));
 }
 
-void NativeContext::abort_capture(const Napi::CallbackInfo& info) {
-  assert_joined(info.Env(), "capture");
+void NativeContext::abort_capture(const Napi::CallbackInfo&) {
+  join_lanes();
   if (recording_ != nullptr && backend_->has_graphs()) backend_->abort_capture();
   recording_ = nullptr;
 }
@@ -658,10 +658,14 @@ void NativeContext::take_lane(const Napi::CallbackInfo& info) {
   if (!(lane == 0 || lane == 1 || lane == 2) || (lane == 0) == lanes_) {
     throw make_error(info.Env(), Status::Error(Code::kInvalidArg, "expected a lane in its order"), op);
   }
-  lanes_ = lane == 1;
   Status status = backend_->take_lane(static_cast<Backend::Lane>(lane));
+  lanes_ = lane == 1 || (lane == 0 && status.ok());
   if (!status.ok()) throw make_error(info.Env(), status, op);
-  lanes_ = lane != 2;
+}
+
+// For what ends everything anyway.
+void NativeContext::join_lanes() {
+  if (std::exchange(lanes_, false)) Status ignored = backend_->take_lane(Backend::Lane::kJoin);
 }
 
 void NativeContext::assert_joined(Napi::Env env, const char* op) {

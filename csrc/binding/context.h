@@ -61,6 +61,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
 
   void assert_open(Napi::Env env, const char* op);
   void assert_joined(Napi::Env env, const char* op);
+  void join_lanes();
   std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
   void account(Napi::Env env, int64_t bytes);
   double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,

@@ -152,6 +152,8 @@ void CudaBackend::stop() {
   if (side_ != nullptr) cudaStreamSynchronize(side_);
   if (beside_ != nullptr) cudaStreamSynchronize(beside_);
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  beside_now_ = false;
+  if (memory_ != nullptr) memory_->let_go();
   std::deque<Waiting> abandoned;
   {
     std::lock_guard lock(waiting_mutex_);
@@ -204,7 +206,7 @@ Status CudaBackend::copy_in(void* device, const void* host, size_t bytes) {
   MOE_RETURN_IF_ERROR(memory_->allocate(bytes, recording_.get(), true, &frozen));
   MOE_CUDA_CHECK(cudaMemcpyAsync(frozen, host, bytes, cudaMemcpyHostToDevice, side_));
   MOE_RETURN_IF_ERROR(staging_->read_by(host, side_));
-  MOE_CUDA_CHECK(cudaMemcpyAsync(device, frozen, bytes, cudaMemcpyDeviceToDevice, stream_));
+  MOE_CUDA_CHECK(cudaMemcpyAsync(device, frozen, bytes, cudaMemcpyDeviceToDevice, stream()));
   return Status::Ok();
 }
 
@@ -350,15 +352,16 @@ Status CudaBackend::take_lane(Lane lane) {
   enter();
   beside_now_ = false;
   switch (lane) {
-    case Lane::kBeside:
+    case Lane::kBeside:  // the binding has seen to it that no lane is open
       if (beside_ == nullptr) MOE_CUDA_CHECK(cudaStreamCreateWithFlags(&beside_, cudaStreamNonBlocking));
       MOE_RETURN_IF_ERROR(order(stream_, beside_));
-      memory_->hold();
+      memory_->hold(beside_);
       beside_now_ = true;
       return Status::Ok();
-    case Lane::kMain: return Status::Ok();
+    case Lane::kMain: memory_->hold(stream_); return Status::Ok();
     case Lane::kJoin: {
       Status status = order(beside_, stream_);
+      if (!status.ok()) cudaStreamSynchronize(beside_);
       memory_->let_go();
       return status;
     }

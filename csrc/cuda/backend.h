@@ -2,7 +2,7 @@
 // enqueues; waiting is an event that the JS thread polls or the context's waiter thread blocks on.
 //
 // Memory is ordered by the stream: everything that uses it is enqueued on the one stream, so a freed block may be handed
-// out again at once. While a capture is recorded the stream builds a graph instead of running; tensors and scratch then
+// out again at once. Two lanes of work (take_lane) are two streams, between which freed blocks are held back. While a capture is recorded the stream builds a graph instead of running; tensors and scratch then
 // come from an arena that the graph owns, and what has to happen once and now (uploads, weights) goes to a side stream.
 #pragma once
 #include <cuda_runtime_api.h>

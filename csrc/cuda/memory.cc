@@ -27,7 +27,7 @@ Status DeviceMemory::open(int device, cudaStream_t stream, cudaStream_t side, st
   return Status::Ok();
 }
 
-// The backend has waited for both streams.
+// The backend has waited for its streams.
 DeviceMemory::~DeviceMemory() {
   if (pool_ == nullptr) return;
   release_kept();
@@ -131,9 +131,10 @@ Status DeviceMemory::allocate(size_t bytes, Arena* arena, bool lasting, void** o
   return Status::Ok();
 }
 
-void DeviceMemory::hold() {
+void DeviceMemory::hold(cudaStream_t stream) {
   std::lock_guard lock(mutex_);
   holding_ = true;
+  lane_ = stream;
 }
 
 void DeviceMemory::let_go() {

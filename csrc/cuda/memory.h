@@ -1,7 +1,8 @@
 // The memory of one CUDA context: device blocks from a pool of its own, the arenas of captures, and pinned host memory.
 //
-// Everything that uses device memory is enqueued on the context's one stream, so a block given back on the host may be
-// handed out again at once: whatever uses it next comes later on the stream. Small blocks are therefore kept in lists
+// Everything that uses device memory is enqueued on the context's stream, so a block given back on the host may be handed
+// out again at once: whatever uses it next comes later on the stream. (While work runs on two streams, blocks are held
+// until they join.) Small blocks are therefore kept in lists
 // (an allocation costs tens of nanoseconds instead of microseconds); larger ones go to cudaMallocAsync's pool. While a
 // capture is recorded nothing runs on that stream, so the pool is used through the side stream, which the backend
 // orders after it.
@@ -46,8 +47,9 @@ class DeviceMemory {
   void release(void* data, size_t bytes);
   // Tells which stream the pool may be used through.
   void set_capturing(bool capturing);
-  // Between the two, released blocks are not handed out again: work beside the stream may still use them.
-  void hold();
+  // Between the two, released blocks are kept and not handed out again, because another stream may still use them; new
+  // ones are for work on `stream`. Called again to change that stream.
+  void hold(cudaStream_t stream);
   void let_go();
   // Gives the arena's blocks back; those that tensors still refer to become ordinary memory.
   void dissolve(Arena& arena);
@@ -63,7 +65,7 @@ class DeviceMemory {
 
   DeviceMemory() = default;
   static int class_of(size_t block);
-  cudaStream_t usable_stream() const { return capturing_ ? side_ : stream_; }
+  cudaStream_t usable_stream() const { return capturing_ ? side_ : holding_ ? lane_ : stream_; }
   Status take(size_t block, void** out);
   void give(void* data, size_t block);
   void release_now(void* data, size_t bytes);
@@ -77,6 +79,7 @@ class DeviceMemory {
   mutable std::mutex mutex_;
   bool capturing_ = false;
   bool holding_ = false;
+  cudaStream_t lane_ = nullptr;  // while holding
   std::vector<std::pair<void*, size_t>> held_;  // released since hold(), with the bytes asked for
   std::vector<void*> kept_[kClasses];
   size_t kept_bytes_ = 0;

@@ -10,7 +10,9 @@
 
 namespace moe {
 
-constexpr int kTensorThreads = 256, kTensorDepth = 64, kTensorStages = 4;
+constexpr int kTensorThreads = 256, kTensorDepth = 64;
+// What a block may have of shared memory on every device from sm_80 on (sm_86, sm_89 and sm_120 have the least).
+constexpr int kTensorSharedBytes = 99 * 1024;
 
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, __nv_bfloat16*) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -36,8 +38,9 @@ template <int WARPS_M, int N>
 struct TensorShape {
   static constexpr int kWarpsN = 8 / WARPS_M, kRows = 32 * WARPS_M, kColumns = N * kWarpsN;
   static constexpr int kStageBytes = (kRows + kColumns) * kTensorDepth * 2;
-  static constexpr int kSharedBytes = kTensorStages * kStageBytes;
-  static_assert(N % 16 == 0);
+  static constexpr int kStages = 4 * kStageBytes <= kTensorSharedBytes ? 4 : 3;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(N % 16 == 0 && kSharedBytes <= kTensorSharedBytes);
   // Where a thread's results lie: sum[m][n][i].
   __device__ static int row(int m, int i) {
     return threadIdx.x / 32 / kWarpsN * 32 + m * 16 + i / 2 * 8 + threadIdx.x % 32 / 4;
@@ -82,7 +85,7 @@ __device__ void multiply_tensor_tile(const A& a, const B& b, int steps, float (&
 
   const auto load = [&](int step) {
     if (step < steps) {
-      const uint32_t stage = place + step % kTensorStages * Shape::kStageBytes;
+      const uint32_t stage = place + step % Shape::kStages * Shape::kStageBytes;
 #pragma unroll
       for (int i = 0; i < kLoadsA; i++) {
         const bool there = row + i * kRowsAtOnce < a.rows && step < a.there;
@@ -100,13 +103,13 @@ __device__ void multiply_tensor_tile(const A& a, const B& b, int steps, float (&
   const auto address = [&](uint32_t stage, int row, int piece) { return stage + row * 128 + ((piece ^ (row & 7)) << 4); };
 
 #pragma unroll
-  for (int step = 0; step < kTensorStages - 1; step++) load(step);
+  for (int step = 0; step < Shape::kStages - 1; step++) load(step);
   const int first_row = warp / Shape::kWarpsN * 32, first_column = Shape::kRows + warp % Shape::kWarpsN * N;
   for (int step = 0; step < steps; step++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kTensorStages - 2) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(Shape::kStages - 2) : "memory");
     __syncthreads();  // the stage has arrived, and everybody has left the one that is loaded next
-    load(step + kTensorStages - 1);
-    const uint32_t stage = base + step % kTensorStages * Shape::kStageBytes;
+    load(step + Shape::kStages - 1);
+    const uint32_t stage = base + step % Shape::kStages * Shape::kStageBytes;
     float separate[2][N / 8][4];
     float (&part)[2][N / 8][4] = EXACT ? separate : sum;
     if constexpr (EXACT) {

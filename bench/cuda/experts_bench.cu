@@ -71,11 +71,13 @@ bool run_case(Backend& backend, const Case& c, const std::string& path, Weights&
   for (size_t s = 0; s < sample.size(); s++) {
     double token_error = 0, token_norm = 0;
     for (int64_t h = 0; h < l.H; h++) {
-      const double w = wanted[s * l.H + h], d = to_double(l.dtype, first.data(), static_cast<size_t>(sample[s]) * l.H + h) - w;
+      const double w = wanted[s * l.H + h],
+                   d = to_double(l.dtype, first.data(), static_cast<size_t>(sample[s]) * l.H + h) - w;
       token_error += d * d, token_norm += w * w;
     }
     error += token_error, norm += token_norm;
-    if (!(token_error <= 16 * worst * worst * token_norm)) worst = token_norm > 0 ? std::sqrt(token_error / token_norm) : std::sqrt(token_error);
+    if (!(token_error <= 16 * worst * worst * token_norm))
+      worst = token_norm > 0 ? std::sqrt(token_error / token_norm) : std::sqrt(token_error);
   }
   const double relative = norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
   const double limit = l.dtype == DType::kF32 ? 5e-6 : l.dtype == DType::kF16 ? 1e-3 : 6e-3;
@@ -83,8 +85,12 @@ bool run_case(Backend& backend, const Case& c, const std::string& path, Weights&
   if (!good) ++*failures;
   ++*ran;
   if (!good) {
-    std::printf("%-4s %-7s %-8s H%lld I%lld S%lld C%lld %s T%lld routing %d relative %.2e worst token %.2e%s\n", good ? "ok" : "BAD", path.c_str(), l.name,
-                (long long)l.H, (long long)l.I, (long long)l.S, (long long)l.C, l.dtype == DType::kBF16 ? "bf16" : l.dtype == DType::kF16 ? "f16" : "f32",
+    std::printf("%-4s %-7s %-8s H%lld I%lld S%lld C%lld %s T%lld routing %d relative %.2e worst token %.2e%s\n",
+                good ? "ok" : "BAD", path.c_str(), l.name, (long long)l.H, (long long)l.I, (long long)l.S,
+                (long long)l.C,
+                l.dtype == DType::kBF16  ? "bf16"
+                : l.dtype == DType::kF16 ? "f16"
+                                         : "f32",
                 (long long)c.T, static_cast<int>(c.routing), relative, worst, same ? "" : " NOT THE SAME TWICE");
     std::fflush(stdout);
   }
@@ -147,7 +153,8 @@ void run_shared(Backend& backend, const std::string& path, const Layer& l, int64
   std::vector<int32_t> sample(T);
   for (int64_t t = 0; t < T; t++) sample[t] = static_cast<int32_t>(t);
   const std::vector<double> plain = reference(weights, call_of(weights, in), sample);
-  std::vector<char> hidden(T * l.H * size_of(l.dtype)), gates(l.H * size_of(l.dtype)), add(hidden.size()), got(hidden.size());
+  std::vector<char> hidden(T * l.H * size_of(l.dtype)), gates(l.H * size_of(l.dtype)), add(hidden.size()),
+      got(hidden.size());
   in.hidden.get(hidden.data(), hidden.size());
   gate.get(gates.data(), gates.size());
   routed.get(add.data(), add.size());
@@ -157,7 +164,8 @@ void run_shared(Backend& backend, const std::string& path, const Layer& l, int64
     double error = 0, norm = 0;
     for (int64_t t = 0; t < T; t++) {
       double dot = 0;
-      for (int64_t h = 0; h < l.H; h++) dot += to_double(l.dtype, hidden.data(), t * l.H + h) * to_double(l.dtype, gates.data(), h);
+      for (int64_t h = 0; h < l.H; h++)
+        dot += to_double(l.dtype, hidden.data(), t * l.H + h) * to_double(l.dtype, gates.data(), h);
       for (int64_t h = 0; h < l.H; h++) {
         const double w = plain[t * l.H + h] / (1 + std::exp(-dot)) + to_double(l.dtype, add.data(), t * l.H + h);
         const double d = to_double(l.dtype, got.data(), t * l.H + h) - w;
@@ -168,7 +176,8 @@ void run_shared(Backend& backend, const std::string& path, const Layer& l, int64
     ++*ran;
     if (relative <= limit) return;
     ++*failures;
-    std::printf("BAD  shared_experts %s %s H%lld I%lld T%lld relative %.2e\n", path.c_str(), what, (long long)l.H, (long long)l.I, (long long)T, relative);
+    std::printf("BAD  shared_experts %s %s H%lld I%lld T%lld relative %.2e\n", path.c_str(), what, (long long)l.H,
+                (long long)l.I, (long long)T, relative);
   };
   const Tensor expert_gate = {gate.data, l.dtype, l.H}, routed_in = {routed.data, l.dtype, T * l.H};
   const Tensor output = {in.output.data, l.dtype, T * l.H}, halves = {projected.data, l.dtype, T * 2 * l.I};
@@ -180,7 +189,8 @@ void run_shared(Backend& backend, const std::string& path, const Layer& l, int64
   verify("whole");
   SharedExperts up = p, down = p;
   up.part = SharedPart::kGateUp, up.projected = halves;
-  down.part = SharedPart::kDown, down.projected_in = halves, down.expert_gate = expert_gate, down.routed = routed_in, down.output = output;
+  down.part = SharedPart::kDown, down.projected_in = halves, down.expert_gate = expert_gate, down.routed = routed_in,
+  down.output = output;
   in.output.poison();
   OK(registered_kernel<SharedExperts>(backend, up));
   OK(registered_kernel<SharedExperts>(backend, down));
@@ -204,7 +214,8 @@ int check(const std::vector<std::string>& paths, bool small_only) {
   return failures > 0;
 }
 
-void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, int64_t only, double read_ceiling, Buffer& flush, Routing routing) {
+void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, int64_t only, double read_ceiling,
+                Buffer& flush, Routing routing) {
   Weights weights(backend, l, 5);
   weights.drop_source();
   if (path == "auto") {
@@ -221,7 +232,9 @@ void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, i
       inputs.push_back(std::make_unique<Input>(l, T, routing, 100 + i));
       hit += static_cast<double>(inputs.back()->hit) / rotations;
     }
-    const double us = time_graph(backend, flush, rotations, [&](int i) { OK(registered_kernel<FusedMoe>(backend, call_of(weights, *inputs[i]))); });
+    const double us = time_graph(backend, flush, rotations, [&](int i) {
+      OK(registered_kernel<FusedMoe>(backend, call_of(weights, *inputs[i])));
+    });
     const std::string taken = path_taken(backend, "fused_moe");
     if (path != "auto" && taken != path) continue;
     const double weight_bytes = hit * 3.0 * l.H * l.I * 2, row_bytes = 2.0 * T * l.H * 2;
@@ -229,8 +242,11 @@ void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, i
     const double floor = std::max((weight_bytes + row_bytes) / read_ceiling * 1e-6, flop / 788e12 * 1e6);
     // What the rows between the second product and the sum add: written once, read once.
     const double rows_floor = floor + 2.0 * T * l.C * l.H * 2 / read_ceiling * 1e-6;
-    std::printf("%-7s %-4s %-7s %6lld tokens  hit %5.1f  %9.1f us  floor %8.1f  ratio %5.2f  with rows %8.1f  %6.1f TFLOP/s  %5.0f GB/s\n", l.name,
-                routing == Routing::kZipf ? "zipf" : "", taken.c_str(), (long long)T, hit, us, floor, us / floor, rows_floor, flop / us * 1e-6, weight_bytes / us * 1e-3);
+    std::printf(
+        "%-7s %-4s %-7s %6lld tokens  hit %5.1f  %9.1f us  floor %8.1f  ratio %5.2f  with rows %8.1f  %6.1f TFLOP/s  "
+        "%5.0f GB/s\n",
+        l.name, routing == Routing::kZipf ? "zipf" : "", taken.c_str(), (long long)T, hit, us, floor, us / floor,
+        rows_floor, flop / us * 1e-6, weight_bytes / us * 1e-3);
     std::fflush(stdout);
   }
 }
@@ -240,7 +256,8 @@ double read_ceiling(CudaBackend& backend, Buffer& flush) {
   Buffer data(size_t{4} << 30);
   CHECK(cudaMemset(data.data, 1, data.bytes));
   const double us = time_graph(backend, flush, 2, [&](int) {
-    read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(data.data), data.bytes / 16, static_cast<uint32_t*>(flush.data));
+    read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(data.data), data.bytes / 16,
+                                                       static_cast<uint32_t*>(flush.data));
   });
   return static_cast<double>(data.bytes) / us * 1e-6;
 }
@@ -275,7 +292,8 @@ int main(int argc, char** argv) {
   for (const Layer& l : kLayers) {
     if (rest.size() > 1 && rest[1] != l.name && rest[1] != "all") continue;
     time_layer(backend, l, path, rest.size() > 2 ? std::atoll(rest[2].c_str()) : 0, ceiling, flush, Routing::kUniform);
-    if (rest.size() > 3 && rest[3] == "zipf") time_layer(backend, l, path, std::atoll(rest[2].c_str()), ceiling, flush, Routing::kZipf);
+    if (rest.size() > 3 && rest[3] == "zipf")
+      time_layer(backend, l, path, std::atoll(rest[2].c_str()), ceiling, flush, Routing::kZipf);
   }
   return 0;
 }

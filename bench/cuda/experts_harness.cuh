@@ -12,13 +12,13 @@ namespace bench {
 
 using namespace moe;
 
-#define OK(expr)                                                             \
-  do {                                                                       \
-    const ::moe::Status status_ = (expr);                                    \
-    if (!status_.ok()) {                                                     \
+#define OK(expr)                                                                      \
+  do {                                                                                \
+    const ::moe::Status status_ = (expr);                                             \
+    if (!status_.ok()) {                                                              \
       std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #expr, status_.text.c_str()); \
-      std::exit(1);                                                          \
-    }                                                                        \
+      std::exit(1);                                                                   \
+    }                                                                                 \
   } while (0)
 
 struct Layer {
@@ -104,7 +104,8 @@ struct Input {
     const int64_t routed = l.S - l.shared, K = l.C - l.shared;
     std::vector<double> cumulative(routed);
     double sum = 0;
-    for (int64_t e = 0; e < routed; e++) cumulative[e] = sum += routing == Routing::kZipf ? 1.0 / static_cast<double>(e + 1) : 1.0;
+    for (int64_t e = 0; e < routed; e++)
+      cumulative[e] = sum += routing == Routing::kZipf ? 1.0 / static_cast<double>(e + 1) : 1.0;
     std::vector<char> used(l.S, 0);
     for (int64_t t = 0; t < T; t++) {
       int32_t* row = host_ids.data() + t * l.C;
@@ -154,9 +155,11 @@ inline FusedMoe call_of(const Weights& w, const Input& in) {
   return p;
 }
 
-// The reference, for the tokens `sample`: activations f64 [samples * C, I], then outputs f64 [samples, H]. A warp a value.
+// The reference, for the tokens `sample`: activations f64 [samples * C, I], then outputs f64 [samples, H]. A warp a
+// value.
 template <class T>
-__global__ void reference_gate_up(FusedMoe p, const T* w13, const float* b13, SwiGLU s, const int32_t* sample, int64_t n, double* active) {
+__global__ void reference_gate_up(FusedMoe p, const T* w13, const float* b13, SwiGLU s, const int32_t* sample,
+                                  int64_t n, double* active) {
   const int64_t warps = int64_t{gridDim.x} * blockDim.x / 32;
   for (int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; at < n * p.C * p.I; at += warps) {
     const int64_t i = at % p.I, choice = at / p.I, token = sample[choice / p.C];
@@ -178,7 +181,8 @@ __global__ void reference_gate_up(FusedMoe p, const T* w13, const float* b13, Sw
 }
 
 template <class T>
-__global__ void reference_down(FusedMoe p, const T* w2, const float* b2, const int32_t* sample, int64_t n, const double* active, double* out) {
+__global__ void reference_down(FusedMoe p, const T* w2, const float* b2, const int32_t* sample, int64_t n,
+                               const double* active, double* out) {
   const int64_t warps = int64_t{gridDim.x} * blockDim.x / 32;
   for (int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; at < n * p.H; at += warps) {
     const int64_t h = at % p.H, token = sample[at / p.H];
@@ -209,11 +213,12 @@ inline std::vector<double> reference(const Weights& w, const FusedMoe& p, const 
   tokens.put(sample.data(), n * 4);
   OK(with_float(w.layer.dtype, [&](auto* type) {
     using T = pointee<decltype(type)>;
-    reference_gate_up<T><<<132 * 16, 256>>>(p, static_cast<const T*>(w.w13.data), static_cast<const float*>(w.b13.data), w.layer.swiglu,
-                                            static_cast<const int32_t*>(tokens.data), n, static_cast<double*>(active.data));
+    reference_gate_up<T><<<132 * 16, 256>>>(p, static_cast<const T*>(w.w13.data), static_cast<const float*>(w.b13.data),
+                                            w.layer.swiglu, static_cast<const int32_t*>(tokens.data), n,
+                                            static_cast<double*>(active.data));
     reference_down<T><<<132 * 16, 256>>>(p, static_cast<const T*>(w.w2.data), static_cast<const float*>(w.b2.data),
-                                         static_cast<const int32_t*>(tokens.data), n, static_cast<const double*>(active.data),
-                                         static_cast<double*>(out.data));
+                                         static_cast<const int32_t*>(tokens.data), n,
+                                         static_cast<const double*>(active.data), static_cast<double*>(out.data));
     return Status::Ok();
   }));
   CHECK(cudaDeviceSynchronize());
@@ -241,7 +246,8 @@ inline double time_graph(CudaBackend& backend, Buffer& flush, int rotations, con
   CHECK(cudaEventCreate(&end));
   std::vector<float> times;
   for (int i = 0; i < 13; i++) {
-    read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(flush.data), flush.bytes / 16, static_cast<uint32_t*>(flush.data));
+    read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(flush.data), flush.bytes / 16,
+                                                       static_cast<uint32_t*>(flush.data));
     spin_kernel<<<1, 1, 0, backend.stream()>>>(200000);
     CHECK(cudaEventRecord(begin, backend.stream()));
     OK(backend.replay(*graph));

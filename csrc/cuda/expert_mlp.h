@@ -3,10 +3,12 @@
 //
 //   mma     expert_mlp_mma.cu            mma.sync, sm_80 and up; grouped rows
 //   wgmma   expert_mlp_wgmma_sm90a.cu    Hopper; grouped rows, one persistent kernel for both products
-//   stream  expert_mlp_stream_sm90a.cu   Hopper, few tokens: streams the weights of the experts hit once, from ids to output
+//   stream  expert_mlp_stream_sm90a.cu   Hopper, few tokens: streams the weights of the experts hit once, from ids to
+//   output
 //
-// In all of them weights are the rows (M) and tokens the columns (N) of a product: N takes any multiple of 8, so that an
-// expert with few tokens wastes nothing, and the 8-by-8 alternation of w13 puts a gate value and its up value into one thread.
+// In all of them weights are the rows (M) and tokens the columns (N) of a product: N takes any multiple of 8, so that
+// an expert with few tokens wastes nothing, and the 8-by-8 alternation of w13 puts a gate value and its up value into
+// one thread.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -52,16 +54,16 @@ struct GroupedCall {
   SwiGLU swiglu;
   RowSource source;
   RowWeights weights;
-  const RowTile* tiles;   // on the device, like the rest; the tiles of an expert lie together, experts ascending
-  int tile_rows;          // rows of a tile at most, as expert_paths.h chose
+  const RowTile* tiles;  // on the device, like the rest; the tiles of an expert lie together, experts ascending
+  int tile_rows;         // rows of a tile at most, as expert_paths.h chose
   const int32_t* tile_count;
-  int64_t most_tiles;     // an upper bound of *tile_count known to the host
-  int64_t rows;           // an upper bound of every tile's first + rows
-  void* active;           // T [rows, 64 * weight_tiles(I)]: written by gate_up, read by down
-  void* projected;        // not null: gate_up only, T [rows, 2I] (gate half, then up half), biases included, no activation
-  bool activated;         // `active` holds the activations already: down only
+  int64_t most_tiles;  // an upper bound of *tile_count known to the host
+  int64_t rows;        // an upper bound of every tile's first + rows
+  void* active;        // T [rows, 64 * weight_tiles(I)]: written by gate_up, read by down
+  void* projected;     // not null: gate_up only, T [rows, 2I] (gate half, then up half), biases included, no activation
+  bool activated;      // `active` holds the activations already: down only
   Finish finish;
-  int32_t* counters;      // `wgmma`: wgmma_counters(most_tiles) of them, zero before, any value after
+  int32_t* counters;  // `wgmma`: wgmma_counters(most_tiles) of them, zero before, any value after
   int sm_count;
   cudaStream_t stream;
 };
@@ -70,23 +72,24 @@ int64_t wgmma_counters(int64_t most_tiles);
 cudaError_t launch_mma(const GroupedCall& call);
 cudaError_t launch_wgmma(const GroupedCall& call);
 
-// output[t] = T(output_scale * gates[t] * (sum over columns c of weights[t, c] * expert_ids[t, c](hidden[t])) + routed[t]),
-// columns in ascending order of their expert or in column order, always the same (`stream`).
+// output[t] = T(output_scale * gates[t] * (sum over columns c of weights[t, c] * expert_ids[t, c](hidden[t])) +
+// routed[t]), columns in ascending order of their expert or in column order, always the same (`stream`).
 struct StreamCall {
   DType dtype;
   int64_t T, C, H, I, S;
-  const void* hidden;      // T [T, H]
-  const int32_t* ids;      // [T, C]; null: every token has the one column of slot 0, with weight 1
-  const float* weights;    // [T, C]
+  const void* hidden;    // T [T, H]
+  const int32_t* ids;    // [T, C]; null: every token has the one column of slot 0, with weight 1
+  const float* weights;  // [T, C]
   ExpertsView experts;
   SwiGLU swiglu;
-  int32_t first_expert, zero, first_zero;  // ids first_zero .. first_zero + zero - 1 add weight * hidden; others nothing
+  int32_t first_expert, zero,
+      first_zero;  // ids first_zero .. first_zero + zero - 1 add weight * hidden; others nothing
   bool weights_on_input;
   float output_scale;
-  const float* gates;      // [T] or null
-  const void* routed;      // T [T, H] or null
-  void* output;            // T [T, H]
-  void* scratch;           // stream_scratch() bytes of any content
+  const float* gates;  // [T] or null
+  const void* routed;  // T [T, H] or null
+  void* output;        // T [T, H]
+  void* scratch;       // stream_scratch() bytes of any content
   int sm_count;
   cudaStream_t stream;
 };

@@ -1,10 +1,11 @@
-// The expert MLP on tensor cores with mma.sync, for every device from sm_80 on: two launches of tiles of tensor_tile.cuh.
+// The expert MLP on tensor cores with mma.sync, for every device from sm_80 on: two launches of tiles of
+// tensor_tile.cuh.
 //
-// A tile is 128 packed weight rows x up to N rows of one expert; a block leaves at once when there is no such tile. Weights
-// come from the tiles of experts_layout.h, rows by their index, both as 16-byte pieces by cp.async. Gate and up of a value
-// lie in one thread. Results go through shared memory, so that rows are written in stretches of 128 bytes or more.
-#include "backend.h"
-#include "expert_mlp.h"
+// A tile is 128 packed weight rows x up to N rows of one expert; a block without a tile leaves at once. Weights
+// come from the tiles of experts_layout.h, rows by their index, both as 16-byte pieces by cp.async. Gate and up of a
+// value lie in one thread. Results go through shared memory, so that rows are written in stretches of 128 bytes or
+// more.
+#include "expert_tiles.h"
 #include "floats.cuh"
 #include "swiglu.cuh"
 #include "tensor_tile.cuh"
@@ -21,7 +22,8 @@ __device__ auto weights_operand(const T* matrix, int64_t first, int64_t rows, in
   const int64_t tiles = weight_tiles(columns);
   const T* from = matrix + first / kWeightTile * tiles * kWeightTileElements;
   const auto piece = [=](int r) {
-    return from + r / kWeightTile * tiles * kWeightTileElements + r % kWeightTile * kWeightTile + ((tensor_piece() ^ (r & 7)) << 3);
+    return from + r / kWeightTile * tiles * kWeightTileElements + r % kWeightTile * kWeightTile +
+           ((tensor_piece() ^ (r & 7)) << 3);
   };
   const int64_t left = weight_tiles(rows) * kWeightTile - first;
   return TensorOperand{piece, static_cast<int>(left < kBlockRows ? left : kBlockRows), int64_t{kWeightTileElements},
@@ -51,104 +53,108 @@ template <class T, int N>
 __global__ void __launch_bounds__(kTensorThreads) gate_up(GroupedCall p) {
   using Shape = TensorShape<kWarpsM, N>;
   constexpr int kValues = kBlockRows / 2, kPitch = kValues + 8;
-  if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
-  const RowTile tile = p.tiles[blockIdx.y];
-  const int64_t first = int64_t{blockIdx.x} * kBlockRows, value = first / 2;
-  const T* matrix = static_cast<const T*>(p.experts.w13) + tile.expert * p.experts.size13;
-  float sum[2][N / 8][4] = {};
-  multiply_tensor_tile<T, kWarpsM, N, false>(
-      weights_operand(matrix, first, 2 * p.I, p.H),
-      rows_operand(static_cast<const T*>(p.source.rows), p.H, p.H, tile.rows,
-                   [&](int r) { return source_of(p.source, tile.first + r); }),
-      static_cast<int>(weight_tiles(p.H)), sum);
-  __syncthreads();
-  extern __shared__ __align__(128) char shared[];
-  T* staged = reinterpret_cast<T*>(shared);  // [columns][values], or with `projected` gates, then ups
-  T* ups = staged + Shape::kColumns * kPitch;
+  for (int t = static_cast<int>(blockIdx.y); t < *p.tile_count; t += static_cast<int>(gridDim.y)) {
+    const RowTile tile = p.tiles[t];
+    const int64_t first = int64_t{blockIdx.x} * kBlockRows, value = first / 2;
+    const T* matrix = static_cast<const T*>(p.experts.w13) + tile.expert * p.experts.size13;
+    float sum[2][N / 8][4] = {};
+    multiply_tensor_tile<T, kWarpsM, N, false>(weights_operand(matrix, first, 2 * p.I, p.H),
+                                               rows_operand(static_cast<const T*>(p.source.rows), p.H, p.H, tile.rows,
+                                                            [&](int r) { return source_of(p.source, tile.first + r); }),
+                                               static_cast<int>(weight_tiles(p.H)), sum);
+    __syncthreads();
+    extern __shared__ __align__(128) char shared[];
+    T* staged = reinterpret_cast<T*>(shared);  // [columns][values], or with `projected` gates, then ups
+    T* ups = staged + Shape::kColumns * kPitch;
 #pragma unroll
-  for (int n = 0; n < N / 8; n++) {
+    for (int n = 0; n < N / 8; n++) {
 #pragma unroll
-    for (int l = 0; l < 2; l++) {
-      const int r = Shape::column(n, l);
-      if (r >= tile.rows) continue;
-      const float weight = weight_of(p.weights, tile.first + r);
+      for (int l = 0; l < 2; l++) {
+        const int r = Shape::column(n, l);
+        if (r >= tile.rows) continue;
+        const float weight = weight_of(p.weights, tile.first + r);
 #pragma unroll
-      for (int m = 0; m < 2; m++) {
-        const int at = Shape::row(m, l) / 16 * 8 + Shape::row(m, l) % 8;  // of the block's values
-        const int64_t i = value + at;
-        float g = sum[m][n][l] * weight, u = sum[m][n][2 + l] * weight;
-        if (p.experts.b13 != nullptr && i < p.I) {
-          g += p.experts.b13[tile.expert * 2 * p.I + i];
-          u += p.experts.b13[tile.expert * 2 * p.I + p.I + i];
-        }
-        if (p.projected != nullptr) {
-          staged[r * kPitch + at] = narrow<T>(g);
-          ups[r * kPitch + at] = narrow<T>(u);
-        } else {
-          staged[r * kPitch + at] = narrow<T>(i < p.I ? swiglu(p.swiglu, g, u) : 0.0f);
+        for (int m = 0; m < 2; m++) {
+          const int at = Shape::row(m, l) / 16 * 8 + Shape::row(m, l) % 8;  // of the block's values
+          const int64_t i = value + at;
+          float g = sum[m][n][l] * weight, u = sum[m][n][2 + l] * weight;
+          if (p.experts.b13 != nullptr && i < p.I) {
+            g += p.experts.b13[tile.expert * 2 * p.I + i];
+            u += p.experts.b13[tile.expert * 2 * p.I + p.I + i];
+          }
+          if (p.projected != nullptr) {
+            staged[r * kPitch + at] = narrow<T>(g);
+            ups[r * kPitch + at] = narrow<T>(u);
+          } else {
+            staged[r * kPitch + at] = narrow<T>(i < p.I ? swiglu(p.swiglu, g, u) : 0.0f);
+          }
         }
       }
     }
+    __syncthreads();
+    const int64_t pitch = weight_tiles(p.I) * kWeightTile;
+    if (p.projected == nullptr) {
+      T* active = static_cast<T*>(p.active);
+      store_rows(staged, kPitch, tile.rows, static_cast<int>(pitch - value < kValues ? pitch - value : kValues),
+                 [&](int r) { return active + (tile.first + r) * pitch + value; });
+    } else {
+      T* projected = static_cast<T*>(p.projected) + value;
+      const int there = static_cast<int>(p.I - value < kValues ? p.I - value : kValues);
+      const auto row = [&](int r) { return projected + (int64_t{tile.first} + r) * 2 * p.I; };
+      store_rows(staged, kPitch, tile.rows, there, row);
+      store_rows(ups, kPitch, tile.rows, there, [&](int r) { return row(r) + p.I; });
+    }
+    __syncthreads();  // the next tile's rows go to the same shared memory
   }
-  __syncthreads();
-  const int64_t pitch = weight_tiles(p.I) * kWeightTile;
-  if (p.projected == nullptr) {
-    T* active = static_cast<T*>(p.active);
-    store_rows(staged, kPitch, tile.rows, static_cast<int>(pitch - value < kValues ? pitch - value : kValues),
-               [&](int r) { return active + (tile.first + r) * pitch + value; });
-    return;
-  }
-  T* projected = static_cast<T*>(p.projected);
-  const int there = static_cast<int>(p.I - value < kValues ? p.I - value : kValues);
-  store_rows(staged, kPitch, tile.rows, there, [&](int r) { return projected + (tile.first + r) * 2 * p.I + value; });
-  store_rows(ups, kPitch, tile.rows, there, [&](int r) { return projected + (tile.first + r) * 2 * p.I + p.I + value; });
 }
 
 template <class T, int N>
 __global__ void __launch_bounds__(kTensorThreads) down(GroupedCall p) {
   using Shape = TensorShape<kWarpsM, N>;
   constexpr int kPitch = kBlockRows + 8;
-  if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
-  const RowTile tile = p.tiles[blockIdx.y];
-  const int64_t first = int64_t{blockIdx.x} * kBlockRows, pitch = weight_tiles(p.I) * kWeightTile;
-  const T* matrix = static_cast<const T*>(p.experts.w2) + tile.expert * p.experts.size2;
-  float sum[2][N / 8][4] = {};
-  multiply_tensor_tile<T, kWarpsM, N, false>(
-      weights_operand(matrix, first, p.H, p.I),
-      rows_operand(static_cast<const T*>(p.active), pitch, pitch, tile.rows, [&](int r) { return int64_t{tile.first} + r; }),
-      static_cast<int>(weight_tiles(p.I)), sum);
-  __syncthreads();
-  extern __shared__ __align__(128) char shared[];
-  T* staged = reinterpret_cast<T*>(shared);  // [columns][block rows]
-  const T* routed = static_cast<const T*>(p.finish.routed);
+  for (int t = static_cast<int>(blockIdx.y); t < *p.tile_count; t += static_cast<int>(gridDim.y)) {
+    const RowTile tile = p.tiles[t];
+    const int64_t first = int64_t{blockIdx.x} * kBlockRows, pitch = weight_tiles(p.I) * kWeightTile;
+    const T* matrix = static_cast<const T*>(p.experts.w2) + tile.expert * p.experts.size2;
+    float sum[2][N / 8][4] = {};
+    multiply_tensor_tile<T, kWarpsM, N, false>(weights_operand(matrix, first, p.H, p.I),
+                                               rows_operand(static_cast<const T*>(p.active), pitch, pitch, tile.rows,
+                                                            [&](int r) { return int64_t{tile.first} + r; }),
+                                               static_cast<int>(weight_tiles(p.I)), sum);
+    __syncthreads();
+    extern __shared__ __align__(128) char shared[];
+    T* staged = reinterpret_cast<T*>(shared);  // [columns][block rows]
+    const T* routed = static_cast<const T*>(p.finish.routed);
 #pragma unroll
-  for (int n = 0; n < N / 8; n++) {
+    for (int n = 0; n < N / 8; n++) {
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
+      for (int m = 0; m < 2; m++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int r = Shape::column(n, i), at = Shape::row(m, i);
-        const int64_t h = first + at, row = tile.first + r;
-        if (r >= tile.rows || h >= p.H) continue;
-        float value = sum[m][n][i];
-        if (p.experts.b2 != nullptr) value += p.experts.b2[tile.expert * p.H + h];
-        if (p.finish.gates != nullptr) value *= p.finish.gates[row];
-        if (routed != nullptr) value += widen(routed[row * p.H + h]);
-        staged[r * kPitch + at] = narrow<T>(value);
+        for (int i = 0; i < 4; i++) {
+          const int r = Shape::column(n, i), at = Shape::row(m, i);
+          const int64_t h = first + at, row = tile.first + r;
+          if (r >= tile.rows || h >= p.H) continue;
+          float value = sum[m][n][i];
+          if (p.experts.b2 != nullptr) value += p.experts.b2[tile.expert * p.H + h];
+          if (p.finish.gates != nullptr) value *= p.finish.gates[row];
+          if (routed != nullptr) value += widen(routed[row * p.H + h]);
+          staged[r * kPitch + at] = narrow<T>(value);
+        }
       }
     }
+    __syncthreads();
+    T* out = static_cast<T*>(p.finish.out);
+    store_rows(staged, kPitch, tile.rows, static_cast<int>(p.H - first < kBlockRows ? p.H - first : kBlockRows),
+               [&](int r) { return out + (tile.first + r) * p.H + first; });
+    __syncthreads();
   }
-  __syncthreads();
-  T* out = static_cast<T*>(p.finish.out);
-  store_rows(staged, kPitch, tile.rows, static_cast<int>(p.H - first < kBlockRows ? p.H - first : kBlockRows),
-             [&](int r) { return out + (tile.first + r) * p.H + first; });
 }
 
 template <class T, int N>
 cudaError_t launch(const GroupedCall& p) {
   using Shape = TensorShape<kWarpsM, N>;
   static_assert(Shape::kColumns * (kBlockRows + 16) * 2 <= Shape::kSharedBytes);
-  const auto tiles = static_cast<unsigned>(p.most_tiles);
+  const unsigned tiles = grid_of_tiles(p.most_tiles);
   const auto run = [&](auto kernel, int64_t rows) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
     if (error != cudaSuccess) return error;
@@ -172,7 +178,7 @@ cudaError_t launch_rows(const GroupedCall& p) {
 }  // namespace
 
 cudaError_t launch_mma(const GroupedCall& p) {
-  if (p.most_tiles > 65535 || p.tile_rows > 128) return cudaErrorInvalidValue;
+  if (p.tile_rows > 128) return cudaErrorInvalidValue;
   return p.dtype == DType::kBF16 ? launch_rows<__nv_bfloat16>(p) : launch_rows<__half>(p);
 }
 

@@ -13,9 +13,9 @@ const char* name_of(Path path);
 
 struct Shape {
   DType rows, weights;
-  int64_t T, C, S, H, I;    // C choices of each of T tokens among S local experts
-  int compute_capability;   // 10 * major + minor
-  bool streamable;          // the call is within the limits of `stream`
+  int64_t T, C, S, H, I;   // C choices of each of T tokens among S local experts
+  int compute_capability;  // 10 * major + minor
+  bool streamable;         // the call is within the limits of `stream`
 };
 
 // `stream` where few rows an expert make streaming the weights the whole cost, `wgmma` else on Hopper, `mma` on other

@@ -1,4 +1,5 @@
-// Cuts the rows of every expert into tiles: one block, a round for every 1,024 experts with a scan of their numbers of tiles.
+// Cuts the rows of every expert into tiles: one block, a round for every 1,024 experts with a scan of their numbers of
+// tiles.
 #include "expert_tiles.h"
 
 #include <algorithm>
@@ -9,8 +10,8 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-__device__ void clear(int32_t* zeros, int64_t zeroed) {
-  for (int64_t i = threadIdx.x; i < zeroed; i += blockDim.x) zeros[i] = 0;
+__device__ void clear_counters(const RowTiles& out) {
+  for (int64_t i = threadIdx.x; i < out.counted; i += blockDim.x) out.counters[i] = 0;
 }
 
 // Rows of each tile when `rows` are cut evenly.
@@ -19,12 +20,11 @@ __host__ __device__ int even_rows(int rows, int tile_rows) {
   return tiles == 0 ? 16 : ((rows + tiles - 1) / tiles + 15) / 16 * 16;
 }
 
-__global__ void __launch_bounds__(kThreads) cut(const int32_t* counts, const int32_t* offsets, int experts, int P,
-                                                int tile_rows, RowTiles out, FaultNote* notes, int32_t* zeros,
-                                                int64_t zeroed) {
+__global__ void __launch_bounds__(kThreads)
+    cut(const int32_t* counts, const int32_t* offsets, int experts, int P, RowTiles out, FaultNote* notes) {
   __shared__ int of_warp[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  clear(zeros, zeroed);
+  clear_counters(out);
   int before = 0;  // tiles of experts before this round
   for (int first = 0; first < experts; first += kThreads) {
     const int e = first + static_cast<int>(threadIdx.x);
@@ -34,10 +34,11 @@ __global__ void __launch_bounds__(kThreads) cut(const int32_t* counts, const int
       raise_fault(notes, FaultSite::kExpertsCounts, rows, 0, e);
       rows = 0;
     } else if (rows > 0 && (place < 0 || int64_t{place} + rows > P)) {
-      raise_fault(notes, FaultSite::kExpertsOffsets, place, P, e, static_cast<int>(int64_t{place} + rows - 1));
+      const int64_t end = int64_t{place} + rows - 1;
+      raise_fault(notes, FaultSite::kExpertsOffsets, place, P, e, static_cast<int>(end < INT32_MAX ? end : INT32_MAX));
       rows = 0;
     }
-    const int even = even_rows(rows, tile_rows), mine = (rows + even - 1) / even;
+    const int even = even_rows(rows, out.tile_rows), mine = (rows + even - 1) / even;
     int sum = mine;
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(0xffffffffu, sum, step);
@@ -60,9 +61,9 @@ __global__ void __launch_bounds__(kThreads) cut(const int32_t* counts, const int
   if (threadIdx.x == 0) *out.count = static_cast<int32_t>(before < out.most ? before : out.most);
 }
 
-__global__ void __launch_bounds__(kThreads) cut_whole(int rows, int tile_rows, RowTiles out, int32_t* zeros, int64_t zeroed) {
-  clear(zeros, zeroed);
-  const int even = even_rows(rows, tile_rows), count = (rows + even - 1) / even;
+__global__ void __launch_bounds__(kThreads) cut_whole(int rows, RowTiles out) {
+  clear_counters(out);
+  const int even = even_rows(rows, out.tile_rows), count = (rows + even - 1) / even;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int left = rows - i * even;
     out.tiles[i] = {0, i * even, left < even ? left : even};
@@ -72,23 +73,50 @@ __global__ void __launch_bounds__(kThreads) cut_whole(int rows, int tile_rows, R
 
 }  // namespace
 
-Status scratch_tiles(CudaBackend& device, int64_t rows, int64_t experts, int tile_rows, RowTiles* out) {
-  out->most = most_tiles(rows, experts, tile_rows);
+Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out) {
+  out->tile_rows = mlp::tile_rows(path, rows, experts);
+  out->most = most_tiles(rows, experts, out->tile_rows);
+  out->counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(out->most) : 0;
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(std::max<int64_t>(out->most, 1)), &out->tiles));
+  if (out->counted > 0) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(out->counted), &out->counters));
   return device.scratch(1, &out->count);
 }
 
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
-                 int tile_rows, const RowTiles& tiles, int32_t* zeros, int64_t zeroed) {
-  cut<<<1, kThreads, 0, device.stream()>>>(counts, offsets, static_cast<int>(experts), static_cast<int>(rows), tile_rows, tiles,
-                                           device.fault_notes(), zeros, zeroed);
+                 const RowTiles& tiles) {
+  cut<<<1, kThreads, 0, device.stream()>>>(counts, offsets, static_cast<int>(experts), static_cast<int>(rows), tiles,
+                                           device.fault_notes());
   MOE_CUDA_LAUNCHED("cut_tiles");
   return Status::Ok();
 }
 
-Status whole_tiles(CudaBackend& device, int64_t rows, int tile_rows, const RowTiles& tiles, int32_t* zeros, int64_t zeroed) {
-  cut_whole<<<1, kThreads, 0, device.stream()>>>(static_cast<int>(rows), tile_rows, tiles, zeros, zeroed);
+Status whole_tiles(CudaBackend& device, int64_t rows, const RowTiles& tiles) {
+  cut_whole<<<1, kThreads, 0, device.stream()>>>(static_cast<int>(rows), tiles);
   MOE_CUDA_LAUNCHED("whole_tiles");
+  return Status::Ok();
+}
+
+Status scratch_active(CudaBackend& device, const ExpertsLayout& layout, int64_t rows, void** out) {
+  return device.scratch(static_cast<size_t>(rows * weight_tiles(layout.I) * kWeightTile) * size_of(layout.dtype), out);
+}
+
+Status launch_grouped(CudaBackend& device, mlp::Path path, const Experts& experts, const RowTiles& tiles, int64_t rows,
+                      mlp::GroupedCall call) {
+  call.dtype = experts.layout.dtype;
+  call.H = experts.layout.H, call.I = experts.layout.I;
+  call.experts = view_of(experts);
+  call.swiglu = experts.layout.swiglu;
+  call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
+  call.tile_rows = tiles.tile_rows;
+  call.rows = rows;
+  call.counters = tiles.counters;
+  call.sm_count = device.sm_count();
+  call.stream = device.stream();
+  if (path == mlp::Path::kWgmma) {
+    MOE_CUDA_CHECK(mlp::launch_wgmma(call));
+  } else {
+    MOE_CUDA_CHECK(mlp::launch_mma(call));
+  }
   return Status::Ok();
 }
 

@@ -1,7 +1,8 @@
-// Cuts the rows of every expert into tiles, on the device.
+// The rows of every expert, cut into tiles on the device, and what else the grouped paths of the expert MLP need.
 #pragma once
 #include "backend.h"
 #include "expert_mlp.h"
+#include "expert_paths.h"
 
 namespace moe {
 
@@ -9,7 +10,9 @@ namespace moe {
 struct RowTiles {
   mlp::RowTile* tiles = nullptr;
   int32_t* count = nullptr;
-  int64_t most = 0;
+  int32_t* counters = nullptr;  // `counted` of them that cutting sets to 0, for the kernels that follow
+  int64_t most = 0, counted = 0;
+  int tile_rows = 0;
 };
 
 // Worst-case number of tiles of at most `tile_rows` rows when `rows` rows belong to `experts` experts.
@@ -17,16 +20,25 @@ inline int64_t most_tiles(int64_t rows, int64_t experts, int tile_rows) {
   return (rows < experts ? rows : experts) + rows / tile_rows;
 }
 
-// Scratch for the tiles of `rows` rows.
-Status scratch_tiles(CudaBackend& device, int64_t rows, int64_t experts, int tile_rows, RowTiles* out);
+// Kernels go through the tiles in steps of the grid's second dimension, which is limited.
+inline unsigned grid_of_tiles(int64_t most) { return static_cast<unsigned>(most < 65535 ? most : 65535); }
+
+// Scratch for the tiles of `rows` rows, of the size that suits the path.
+Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out);
 
 // An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Bad counts and
-// offsets are dropped and noted. `zeros` of `zeroed` counters are set to 0 on the way.
+// offsets are dropped and noted.
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
-                 int tile_rows, const RowTiles& tiles, int32_t* zeros = nullptr, int64_t zeroed = 0);
+                 const RowTiles& tiles);
 
 // One expert that has rows 0 .. rows - 1.
-Status whole_tiles(CudaBackend& device, int64_t rows, int tile_rows, const RowTiles& tiles, int32_t* zeros = nullptr,
-                   int64_t zeroed = 0);
+Status whole_tiles(CudaBackend& device, int64_t rows, const RowTiles& tiles);
+
+// Scratch for the activations of `rows` rows between the products of `wgmma` and `mma`.
+Status scratch_active(CudaBackend& device, const ExpertsLayout& layout, int64_t rows, void** out);
+
+// Completes a call (dtype, source, weights, active, projected, activated and finish are the op's) and launches it.
+Status launch_grouped(CudaBackend& device, mlp::Path path, const Experts& experts, const RowTiles& tiles, int64_t rows,
+                      mlp::GroupedCall call);
 
 }  // namespace moe

@@ -2,12 +2,12 @@
 //
 // f32 weights: rows one after the other, gate rows before up rows: w13 [S, 2I, H], w2 [S, H, I].
 //
-// bf16 and f16 weights: tiles of 64 rows x 64 columns, 8 KiB each, that a kernel copies to shared memory as they are and
-// multiplies from there (ldmatrix, wgmma). Within a tile rows are 128 bytes apart and the 16-byte piece p of row r lies
-// at place p ^ (r % 8), which is the 128-byte swizzle of the tensor cores. Tiles of a row of tiles lie one after the
-// other, so what a product streams is one long stretch. In w13 gate and up rows alternate by 8 (packed row 16a + b is gate
-// row 8a + b, packed row 16a + 8 + b up row 8a + b): one thread of an m16 or m64 product holds a gate value and its up
-// value. Rows and columns beyond the matrix are zero.
+// bf16 and f16 weights: tiles of 64 rows x 64 columns, 8 KiB each, that a kernel copies to shared memory as they are
+// and multiplies from there (ldmatrix, wgmma). Within a tile rows are 128 bytes apart and the 16-byte piece p of row r
+// lies at place p ^ (r % 8), which is the 128-byte swizzle of the tensor cores. Tiles of a row of tiles lie one after
+// the other, so what a product streams is one long stretch. In w13 gate and up rows alternate by 8 (packed row 16a + b
+// is gate row 8a + b, packed row 16a + 8 + b up row 8a + b): one thread of an m16 or m64 product holds a gate value and
+// its up value. Rows and columns beyond the matrix are zero.
 //
 // Biases f32 [S, 2I] (gate, then up) and [S, H], only where there are any. Sections are aligned to 256 bytes.
 #pragma once
@@ -24,8 +24,8 @@
 
 namespace moe {
 
-constexpr int kWeightTile = 64;                                       // rows and columns
-constexpr int kWeightTileElements = kWeightTile * kWeightTile;        // 8 KiB
+constexpr int kWeightTile = 64;                                 // rows and columns
+constexpr int kWeightTileElements = kWeightTile * kWeightTile;  // 8 KiB
 
 MOE_BOTH constexpr int64_t weight_tiles(int64_t n) { return (n + kWeightTile - 1) / kWeightTile; }
 
@@ -55,7 +55,7 @@ inline ExpertSections expert_sections(const ExpertsLayout& layout) {
 // Where the parts of packed experts are, for kernels: slots are one after the other in each.
 struct ExpertsView {
   void *w13, *w2;
-  float *b13, *b2;       // null without biases
+  float *b13, *b2;        // null without biases
   int64_t size13, size2;  // elements of one slot's matrices
 };
 

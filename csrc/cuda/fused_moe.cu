@@ -2,17 +2,17 @@
 //
 // Paths (context.paths() names the one taken; expert_paths.h has the choice):
 //   stream         one kernel from ids to output, for few tokens
-//   wgmma, mma     moe_dispatch sorts the choices, their rows are cut into tiles, tensor cores read the tokens' rows where
+//   wgmma, mma     moe_dispatch sorts the choices, their rows are cut into tiles, tensor cores read the tokens' rows
+//   where
 //                  they are and write the experts' outputs in the dtype of `hidden`, moe_combine adds them up
 //   plain          the same on ordinary cores, exact f32 products, with the outputs in f32 added up by add_columns
-// The grouped paths take tokens in pieces whose activations and outputs fit the scratch. A token's columns are summed in
-// f32 in a fixed order; zero experts and weights_on_input as in moe_combine; ids neither local nor zero add nothing.
+// The grouped paths take tokens in pieces whose activations and outputs fit the scratch. A token's columns are summed
+// in f32 in a fixed order; zero experts and weights_on_input as in moe_combine; ids neither local nor zero add nothing.
 // Activations between the products are rounded to the dtype of `hidden` on tensor cores. NaN and infinities take their
 // course.
 #include <algorithm>
 
 #include "expert_mlp.cuh"
-#include "expert_paths.h"
 
 namespace moe {
 
@@ -21,12 +21,6 @@ namespace {
 // Of activations and outputs: 16,384 tokens of DeepSeek-V3 take 2.2 GiB, and a second piece reads all weights again.
 constexpr int64_t kScratchBytes = int64_t{4} << 30;
 constexpr int kThreads = 256;
-
-struct StoreFloat {
-  float* out;
-  int64_t H;
-  __device__ void operator()(int64_t row, int64_t h, float value) const { out[row * H + h] = value; }
-};
 
 // A block per token, or per slice of one.
 template <class T, int N>
@@ -123,40 +117,25 @@ Status fused_moe_grouped(Backend& backend, const FusedMoe& p, mlp::Path path) {
   const int64_t C = p.C, S = p.S, wide_i = weight_tiles(p.I) * kWeightTile;
   const auto width = static_cast<int64_t>(size_of(p.hidden.dtype));
   const int64_t tokens = tokens_at_once(p, C * ((p.H + wide_i) * width + 16)), P = tokens * C;
-  const int tile_rows = mlp::tile_rows(path, P, S);
   RowTiles tiles;
   Sorted sorted;
-  char *active = nullptr, *rows = nullptr;
-  int32_t* counters = nullptr;
-  MOE_RETURN_IF_ERROR(scratch_tiles(device, P, S, tile_rows, &tiles));
+  void *active = nullptr, *rows = nullptr;
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, path, P, S, &tiles));
   MOE_RETURN_IF_ERROR(scratch_sorted(device, P, S, &sorted));
-  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(P * wide_i * width), &active));
+  MOE_RETURN_IF_ERROR(scratch_active(device, p.experts.layout, P, &active));
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(P * p.H * width), &rows));
-  const int64_t counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(tiles.most) : 0;
-  if (counted > 0) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(counted), &counters));
 
   for (int64_t first = 0; first < p.T; first += tokens) {
     const FusedMoe piece = piece_of(p, first, std::min(tokens, p.T - first));
     const int64_t places = piece.T * C;
     MOE_RETURN_IF_ERROR(sort_choices(backend, piece, sorted));
-    MOE_RETURN_IF_ERROR(
-        cut_tiles(device, sorted.counts, sorted.offsets, S, places, tile_rows, tiles, counters, counted));
+    MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, tiles));
     mlp::GroupedCall call{};
-    call.dtype = p.hidden.dtype;
-    call.H = p.H, call.I = p.I;
-    call.experts = view_of(p.experts);
-    call.swiglu = p.experts.layout.swiglu;
     call.source = {piece.hidden.data, sorted.order, static_cast<int32_t>(C)};
     if (p.weights_on_input) call.weights = {sorted.order, piece.weights.as<const float>(), places};
-    call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
-    call.tile_rows = tile_rows;
-    call.rows = places;
     call.active = active;
     call.finish.out = rows;
-    call.counters = counters;
-    call.sm_count = device.sm_count();
-    call.stream = device.stream();
-    MOE_CUDA_CHECK(path == mlp::Path::kWgmma ? mlp::launch_wgmma(call) : mlp::launch_mma(call));
+    MOE_RETURN_IF_ERROR(launch_grouped(device, path, p.experts, tiles, places, call));
     MoeCombine combine{};
     combine.P = places, combine.H = p.H, combine.T = piece.T, combine.C = C;
     combine.rows = {rows, p.hidden.dtype, places * p.H};
@@ -178,8 +157,7 @@ Status fused_moe_plain(Backend& backend, const FusedMoe& p) {
   RowTiles tiles;
   Sorted sorted;
   float *active = nullptr, *rows = nullptr;
-  MOE_RETURN_IF_ERROR(check_tiles(most_tiles(P, S, kMlpRows)));
-  MOE_RETURN_IF_ERROR(scratch_tiles(device, P, S, kMlpRows, &tiles));
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, mlp::Path::kPlain, P, S, &tiles));
   MOE_RETURN_IF_ERROR(scratch_sorted(device, P, S, &sorted));
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(P * p.I), &active));
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(P * p.H), &rows));
@@ -190,12 +168,12 @@ Status fused_moe_plain(Backend& backend, const FusedMoe& p) {
       const FusedMoe piece = piece_of(p, first, std::min(tokens, p.T - first));
       const int64_t places = piece.T * C;
       MOE_RETURN_IF_ERROR(sort_choices(backend, piece, sorted));
-      MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, kMlpRows, tiles));
+      MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, tiles));
       mlp::RowWeights weights{};
       if (p.weights_on_input) weights = {sorted.order, piece.weights.as<const float>(), places};
       const mlp::RowSource source = {piece.hidden.data, sorted.order, static_cast<int32_t>(C)};
       MOE_RETURN_IF_ERROR(launch_gate_up<T>(device, source, p.experts, tiles, weights, active, nullptr));
-      MOE_RETURN_IF_ERROR(launch_down(device, active, p.experts, tiles, StoreFloat{rows, p.H}));
+      MOE_RETURN_IF_ERROR(launch_down(device, active, p.experts, tiles, StoreRow<float>{rows, p.H}));
       const bool wide = p.H % 4 == 0;
       const dim3 grid(static_cast<unsigned>(piece.T),
                       static_cast<unsigned>(std::min<int64_t>(ceil_div(p.H / (wide ? 4 : 1), kThreads), 65535)));

@@ -1,11 +1,10 @@
 // shared_experts: out = routed + sigmoid(hidden . expert_gate) * down(swiglu(gate_up(hidden))), a dense MLP.
 //
-// The path that expert_paths.h chooses, with one expert that has every token; `stream` for part kWhole alone. Part kGateUp
-// ends after the projection, biases included, rounded to the dtype of hidden; part kDown begins with it. The gate is a
-// warp's dot product per token; the product is scaled, `routed` is added, and the result is rounded once. Limits: on
-// `plain` 4 million tokens. NaN and infinities take their course.
+// The path that expert_paths.h chooses, with one expert that has every token; `stream` for part kWhole alone. Part
+// kGateUp ends after the projection, biases included, rounded to the dtype of hidden; part kDown begins with it. The
+// gate is a warp's dot product per token; the product is scaled, `routed` is added, and the result is rounded once. NaN
+// and infinities take their course.
 #include "expert_mlp.cuh"
-#include "expert_paths.h"
 
 namespace moe {
 
@@ -46,10 +45,6 @@ struct FinishToken {
   }
 };
 
-}  // namespace
-
-namespace {
-
 // gates[t] = sigmoid(hidden[t] . expert_gate)
 Status launch_gates(CudaBackend& device, const SharedExperts& p, float** gates) {
   if (!p.expert_gate) return Status::Ok();
@@ -79,10 +74,9 @@ Status launch_activate(CudaBackend& device, const SharedExperts& p, A* active, i
 Status shared_experts_plain(CudaBackend& device, const SharedExperts& p, const float* gates) {
   RowTiles tiles;
   float* active = nullptr;
-  MOE_RETURN_IF_ERROR(check_tiles(most_tiles(p.T, 1, kMlpRows)));
-  MOE_RETURN_IF_ERROR(scratch_tiles(device, p.T, 1, kMlpRows, &tiles));
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, mlp::Path::kPlain, p.T, 1, &tiles));
   if (p.part != SharedPart::kGateUp) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T * p.I), &active));
-  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, kMlpRows, tiles));
+  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, tiles));
   return with_float(p.hidden.dtype, [&](auto* type) {
     using T = pointee<decltype(type)>;
     if (p.part == SharedPart::kDown) {
@@ -93,45 +87,28 @@ Status shared_experts_plain(CudaBackend& device, const SharedExperts& p, const f
           launch_gate_up<T>(device, source, p.experts, tiles, mlp::RowWeights{}, active, p.projected.as<T>()));
     }
     if (p.part == SharedPart::kGateUp) return Status::Ok();
-    return launch_down(device, active, p.experts, tiles, FinishToken<T>{p.output.as<T>(), p.routed.as<const T>(), gates, p.H});
+    return launch_down(device, active, p.experts, tiles,
+                       FinishToken<T>{p.output.as<T>(), p.routed.as<const T>(), gates, p.H});
   });
 }
 
 Status shared_experts_grouped(CudaBackend& device, const SharedExperts& p, const float* gates, mlp::Path path) {
-  const int tile_rows = mlp::tile_rows(path, p.T, 1);
-  const int64_t pitch = weight_tiles(p.I) * kWeightTile;
   RowTiles tiles;
-  int32_t* counters = nullptr;
-  char* active = nullptr;
-  MOE_RETURN_IF_ERROR(scratch_tiles(device, p.T, 1, tile_rows, &tiles));
-  const int64_t counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(tiles.most) : 0;
-  if (counted > 0) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(counted), &counters));
-  MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.T * pitch) * size_of(p.hidden.dtype), &active));
-  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, tile_rows, tiles, counters, counted));
   mlp::GroupedCall call{};
-  call.dtype = p.hidden.dtype;
-  call.H = p.H, call.I = p.I;
-  call.experts = view_of(p.experts);
-  call.swiglu = p.experts.layout.swiglu;
+  MOE_RETURN_IF_ERROR(scratch_tiles(device, path, p.T, 1, &tiles));
+  MOE_RETURN_IF_ERROR(scratch_active(device, p.experts.layout, p.T, &call.active));
+  MOE_RETURN_IF_ERROR(whole_tiles(device, p.T, tiles));
   call.source = {p.hidden.data, nullptr, 1};
-  call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
-  call.tile_rows = tile_rows;
-  call.rows = p.T;
-  call.active = active;
   call.projected = p.projected.data;
   call.finish = {p.output.data, p.routed.data, gates};
-  call.counters = counters;
-  call.sm_count = device.sm_count();
-  call.stream = device.stream();
   if (p.part == SharedPart::kDown) {
     call.activated = true;
     MOE_RETURN_IF_ERROR(with_float(p.hidden.dtype, [&](auto* type) {
       using T = pointee<decltype(type)>;
-      return launch_activate<T>(device, p, reinterpret_cast<T*>(active), pitch);
+      return launch_activate<T>(device, p, static_cast<T*>(call.active), weight_tiles(p.I) * kWeightTile);
     }));
   }
-  MOE_CUDA_CHECK(path == mlp::Path::kWgmma ? mlp::launch_wgmma(call) : mlp::launch_mma(call));
-  return Status::Ok();
+  return launch_grouped(device, path, p.experts, tiles, p.T, call);
 }
 
 mlp::StreamCall stream_call(CudaBackend& device, const SharedExperts& p, const float* gates) {

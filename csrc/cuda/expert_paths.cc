@@ -55,7 +55,7 @@ bool choose(const Shape& shape, const char* wanted, Path* out) {
 int tile_rows(Path path, int64_t rows, int64_t experts) {
   const int64_t mean = experts > 0 ? (rows + experts - 1) / experts : rows;
   if (path == Path::kMma) return mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
-  if (path == Path::kWgmma) return mean <= 32 ? 32 : mean <= 64 ? 64 : mean <= 112 ? 128 : 176;
+  if (path == Path::kWgmma) return 176;  // a product fits its tile, however few rows that has
   return 64;
 }
 

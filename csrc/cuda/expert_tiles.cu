@@ -19,7 +19,7 @@ __device__ void clear_counters(const RowTiles& out) {
 // Rows of each tile when `rows` are cut evenly.
 __host__ __device__ int even_rows(int rows, int tile_rows) {
   const int tiles = (rows + tile_rows - 1) / tile_rows;
-  return tiles == 0 ? 8 : ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+  return tiles == 0 ? 16 : ((rows + tiles - 1) / tiles + 15) / 16 * 16;
 }
 
 __global__ void __launch_bounds__(kThreads)

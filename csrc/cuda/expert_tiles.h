@@ -29,7 +29,7 @@ Status choose_path(const mlp::Shape& shape, mlp::Path* out);
 // Scratch for the tiles of `rows` rows, of the size that suits the path.
 Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out);
 
-// An expert's rows are cut evenly, into tiles of a multiple of 8 (but the last) and at most `tile_rows`. Bad counts and
+// An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Bad counts and
 // offsets are dropped and noted.
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
                  const RowTiles& tiles);

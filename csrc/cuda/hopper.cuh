@@ -81,6 +81,14 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// Arrives at `barrier` once the copies that this thread has started so far are done; the barrier counts this arrival like
+// any other. Who reads what was copied through the tensor cores needs fence_proxy_shared() after waiting.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Registers ---------------------------------------------------------------------------------------------------------------
+
 template <int REGISTERS>
 __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -118,6 +126,31 @@ __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_gr
 template <int GROUPS>
 __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+// Keeps what reads `sum` behind the wait before it.
+template <int N>
+__device__ __forceinline__ void product_done(float (&sum)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// 16 bytes of shared memory.
+__device__ __forceinline__ int4 load_shared(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, int4 v) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Matrices of 8 x 8 elements of 16 bits, transposed on the way: lane l holds elements (l / 4, 2 (l % 4)) and the next of
+// each; column c of matrix m goes to the 16 bytes at the address of lane 8m + c.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // sum [64 x N] (+)= a [64 x 16] b^T [N x 16]. Thread t of the warpgroup holds, in sum[4j + 2h + l], row 16 (t / 32) + 8h +

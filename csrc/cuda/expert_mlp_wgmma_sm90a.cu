@@ -1,0 +1,274 @@
+// The expert MLP on Hopper for more rows than a few: one persistent kernel for both products.
+//
+// A work item is a tile of at most 176 rows of one expert times a block of 256 weight rows, along all of K. First come
+// all items of gate_up, then those of down, which wait until their row tile has been through all blocks of gate_up; as
+// every block takes items in this order, what is waited for is always under way. Items are handed out by an atomic
+// counter.
+//
+// Warpgroup 0 loads: one thread the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16
+// bytes at a time into the same swizzle. Warpgroups 1 and 2 multiply, 128 weight rows each (weights are M, tokens N, so
+// that N fits the tile to 16 rows), and write out; the loads for the next item go on meanwhile. A stage is 64 along K.
+//
+// Order of accumulation: K ascending by 16, in f32.
+#include "expert_mlp_wgmma_epilogue_sm90a.cuh"
+
+namespace moe::mlp {
+namespace wgmma {
+
+using namespace hopper;
+
+__device__ __forceinline__ Item item_of(const Params& p, int32_t index, int32_t tiles) {
+  const int32_t gate_up = p.gate_up ? tiles * p.product[0].blocks : 0;
+  Item item{};
+  item.product = index >= gate_up;
+  if (item.product == 1) index -= gate_up;
+  item.none = item.product == 1 && (!p.down || index >= tiles * p.product[1].blocks);
+  if (item.none) return item;
+  const int32_t blocks = item.product == 0 ? p.product[0].blocks : p.product[1].blocks;
+  item.tile = index / blocks;
+  item.block = index - item.tile * blocks;
+  item.rows = p.tiles[item.tile];
+  return item;
+}
+
+// Items go from the thread that loads weights to all other warps, which call receive(n) for n = 0, 1, ...
+__device__ __forceinline__ void send(Shared shared, int n, const Item& item) {
+  barrier_wait(shared.item_empty(n), n / kItems % 2 ^ 1);
+  store_shared(shared.item(n), {item.product, item.block, item.tile, item.none});
+  store_shared(shared.item(n) + 16, {item.rows.expert, item.rows.first, item.rows.rows, 0});
+  barrier_arrive(shared.item_full(n));
+}
+
+__device__ __forceinline__ Item receive(Shared shared, int n) {
+  barrier_wait(shared.item_full(n), n / kItems % 2);
+  const int4 a = load_shared(shared.item(n)), b = load_shared(shared.item(n) + 16);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_empty(n));
+  return {a.x, a.y, a.z, a.w != 0, {b.x, b.y, b.z}};
+}
+
+// One thread: the weights, and the items.
+__device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
+  const int32_t tiles = *p.tile_count;
+  Stage stage;
+  Item item = item_of(p, blockIdx.x, tiles);
+  for (int n = 0;; n++) {
+    send(shared, n, item);
+    if (item.none) return;
+    const int32_t next = static_cast<int32_t>(gridDim.x) + atomicAdd(p.next, 1);
+    const Product& product = p.product[item.product];
+    const int steps = product.steps;
+    const int present = min(kBlockTiles, product.weight_tiles - item.block * kBlockTiles);
+    const int64_t tile_run = int64_t{steps} * kTileBytes;
+    const char* from = product.weights + item.rows.expert * product.slot_bytes + item.block * kBlockTiles * tile_run;
+    for (int k = 0; k < steps; k++, from += kTileBytes) {
+      // Late enough for `next` to be known, early enough for the tile to come.
+      if (k == max(steps - 3, 0)) item = item_of(p, next, tiles);
+      barrier_wait(shared.empty(stage.index), stage.parity ^ 1);
+      const uint32_t full = shared.full(stage.index), to = shared.weights(stage.index);
+      barrier_arrive_expect(full, present * kTileBytes);
+      for (int j = 0; j < present; j++) copy_bulk(to + j * kTileBytes, from + j * tile_run, kTileBytes, full);
+      stage.advance();
+    }
+  }
+}
+
+// Three warps: the rows. Eight lanes take a row's 128 bytes, so a warp has four rows at a time, and twelve rows later
+// the next four. Each lane keeps its pointers: a pointer computed in front of its copy would have to wait until the
+// copy before it has read its own.
+__device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int thread) {
+  constexpr int kAtOnce = kGatherWarps * 4, kPasses = (kMaxRows + kAtOnce - 1) / kAtOnce, kUnrolled = 4;
+  const int first = thread / 8;
+  const uint32_t piece = thread % 8;
+  // Row first + 12 i is row (first + 4 i) % 8 of its group.
+  const uint32_t place = first * kRowBytes + (piece ^ (first % 8)) * 16;
+  Stage stage;
+  for (int n = 0;; n++) {
+    const Item item = receive(shared, n);
+    if (item.none) return;
+    const Product& product = p.product[item.product];
+    if (item.product == 1 && p.gate_up) {
+      while (load_acquire(p.done + item.tile) < kConsumers * p.product[0].blocks) __nanosleep(64);
+    }
+    // What a warp has of rows beyond the tile is the last row once more.
+    const int warp_row = thread / 32 * 4, passes = (item.rows.rows - warp_row + kAtOnce - 1) / kAtOnce;
+    const char* from[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; i++) {
+      int32_t row = item.rows.first + min(first + i * kAtOnce, item.rows.rows - 1);
+      if (i < passes && product.order != nullptr) row = product.order[row] / product.columns;
+      from[i] = product.in + (static_cast<uint32_t>(row) * uint64_t{product.in_stride} + piece) * 16;
+    }
+    const int steps = product.steps;
+    const int last = (product.in_pieces - piece + 7) / 8;  // this lane's pieces of K lie in the steps before it
+#pragma unroll 1
+    for (int k = 0; k < steps; k += kUnrolled) {
+#pragma unroll
+      for (int u = 0; u < kUnrolled; u++) {
+        if (k + u >= steps) break;
+        barrier_wait(shared.empty(stage.index), stage.parity ^ 1);
+        const uint32_t even = shared.rows(stage.index) + place, odd = even ^ 64;
+        const bool there = k + u < last;
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) {
+          const uint32_t to = (i % 2 == 0 ? even : odd) + i * (kAtOnce * kRowBytes);
+          if (i < passes) copy_async(to, from[i] + u * kRowBytes, there);
+        }
+        copy_async_arrive(shared.full(stage.index));
+        stage.advance();
+      }
+#pragma unroll
+      for (int i = 0; i < kPasses; i++) from[i] += kUnrolled * kRowBytes;
+    }
+  }
+}
+
+// A consumer warpgroup's part of one item.
+template <int N, class T, bool GENERAL>
+__device__ __forceinline__ void multiply(const Params& p, const Item& item, Shared shared, Stage& stage, int group,
+                                         int thread) {
+  // Zero instead of skipped by the first product: ptxas would make copies, and the sums leave no registers for any.
+  float sum[2][N / 2] = {};
+  const int steps = p.product[item.product].steps;
+  int before = 0;
+  const auto release = [&] {
+    if (thread % 32 == 0) barrier_arrive(shared.empty(before));
+  };
+#pragma unroll 1
+  for (int k = 0; k < steps; k++) {
+    barrier_wait(shared.full(stage.index), stage.parity);
+    fence_proxy_shared();  // the rows were not copied by the copy engine
+    const uint64_t a = describe(shared.weights(stage.index) + group * (2 * kTileBytes));
+    const uint64_t b = describe(shared.rows(stage.index));
+    product_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+      product<N, T>(sum[0], a + 2 * kk, b + 2 * kk, true);
+      product<N, T>(sum[1], a + (kTileBytes >> 4) + 2 * kk, b + 2 * kk, true);
+    }
+    product_commit();
+    product_wait<1>();
+    if (k > 0) release();
+    before = stage.index;
+    stage.advance();
+  }
+  product_wait<0>();
+  product_done(sum[0]);
+  product_done(sum[1]);
+  // What this warpgroup has multiplied of the last stage's weights becomes its staging area.
+  named_barrier(1 + group, 128);
+  const uint32_t staging = shared.weights(before) + group * (2 * kTileBytes);
+  if (item.product == 0) {
+    write_active<N, T, GENERAL>(p, item, sum, staging, group, thread);
+    named_barrier(1 + group, 128);
+    if (thread == 0 && p.down) add_release(p.done + item.tile, 1);
+  } else {
+    write_out<N, T, GENERAL>(p, item, sum, staging, group, thread);
+  }
+  fence_proxy_shared();
+  __syncwarp();
+  release();
+}
+
+template <class T, bool GENERAL>
+__global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant__ Params p) {
+  extern __shared__ unsigned char memory[];
+  const Shared shared{(shared_address(memory) + 1023) & ~1023u};
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; s++) {
+      barrier_init(shared.full(s), 1 + 32 * kGatherWarps);
+      barrier_init(shared.empty(s), 4 * kConsumers);
+    }
+    for (int n = 0; n < kItems; n++) {
+      barrier_init(shared.item_full(n), 1);
+      barrier_init(shared.item_empty(n), kGatherWarps + 4 * kConsumers);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    fewer_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      load_weights(p, shared);
+    } else if (threadIdx.x >= 32) {
+      gather_rows(p, shared, threadIdx.x - 32);
+    }
+  } else {
+    more_registers<kConsumerRegisters>();
+    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    Stage stage;
+    for (int n = 0;; n++) {
+      const Item item = receive(shared, n);
+      if (item.none) return;
+#define MOE_ROWS(N)                                                 \
+  case N:                                                           \
+    multiply<N, T, GENERAL>(p, item, shared, stage, group, thread); \
+    break;
+      // Few sizes in the general kernel, for the sake of what it takes to compile.
+      if constexpr (GENERAL) {
+        switch (min((item.rows.rows + 31) / 32 * 32, kMaxRows)) {
+          MOE_ROWS(32) MOE_ROWS(64) MOE_ROWS(96) MOE_ROWS(128) MOE_ROWS(160) MOE_ROWS(176)
+        }
+      } else {
+        switch ((item.rows.rows + 15) / 16 * 16) {
+          MOE_ROWS(16) MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128)
+          MOE_ROWS(144) MOE_ROWS(160) MOE_ROWS(176)
+        }
+      }
+#undef MOE_ROWS
+    }
+  }
+}
+
+// `size` and `in_stride` in elements.
+Product product_of(int64_t M, int64_t K, const void* weights, int64_t size, const RowSource& in, int64_t in_stride) {
+  const int64_t tiles = weight_tiles(M);
+  Product p{};
+  p.weights = static_cast<const char*>(weights), p.slot_bytes = size * 2;
+  p.weight_tiles = static_cast<int32_t>(tiles);
+  p.blocks = static_cast<int32_t>((tiles + kBlockTiles - 1) / kBlockTiles);
+  p.steps = static_cast<int32_t>(weight_tiles(K));
+  p.in = static_cast<const char*>(in.rows), p.order = in.order, p.columns = in.columns;
+  p.in_stride = static_cast<uint32_t>(in_stride / 8), p.in_pieces = static_cast<uint32_t>(K / 8);
+  return p;
+}
+
+template <class T, bool GENERAL>
+cudaError_t launch(const Params& p, int sm_count, cudaStream_t stream) {
+  const auto kernel = expert_mlp<T, GENERAL>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<sm_count, kThreads, kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace wgmma
+
+int64_t wgmma_counters(int64_t most_tiles) { return 1 + most_tiles; }
+
+cudaError_t launch_wgmma(const GroupedCall& call) {
+  using namespace wgmma;
+  if (call.tile_rows > kMaxRows) return cudaErrorInvalidValue;
+  if (call.most_tiles == 0) return cudaSuccess;
+  const int64_t H = call.H, I = call.I;
+  const RowSource active = {call.active, nullptr, 1};
+  Params p{};
+  p.product[0] = product_of(2 * I, H, call.experts.w13, call.experts.size13, call.source, H);
+  p.product[1] = product_of(H, I, call.experts.w2, call.experts.size2, active, weight_tiles(I) * kWeightTile);
+  p.gate_up = !call.activated;
+  p.down = call.projected == nullptr;
+  p.H = static_cast<int32_t>(H), p.I = static_cast<int32_t>(I);
+  p.tiles = call.tiles, p.tile_count = call.tile_count;
+  p.next = call.counters, p.done = call.counters + 1;
+  p.b13 = call.experts.b13, p.b2 = call.experts.b2;
+  p.swiglu = call.swiglu, p.weights = call.weights;
+  p.active = call.active, p.projected = call.projected, p.finish = call.finish;
+  const bool finish = p.finish.gates != nullptr || p.finish.routed != nullptr;
+  const bool general = p.weights.order != nullptr || p.projected != nullptr || finish;
+  const auto kernel = call.dtype == DType::kBF16
+                          ? (general ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>)
+                          : (general ? launch<__half, true> : launch<__half, false>);
+  return kernel(p, call.sm_count, call.stream);
+}
+
+}  // namespace moe::mlp

@@ -1,0 +1,91 @@
+// The persistent kernel of `wgmma`: what its parts share. See expert_mlp_wgmma_sm90a.cu for how it works.
+#pragma once
+#include "expert_mlp.h"
+#include "hopper.cuh"
+
+namespace moe::mlp::wgmma {
+
+constexpr int kMaxRows = 176;   // of a row tile: twice 88 accumulators fit a thread
+constexpr int kBlockTiles = 4;  // weight tiles (64 rows) of a block of weight rows, two per consumer warpgroup
+constexpr int kStages = 4;
+constexpr int kTileBytes = kWeightTileElements * 2;
+constexpr int kWeightBytes = kBlockTiles * kTileBytes;
+constexpr int kRowBytes = kWeightTile * 2;  // of 64 elements
+constexpr int kStageBytes = kWeightBytes + kMaxRows * kRowBytes;
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kGatherWarps = 3;
+constexpr int kProducerRegisters = 64, kConsumerRegisters = 216;
+
+constexpr int kItems = 2;  // places of work items in shared memory
+
+// One of the two products: out [rows, M] = in [rows, K] weights^T [M, K].
+struct Product {
+  const char* weights;
+  int64_t slot_bytes;
+  int32_t weight_tiles, blocks;  // of 64 and of 256 weight rows
+  int32_t steps;                 // of 64 along K
+  const char* in;
+  const int32_t* order;  // rows of `in`: order[row] / columns; null: row
+  int32_t columns;
+  uint32_t in_stride, in_pieces;  // 16-byte pieces from row to row, and of K
+};
+
+struct Params {
+  Product product[2];  // gate_up, down
+  bool gate_up, down;
+  int32_t H, I;
+  const RowTile* tiles;
+  const int32_t* tile_count;
+  int32_t* next;  // work items taken, but for the first one of each block
+  int32_t* done;  // by tile: consumer warpgroups that have written their part of `active`
+  const float *b13, *b2;
+  SwiGLU swiglu;
+  RowWeights weights;
+  void *active, *projected;
+  Finish finish;
+};
+
+// A row tile and a block of weight rows.
+struct Item {
+  int32_t product, block, tile;
+  bool none;  // no more work
+  RowTile rows;
+};
+
+// Shared memory: stages, then this.
+struct Control {
+  int4 items[kItems][2];
+  uint64_t full[kStages], empty[kStages], item_full[kItems], item_empty[kItems];
+};
+constexpr int kSharedBytes = kStages * kStageBytes + sizeof(Control) + 1024;  // stages are aligned to 1024
+
+// Addresses in shared memory, from that of the stages.
+struct Shared {
+  uint32_t stages;
+
+  __device__ uint32_t weights(int s) const { return stages + s * kStageBytes; }
+  __device__ uint32_t rows(int s) const { return weights(s) + kWeightBytes; }
+  __device__ uint32_t full(int s) const { return control(offsetof(Control, full)) + 8 * s; }
+  __device__ uint32_t empty(int s) const { return control(offsetof(Control, empty)) + 8 * s; }
+  __device__ uint32_t item(int n) const { return control(offsetof(Control, items)) + 32 * (n % kItems); }
+  __device__ uint32_t item_full(int n) const { return control(offsetof(Control, item_full)) + 8 * (n % kItems); }
+  __device__ uint32_t item_empty(int n) const { return control(offsetof(Control, item_empty)) + 8 * (n % kItems); }
+
+ private:
+  __device__ uint32_t control(size_t offset) const {
+    return stages + kStages * kStageBytes + static_cast<uint32_t>(offset);
+  }
+};
+
+// A place in the ring of stages.
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++index == kStages) index = 0, parity ^= 1;
+  }
+};
+
+}  // namespace moe::mlp::wgmma

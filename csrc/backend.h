@@ -27,6 +27,7 @@ struct Probe {
 struct ContextOptions {
   int device = 0;
   int threads = 0;  // CPU backend: 0 for what the machine has
+  std::string isa;  // CPU backend: a name of Kernels, or empty for the best that runs here
 };
 
 struct MemoryInfo {

@@ -56,7 +56,7 @@ export interface Addon {
   probe(): AddonProbe;
   /** Gives the addon the class of the errors it throws. */
   setErrorClass(errorClass: typeof MoeError): void;
-  readonly Context: new (options: { device: number; threads: number }) => NativeContext;
+  readonly Context: new (options: { device: number; threads: number; isa: string }) => NativeContext;
 }
 
 export interface Attempt {

@@ -148,9 +148,10 @@ NativeContext::NativeContext(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
   ContextOptions options;
   if (info.Length() > 0 && info[0].IsObject()) {
     const auto given = info[0].As<Napi::Object>();
-    const Napi::Value device = given.Get("device"), threads = given.Get("threads");
+    const Napi::Value device = given.Get("device"), threads = given.Get("threads"), isa = given.Get("isa");
     if (device.IsNumber()) options.device = device.As<Napi::Number>().Int32Value();
     if (threads.IsNumber()) options.threads = threads.As<Napi::Number>().Int32Value();
+    if (isa.IsString()) options.isa = isa.As<Napi::String>().Utf8Value();
   }
   std::unique_ptr<Backend> backend;
   Status status = create_backend(options, &backend);

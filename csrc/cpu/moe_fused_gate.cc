@@ -140,10 +140,10 @@ void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
   }
 }
 
-void route(const MoeFusedGate& p, int64_t t, Row& row) {
+void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
   const int64_t E = p.E, columns = int64_t{p.K} + p.shared, routed = E - p.zero;
   const float* bias = p.bias.as<const float>();
-  widen(element(p.logits.data, p.logits.dtype, t * E), p.logits.dtype, E, row.x);
+  kernels.widen(element(p.logits.data, p.logits.dtype, t * E), p.logits.dtype, E, row.x);
   for (int64_t e = 0; e < E && bias != nullptr; e++) {
     if (std::isnan(bias[e])) row.x[e] = kNaN;
   }
@@ -205,9 +205,10 @@ Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
   const int64_t columns = int64_t{p.K} + p.shared;
   const int64_t given = p.valid_tokens.device != nullptr ? *p.valid_tokens.device : p.valid_tokens.host;
   const int64_t valid = std::clamp(given, int64_t{0}, p.T);
+  const Kernels& kernels = cpu(backend).kernels();
   cpu(backend).pool().parallel_for(p.T, 16, [&](int64_t begin, int64_t end) {
     Row row;
-    for (int64_t t = begin; t < std::min(end, valid); t++) route(p, t, row);
+    for (int64_t t = begin; t < std::min(end, valid); t++) route(kernels, p, t, row);
     for (int64_t t = std::max(begin, valid); t < end; t++) {
       std::fill_n(p.ids.as<int32_t>() + t * columns, columns, -1);
       std::fill_n(p.weights.as<float>() + t * columns, columns, 0.0f);

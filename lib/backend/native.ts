@@ -18,9 +18,10 @@ export class NativeBackend implements Backend {
   readonly #record = new Float64Array(RECORD_FIELDS);
   #polling = false;
 
-  constructor(name: BackendName, addon: Addon, options: { device: number; threads: number }) {
+  constructor(name: BackendName, addon: Addon, options: { device: number; threads: number; isa: string }) {
     this.name = name;
-    this.#context = new addon.Context(options);
+    const { device, threads, isa } = options;
+    this.#context = new addon.Context({ device, threads, isa: isa === 'auto' ? '' : isa });
     this.device = this.#context.device();
     this.#ops = new Map(
       addon.describe().ops.flatMap((op, index) => (op.available ? [[op.name, index]] : [])),

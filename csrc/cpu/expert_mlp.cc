@@ -4,13 +4,18 @@ namespace moe {
 
 namespace {
 
+// What is fetched while a chunk is multiplied. Alone, a tile streams: memory takes about as long to bring kAhead bytes
+// as the sums before them take. Of several tiles the last brings the next chunk, and all find theirs in the cache.
+constexpr int64_t kAhead = 8192;
+
 void project(const Kernels& kernels, const void* panel, DType dtype, const float* x, int64_t rows, int64_t width,
              float* out) {
   for (int64_t begin = 0; begin < width; begin += kChunk) {
-    const int64_t length = std::min(kChunk, width - begin);
+    const int64_t length = std::min(kChunk, width - begin), bytes = length * kPanel * static_cast<int64_t>(size_of(dtype));
     const void* chunk = element(panel, dtype, begin * kPanel);
     for_each_tile(kernels, rows, [&](int64_t start, int64_t m) {
-      kernels.multiply(dtype, x + start * width + begin * m, m, chunk, length, begin > 0, out + start * kPanel);
+      const int64_t ahead = m == rows ? kAhead : start + m == rows ? bytes : 0;
+      kernels.multiply(dtype, x + start * width + begin * m, m, chunk, length, ahead, begin > 0, out + start * kPanel);
     });
   }
 }

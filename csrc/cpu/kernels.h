@@ -24,8 +24,10 @@ struct Kernels {
   const char* name;
   int64_t tile_rows;  // the most rows that multiply takes at once
 
-  // out[r * kPanel + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved.
-  void (*multiply)(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, bool add, float* out);
+  // out[r * kPanel + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved. What
+  // lies `ahead` bytes further than what is read is fetched too: 0 where the panel is in the cache.
+  void (*multiply)(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, int64_t ahead, bool adds,
+                   float* out);
 
   // out[i * stride + j] = sum over k of rows[i][k] * weights[j, k] for i < m, j < n. Weights are n rows of k values;
   // rows must be readable and zero up to padded(k).

@@ -7,11 +7,9 @@ namespace moe::MOE_ISA {
 
 // Products ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kAhead = 8192;  // bytes
-
 // m rows by kN vectors of each half of a panel.
 template <int64_t m, class T>
-inline void multiply_tile(const float* x, const T* panel, int64_t k, bool adds, float* out) {
+inline void multiply_tile(const float* x, const T* panel, int64_t k, int64_t ahead, bool adds, float* out) {
   constexpr int64_t kN = vectors_per_half(m);
   for (int64_t v = 0; v < kHalf / kWidth; v += kN) {
     V first[m][kN], second[m][kN];
@@ -22,7 +20,7 @@ inline void multiply_tile(const float* x, const T* panel, int64_t k, bool adds, 
     const T* row = panel;
     for (int64_t i = 0; i < k; i++, values += m, row += kPanel) {
       for (int64_t line = 0; line < kPanel * int64_t{sizeof(T)}; line += 64) {
-        prefetch(reinterpret_cast<const char*>(row) + kAhead + line);
+        prefetch(reinterpret_cast<const char*>(row) + ahead + line);
       }
       V a[kN], b[kN];
       for (int64_t c = 0; c < kN; c++) load_halves(row, v + c, a[c], b[c]);
@@ -45,17 +43,18 @@ inline void multiply_tile(const float* x, const T* panel, int64_t k, bool adds, 
 }
 
 template <int64_t m, class T>
-inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t k, bool adds, float* out) {
+inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t k, int64_t ahead, bool adds, float* out) {
   if constexpr (m > 1) {
-    if (rows != m) return multiply_rows<m - 1>(x, rows, panel, k, adds, out);
+    if (rows != m) return multiply_rows<m - 1>(x, rows, panel, k, ahead, adds, out);
   }
-  multiply_tile<m>(x, panel, k, adds, out);
+  multiply_tile<m>(x, panel, k, ahead, adds, out);
 }
 
-inline void multiply(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, bool adds, float* out) {
-  if (dtype == DType::kF32) return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, adds, out);
-  if (dtype == DType::kBF16) return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, adds, out);
-  multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, adds, out);
+inline void multiply(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, int64_t ahead, bool adds,
+                     float* out) {
+  if (dtype == DType::kF32) return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, ahead, adds, out);
+  if (dtype == DType::kBF16) return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, ahead, adds, out);
+  multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, ahead, adds, out);
 }
 
 // `count` < kWidth values, and zeros.

@@ -11,7 +11,7 @@ constexpr int64_t kDotRows = 4, kDotWeights = 2;
 using V = __m256;
 using U = __m256i;
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline V zero() { return _mm256_setzero_ps(); }
 inline V splat(float x) { return _mm256_set1_ps(x); }
 inline V load(const float* p) { return _mm256_loadu_ps(p); }

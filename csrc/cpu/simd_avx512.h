@@ -11,7 +11,7 @@ constexpr int64_t kDotRows = 4, kDotWeights = 4;
 using V = __m512;
 using U = __m512i;
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline V zero() { return _mm512_setzero_ps(); }
 inline V splat(float x) { return _mm512_set1_ps(x); }
 inline V load(const float* p) { return _mm512_loadu_ps(p); }

@@ -1,7 +1,7 @@
 // A context: one backend, one in-order queue, the tensors on it. Ops find their backend through their tensors'
 // context, so this is the only place that makes one.
 import { availableParallelism } from 'node:os';
-import type { Backend, BackendName, MemoryInfo, ReadAs } from './backend/backend.js';
+import type { Backend, BackendName, MemoryInfo, ReadAs, Roofline } from './backend/backend.js';
 import { NativeBackend } from './backend/native.js';
 import { OracleBackend } from './backend/oracle.js';
 import { env } from './env.js';
@@ -304,6 +304,16 @@ export class Context {
       passedOver: this.#passedOver,
       paths: this.#state === 'open' ? this.#backend.paths() : {},
     };
+  }
+
+  /**
+   * What the hardware gives to loops that only read or only multiply and add, measured now: the ceilings of benches.
+   * Blocks the thread for about a second.
+   * @throws MoeError ERR_MOE_UNSUPPORTED on a backend other than the CPU.
+   */
+  measureRoofline(): Roofline {
+    this.#assertMayWait('measureRoofline');
+    return this.#noticing(() => this.#backend.roofline());
   }
 
   /** Finishes the work in flight and gives everything back; afterwards every call throws ERR_MOE_DISPOSED. */

@@ -1,5 +1,5 @@
 // The table of contents of the public API.
-export type { BackendName, MemoryInfo } from './backend/backend.js';
+export type { BackendName, MemoryInfo, Roofline } from './backend/backend.js';
 export {
   backendStatuses,
   Capture,

@@ -3,7 +3,7 @@
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join, sep } from 'node:path';
-import type { BackendName, MemoryInfo } from './backend/backend.js';
+import type { BackendName, MemoryInfo, Roofline } from './backend/backend.js';
 import { MoeError } from './errors.js';
 import { packageRoot } from './package.js';
 
@@ -27,6 +27,7 @@ export interface NativeContext {
   releaseCapture(capture: number): void;
   memory(): MemoryInfo;
   paths(): Record<string, string>;
+  roofline(): Roofline;
   close(): Promise<void>;
   /** Settles promises whose work is done; true while it should be called again soon. */
   poll(): boolean;

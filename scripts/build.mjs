@@ -59,7 +59,16 @@ function bundle() {
     join(root, 'node_modules', 'rolldown', 'bin', 'cli.mjs'),
     join(root, 'dist', 'lib', 'index.js'),
     join(root, 'dist', 'lib', 'eplb', 'planner_worker.js'), // started by its name, from beside whoever starts it
-    ...['--format', 'esm', '--platform', 'node', '--dir', join(root, 'dist', 'bundle'), '--log-level', 'warn'],
+    ...[
+      '--format',
+      'esm',
+      '--platform',
+      'node',
+      '--dir',
+      join(root, 'dist', 'bundle'),
+      '--log-level',
+      'warn',
+    ],
     ...Object.keys(dependencies).flatMap((name) => ['--external', name]),
   ]);
 }

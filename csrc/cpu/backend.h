@@ -36,6 +36,7 @@ class CpuBackend : public Backend {
   Status copy_out(void* host, const void* device, size_t bytes) override { return copy(host, device, bytes); }
   Status fill_zero(void* device, size_t bytes) override;
 
+  Status roofline(Roofline* out) override;
   size_t expert_bytes(const ExpertsLayout& layout) const override;
   MemoryInfo memory() const override { return allocator_.info(); }
   std::string device_name() const override;

@@ -46,6 +46,20 @@ struct Kernels {
 
   // sums[i] += weight * row[i].
   void (*add_scaled)(float* sums, const float* row, float weight, int64_t n);
+
+  // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
+  void (*sigmoids)(const float* x, int64_t n, float* out);
+
+  // For 256 experts in 8 groups and K <= 8: their sigmoid scores, and in chosen[0..K-1] the best of the best groups by
+  // score and bias (which may be null), best first; `chosen` has room for 16. False where the row needs the general
+  // path. Null where this set has none.
+  bool (*choose_of_256)(const float* logits, const float* bias, int top_groups, bool sum, int K, float* scores,
+                        int32_t* chosen);
+
+  // For rooflines: reads n values; runs `rounds` of independent fused multiply-adds and tells how many those were. What
+  // they compute is of no interest but depends on all of it.
+  float (*read)(const float* from, int64_t n);
+  double (*multiply_add)(int64_t rounds, float* result);
 };
 
 }  // namespace moe

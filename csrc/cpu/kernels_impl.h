@@ -213,6 +213,45 @@ inline void add_scaled(float* sums, const float* row, float weight, int64_t n) {
   for (int64_t j = 0; i + j < n; j++) sums[i + j] = values[j];
 }
 
+inline void sigmoids(const float* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, sigmoid(load(x + i)));
+  if (i == n) return;
+  float values[kWidth];
+  store(values, sigmoid(load_some(x + i, n - i)));
+  for (int64_t j = 0; i + j < n; j++) out[i + j] = values[j];
+}
+
+// Rooflines --------------------------------------------------------------------------------------------------------
+
+inline float read(const float* from, int64_t n) {
+  V sums[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t i = 0; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    for (int64_t j = 0; j < 4; j++) sums[j] = add(sums[j], load(from + i + j * kWidth));
+  }
+  return sum_of(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+inline double multiply_add(int64_t rounds, float* result) {
+  constexpr int64_t kRows = kTileRows, kColumns = 2 * vectors_per_half(kTileRows);
+  V sums[kRows][kColumns];
+  for (int64_t r = 0; r < kRows; r++) {
+    for (int64_t c = 0; c < kColumns; c++) sums[r][c] = splat(static_cast<float>(r + c));
+  }
+  const V factor = splat(0.999f), summand = splat(0.001f);
+  for (int64_t i = 0; i < rounds; i++) {
+    for (int64_t r = 0; r < kRows; r++) {
+      for (int64_t c = 0; c < kColumns; c++) sums[r][c] = fma(sums[r][c], factor, summand);
+    }
+  }
+  V all = zero();
+  for (int64_t r = 0; r < kRows; r++) {
+    for (int64_t c = 0; c < kColumns; c++) all = add(all, sums[r][c]);
+  }
+  *result = sum_of(all);
+  return static_cast<double>(rounds * kRows * kColumns * kWidth);
+}
+
 }  // namespace moe::MOE_ISA
 
 namespace moe {
@@ -226,6 +265,7 @@ extern const Kernels MOE_TABLE(MOE_ISA);
 const Kernels MOE_TABLE(MOE_ISA) = {
     MOE_NAME(MOE_ISA),     MOE_ISA::kTileRows, MOE_ISA::multiply, MOE_ISA::dots,       MOE_ISA::fill_panel,
     MOE_ISA::activate,     MOE_ISA::widen,     MOE_ISA::narrow,   MOE_ISA::add_scaled,
+    MOE_ISA::sigmoids,     MOE_ISA::choose,   MOE_ISA::read,         MOE_ISA::multiply_add,
 };
 
 }  // namespace moe

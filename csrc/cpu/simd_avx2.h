@@ -8,6 +8,8 @@ constexpr int64_t kTileRows = 6;                                        // 12 su
 constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 2 : 1; }  // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 4, kDotWeights = 2;
 
+constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+
 using V = __m256;
 using U = __m256i;
 

@@ -8,6 +8,8 @@ constexpr int64_t kTileRows = 6;                                        // 24 su
 constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 4 : 2; }  // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
+constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+
 using V = float32x4_t;
 using U = uint32x4_t;
 

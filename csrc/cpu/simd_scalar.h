@@ -8,6 +8,8 @@ constexpr int64_t kTileRows = 4;                                                
 constexpr int64_t vectors_per_half(int64_t m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }  // of a panel, at once
 constexpr int64_t kDotRows = 2, kDotWeights = 2;
 
+constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+
 struct V {
   float lane[4];
 };

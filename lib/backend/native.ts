@@ -6,7 +6,7 @@ import type { ExpertsLayout } from '../experts.js';
 import type { Addon, NativeContext } from '../native.js';
 import type { Call } from '../op.js';
 import { type DType, dtypeRow, dtypes, type Handle, type RawArray } from '../tensor.js';
-import type { Backend, BackendName, MemoryInfo, ReadAs } from './backend.js';
+import type { Backend, BackendName, MemoryInfo, ReadAs, Roofline } from './backend.js';
 
 const RECORD_FIELDS = 64;
 
@@ -106,6 +106,9 @@ export class NativeBackend implements Backend {
   }
   paths(): Record<string, string> {
     return this.#context.paths();
+  }
+  roofline(): Roofline {
+    return this.#context.roofline();
   }
   close(): Promise<void> {
     return this.#context.close();

@@ -11,7 +11,6 @@ import { writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { cpus } from 'node:os';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import {
   type Context,
@@ -234,22 +233,23 @@ async function calls(context: Context) {
   return { enqueuedMicroseconds: enqueued, replayedMicroseconds: replayed };
 }
 
-/** Milliseconds of `import`, in fresh processes, and the threads it leaves behind beside Node's own. */
+/** Milliseconds of `import`, in fresh processes, and the threads that it starts beyond those any import does. */
 function imports() {
-  const entry = fileURLToPath(new URL('../../bundle/index.js', import.meta.url));
-  const script = `
-    const threads = () => require('node:fs').readdirSync('/proc/self/task').length;
-    const before = process.platform === 'linux' ? threads() : 0, begun = performance.now();
-    import(${JSON.stringify(entry)}).then(() => {
-      const spent = performance.now() - begun;
-      console.log(JSON.stringify([spent, process.platform === 'linux' ? threads() - before : 0]));
-    });`;
-  const runs = Array.from({ length: 9 }, () => {
-    const text = execFileSync(process.execPath, ['-e', script], { encoding: 'utf8' });
-    return JSON.parse(text) as [number, number];
-  });
+  const run = (file: string) => {
+    const url = JSON.stringify(new URL(file, import.meta.url).href);
+    const script = `
+      const begun = performance.now();
+      import(${url}).then(() => {
+        const spent = performance.now() - begun;
+        const threads = process.platform === 'linux' ? require('node:fs').readdirSync('/proc/self/task').length : 0;
+        console.log(JSON.stringify([spent, threads]));
+      });`;
+    return JSON.parse(execFileSync(process.execPath, ['-e', script], { encoding: 'utf8' })) as number[];
+  };
+  const runs = Array.from({ length: 9 }, () => run('../../bundle/index.js'));
   const times = runs.map(([ms]) => ms).sort((a, b) => a - b);
-  return { importMs: round(times[4]), threadsStarted: Math.max(...runs.map(([, threads]) => threads)) };
+  const [, threads] = run('./onnx_model.js');
+  return { importMs: round(times[4]), threadsStarted: Math.max(...runs.map(([, all]) => all)) - threads };
 }
 
 const { values } = parseArgs({ options: { json: { type: 'string' }, peer: { type: 'string' } } });

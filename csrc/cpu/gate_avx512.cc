@@ -1,10 +1,11 @@
-// The choice of DeepSeek-V3's gate, 256 experts in 8 groups of 32, a row at a time in AVX-512 registers.
+// The choice of DeepSeek-V3's gate, 256 experts in 8 groups of 32, in AVX-512 registers.
 //
 // Algorithm: sigmoid scores without a division (a reciprocal and one Newton step). The two best of every group come out
 // of a tree of merges that folds the 8 groups into one register. Groups and candidates are ranked by counting who beats
 // them: one comparison for every rotation of a register. Candidates are those that reach a bound which at least K do:
 // the K-th best of the 16 lane maxima of the kept groups, one expert each. Rows with a NaN or an infinity among the
-// choices, and rows with more than 16 candidates, are left to the general path, which gives the same ids.
+// choices, and rows with more than 16 candidates, are left to the general path, which gives the same ids. Every step is
+// done for all rows of a call before the next one: it is a chain of waits, and rows fill each other's.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
@@ -119,52 +120,70 @@ inline __m512i ranks(__m512 a, __m512i rank = _mm512_setzero_si512()) {
 
 }  // namespace
 
-bool choose_of_256(const float* logits, const float* bias, int top_groups, bool sum, int K, float* scores,
-                   int32_t* chosen) {
-  __m512 choices[kVectors];
-  __mmask16 odd = 0;
-  for (int v = 0; v < kVectors; v++) {
-    const __m512 score = sigmoid(_mm512_loadu_ps(logits + 16 * v));
-    _mm512_storeu_ps(scores + 16 * v, score);
-    choices[v] = bias == nullptr ? score : _mm512_add_ps(score, _mm512_loadu_ps(bias + 16 * v));
-    odd |= _mm512_fpclass_ps_mask(choices[v], 0x99);  // NaN, infinities
-  }
-  if (odd != 0) return false;
-
-  uint32_t kept = 0xff;
-  if (top_groups < kGroups) kept = best_groups(group_scores(choices, sum), top_groups);
-
-  const __m512 lowest = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xff800000u)));  // -infinity
-  __m512 most = lowest;
-  for (uint32_t rest = kept; rest != 0; rest &= rest - 1) {
-    const auto g = static_cast<int>(_tzcnt_u32(rest));
-    most = _mm512_max_ps(most, _mm512_max_ps(choices[2 * g], choices[2 * g + 1]));
-  }
-  const __mmask16 reached = _mm512_cmplt_epi32_mask(ranks<false>(most), _mm512_set1_epi32(K));
-  const __m512 bound = _mm512_set1_ps(_mm512_mask_reduce_min_ps(reached, most));
-
-  alignas(64) float values[16 * (kVectors + 1)];
-  alignas(64) int32_t ids[16 * (kVectors + 1)];
-  int count = 0;
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (uint32_t rest = kept; rest != 0; rest &= rest - 1) {
-    const auto g = static_cast<int>(_tzcnt_u32(rest));
-    for (int v = 2 * g; v < 2 * g + 2; v++) {
-      const __mmask16 reaches = _mm512_cmp_ps_mask(choices[v], bound, _CMP_GE_OQ);
-      _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(reaches, choices[v]));
-      const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(16 * v));
-      _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(reaches, id));
-      count += _mm_popcnt_u32(reaches);
+uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int K, float* scores,
+                       int32_t* chosen) {
+  alignas(64) float choices[kGateRows][256];
+  __m256 groups[kGateRows];
+  uint32_t done = (1u << rows) - 1, kept[kGateRows];
+  for (int row = 0; row < rows; row++) {
+    __m512 of_row[kVectors];
+    __mmask16 odd = 0;
+    for (int v = 0; v < kVectors; v++) {
+      const __m512 score = sigmoid(_mm512_loadu_ps(logits + 256 * row + 16 * v));
+      _mm512_storeu_ps(scores + 256 * row + 16 * v, score);
+      of_row[v] = bias == nullptr ? score : _mm512_add_ps(score, _mm512_loadu_ps(bias + 16 * v));
+      _mm512_store_ps(choices[row] + 16 * v, of_row[v]);
+      odd |= _mm512_fpclass_ps_mask(of_row[v], 0x99);  // NaN, infinities
     }
+    groups[row] = group_scores(of_row, sum);
+    if (odd != 0) done &= ~(1u << row);
   }
-  if (count > 16) return false;
+  for (int row = 0; row < rows; row++) kept[row] = best_groups(groups[row], top_groups);
 
-  const auto filled = static_cast<__mmask16>((1u << count) - 1);
-  const __m512 candidates = _mm512_mask_loadu_ps(lowest, filled, values);
-  alignas(64) int32_t places[16];
-  _mm512_store_si512(places, ranks<true>(candidates));
-  for (int i = 0; i < 16; i++) chosen[places[i]] = ids[i];
-  return true;
+  // What K of the lanes' best reach
+  const __m512 lowest = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xff800000u)));  // -infinity
+  __m512 bounds[kGateRows];
+  for (int row = 0; row < rows; row++) {
+    __m512 most = lowest;
+    for (uint32_t rest = kept[row]; rest != 0; rest &= rest - 1) {
+      const float* group = choices[row] + 32 * _tzcnt_u32(rest);
+      most = _mm512_max_ps(most, _mm512_max_ps(_mm512_load_ps(group), _mm512_load_ps(group + 16)));
+    }
+    const __mmask16 best = _mm512_cmplt_epi32_mask(ranks<false>(most), _mm512_set1_epi32(K));
+    bounds[row] = _mm512_set1_ps(_mm512_mask_reduce_min_ps(best, most));
+  }
+
+  // Those who reach it, by id
+  alignas(64) float values[kGateRows][16 * (kVectors + 1)];
+  alignas(64) int32_t ids[kGateRows][16 * (kVectors + 1)];
+  int counts[kGateRows];
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int row = 0; row < rows; row++) {
+    int count = 0;
+    for (uint32_t rest = kept[row]; rest != 0; rest &= rest - 1) {
+      const int first = 32 * static_cast<int>(_tzcnt_u32(rest));
+      for (int e = first; e < first + 32; e += 16) {
+        const __m512 choice = _mm512_load_ps(choices[row] + e);
+        const __mmask16 reaches = _mm512_cmp_ps_mask(choice, bounds[row], _CMP_GE_OQ);
+        _mm512_storeu_ps(values[row] + count, _mm512_maskz_compress_ps(reaches, choice));
+        const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(e));
+        _mm512_storeu_si512(ids[row] + count, _mm512_maskz_compress_epi32(reaches, id));
+        count += static_cast<int>(_mm_popcnt_u32(reaches));
+      }
+    }
+    counts[row] = count;
+    if (count > 16) done &= ~(1u << row);
+  }
+
+  alignas(64) int32_t places[kGateRows][16];
+  for (int row = 0; row < rows; row++) {
+    const auto filled = static_cast<__mmask16>(counts[row] > 16 ? 0xffff : (1u << counts[row]) - 1);
+    _mm512_store_si512(places[row], ranks<true>(_mm512_mask_loadu_ps(lowest, filled, values[row])));
+  }
+  for (int row = 0; row < rows; row++) {
+    for (int i = 0; i < 16; i++) chosen[16 * row + places[row][i]] = ids[row][i];
+  }
+  return done;
 }
 
 }  // namespace moe::avx512

@@ -20,6 +20,8 @@ namespace moe {
 inline constexpr int64_t kPanel = 32, kHalf = 16;
 inline constexpr int64_t kChunk = 256;  // a panel's chunk of f32 and a tile's rows stay in a 48 KiB L1
 
+inline constexpr int kGateRows = 8;
+
 struct Kernels {
   const char* name;
   int64_t tile_rows;  // the most rows that multiply takes at once
@@ -50,11 +52,11 @@ struct Kernels {
   // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
   void (*sigmoids)(const float* x, int64_t n, float* out);
 
-  // For 256 experts in 8 groups and K <= 8: their sigmoid scores, and in chosen[0..K-1] the best of the best groups by
-  // score and bias (which may be null), best first; `chosen` has room for 16. False where the row needs the general
-  // path. Null where this set has none.
-  bool (*choose_of_256)(const float* logits, const float* bias, int top_groups, bool sum, int K, float* scores,
-                        int32_t* chosen);
+  // For up to kGateRows rows of 256 experts in 8 groups and K <= 8: their sigmoid scores, and in chosen[16 * row + 0 ..
+  // K-1] the best of the best groups by score and bias (which may be null), best first; the other places are scratch.
+  // Bit `row` of the result is 0 where the row needs the general path. Null where this set has none.
+  uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum, int K,
+                            float* scores, int32_t* chosen);
 
   // For rooflines: reads n values; runs `rounds` of independent fused multiply-adds and tells how many those were. What
   // they compute is of no interest but depends on all of it.

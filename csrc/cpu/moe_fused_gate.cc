@@ -139,6 +139,12 @@ void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
 
 // The columns of a row: chosen experts with their weights, then the shared ones.
 void write_row(const MoeFusedGate& p, int64_t t, const int32_t* chosen, const float* weights) {
+  if (p.shared == 0 && p.zero == 0 && !p.id_map && !p.logical_ids) {
+    const float scale = p.scale_placement == ScalePlacement::kInWeights ? p.scale : 1.0f;
+    std::copy_n(chosen, p.K, p.ids.as<int32_t>() + t * p.K);
+    for (int64_t c = 0; c < p.K; c++) p.weights.as<float>()[t * p.K + c] = weights[c] * scale;
+    return;
+  }
   const int64_t columns = int64_t{p.K} + p.shared, routed = p.E - p.zero;
   const bool in_weights = p.scale_placement == ScalePlacement::kInWeights;
   const int32_t* map = p.id_map ? p.id_map.as<const int32_t>() + t % p.rounds * (p.E + p.shared) : nullptr;
@@ -157,22 +163,6 @@ void write_row(const MoeFusedGate& p, int64_t t, const int32_t* chosen, const fl
 bool is_grouped_256(const Kernels& kernels, const MoeFusedGate& p) {
   return kernels.choose_of_256 != nullptr && p.E == 256 && p.groups == 8 && p.K <= 8 &&
          p.scoring == Scoring::kSigmoid && p.selection == Selection::kScore;
-}
-
-// False where the row needs the general path.
-bool route_grouped_256(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
-  const float* logits = p.logits.dtype == DType::kF32 ? p.logits.as<const float>() + t * p.E : row.x;
-  if (logits == row.x) kernels.widen(element(p.logits.data, p.logits.dtype, t * p.E), p.logits.dtype, p.E, row.x);
-  int32_t chosen[16];
-  if (!kernels.choose_of_256(logits, p.bias.as<const float>(), p.top_groups, p.group_score == GroupScore::kTop2Sum, p.K,
-                             row.scores, chosen)) {
-    return false;
-  }
-  float weights[8], sum = 0;
-  for (int c = 0; c < p.K; c++) sum += weights[c] = row.scores[chosen[c]];
-  for (int c = 0; c < p.K && p.renormalize; c++) weights[c] = sum == 0 ? 0.0f : weights[c] / sum;
-  write_row(p, t, chosen, weights);
-  return true;
 }
 
 void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
@@ -217,6 +207,29 @@ void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
   write_row(p, t, chosen, weights);
 }
 
+// Rows begin .. begin+count-1 with count <= kGateRows; single rows go the general way.
+void route_grouped_256(const Kernels& kernels, const MoeFusedGate& p, int64_t begin, int64_t count, Row& row) {
+  float wide[kGateRows * 256], scores[kGateRows * 256];
+  int32_t chosen[kGateRows * 16];
+  const void* from = element(p.logits.data, p.logits.dtype, begin * p.E);
+  if (p.logits.dtype != DType::kF32) kernels.widen(from, p.logits.dtype, count * p.E, wide);
+  const float* logits = p.logits.dtype == DType::kF32 ? static_cast<const float*>(from) : wide;
+  const bool sum_of_two = p.group_score == GroupScore::kTop2Sum;
+  const uint32_t done = kernels.choose_of_256(logits, static_cast<int>(count), p.bias.as<const float>(), p.top_groups,
+                                              sum_of_two, p.K, scores, chosen);
+  for (int64_t r = 0; r < count; r++) {
+    if ((done >> r & 1) == 0) {
+      route(kernels, p, begin + r, row);
+      continue;
+    }
+    float weights[8] = {}, sum = 0;
+    for (int c = 0; c < p.K; c++) sum += weights[c] = scores[r * 256 + chosen[r * 16 + c]];
+    const float divisor = !p.renormalize ? 1.0f : sum == 0 ? kInfinity : sum;
+    for (float& weight : weights) weight /= divisor;
+    write_row(p, begin + r, chosen + r * 16, weights);
+  }
+}
+
 }  // namespace
 
 Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
@@ -232,9 +245,11 @@ Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
   const int64_t valid = std::clamp(given, int64_t{0}, p.T);
   cpu(backend).pool().parallel_for(p.T, 16, [&](int64_t begin, int64_t end) {
     Row row;
-    for (int64_t t = begin; t < std::min(end, valid); t++) {
-      if (!grouped_256 || !route_grouped_256(kernels, p, t, row)) route(kernels, p, t, row);
+    const int64_t routed = std::min(end, valid);
+    for (int64_t t = begin; t < routed && grouped_256; t += kGateRows) {
+      route_grouped_256(kernels, p, t, std::min<int64_t>(kGateRows, routed - t), row);
     }
+    for (int64_t t = begin; t < routed && !grouped_256; t++) route(kernels, p, t, row);
     for (int64_t t = std::max(begin, valid); t < end; t++) {
       std::fill_n(p.ids.as<int32_t>() + t * columns, columns, -1);
       std::fill_n(p.weights.as<float>() + t * columns, columns, 0.0f);

@@ -4,34 +4,54 @@
 namespace moe::MOE_ISA {
 
 constexpr int64_t kWidth = 4;
-constexpr int64_t kTileRows = 4;                                                 // 8 sums
-constexpr int64_t vectors_per_half(int64_t m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }  // of a panel, at once
+constexpr int64_t kTileRows = 4;                              // 8 sums
+constexpr int64_t vectors_per_half(int64_t) { return 1; }     // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 2, kDotWeights = 2;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
 
+// Compilers that know vectors keep them in registers; an array they would not.
+#if defined(__GNUC__)
+typedef float Lanes __attribute__((vector_size(16)));
+#else
+using Lanes = float[4];
+#endif
+
 struct V {
-  float lane[4];
+  Lanes lane;
 };
 struct U {
   uint32_t lane[4];
 };
 
+inline V load(const float* p) {
+  V a;
+  std::memcpy(&a.lane, p, sizeof a.lane);
+  return a;
+}
 template <class F>
 inline V each(F f) {
-  return {{f(0), f(1), f(2), f(3)}};
+  const float lanes[4] = {f(0), f(1), f(2), f(3)};
+  return load(lanes);
 }
 
 inline void prefetch(const void*) {}
-inline V splat(float x) { return {{x, x, x, x}}; }
+inline V splat(float x) { return each([&](int) { return x; }); }
 inline V zero() { return splat(0); }
-inline V load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-inline void store(float* p, V a) { std::memcpy(p, a.lane, sizeof a.lane); }
+inline void store(float* p, V a) { std::memcpy(p, &a.lane, sizeof a.lane); }
+#if defined(__GNUC__)
+inline V add(V a, V b) { return {a.lane + b.lane}; }
+inline V sub(V a, V b) { return {a.lane - b.lane}; }
+inline V mul(V a, V b) { return {a.lane * b.lane}; }
+inline V div(V a, V b) { return {a.lane / b.lane}; }
+inline V fma(V a, V b, V c) { return {a.lane * b.lane + c.lane}; }
+#else
 inline V add(V a, V b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
 inline V sub(V a, V b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
 inline V mul(V a, V b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
 inline V div(V a, V b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
 inline V fma(V a, V b, V c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+#endif
 inline V least(V a, V b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline V most(V a, V b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 // For numbers far below 2^22 in size.

@@ -129,7 +129,9 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
     __m512 of_row[kVectors];
     __mmask16 odd = 0;
     for (int v = 0; v < kVectors; v++) {
-      const __m512 score = sigmoid(_mm512_loadu_ps(logits + 256 * row + 16 * v));
+      const float* at = logits + 256 * row + 16 * v;
+      _mm_prefetch(reinterpret_cast<const char*>(at + 256 * kGateRows), _MM_HINT_T0);  // of the next call
+      const __m512 score = sigmoid(_mm512_loadu_ps(at));
       _mm512_storeu_ps(scores + 256 * row + 16 * v, score);
       of_row[v] = bias == nullptr ? score : _mm512_add_ps(score, _mm512_loadu_ps(bias + 16 * v));
       _mm512_store_ps(choices[row] + 16 * v, of_row[v]);

@@ -28,9 +28,10 @@ namespace {
 
 constexpr int kVectors = 16, kGroups = 8;
 
-// e^-|x| / (1 + e^-|x|) for x < 0, else 1 / (1 + e^-|x|): no intermediate overflows.
+// e^-|x| / (1 + e^-|x|) for x < 0, else 1 / (1 + e^-|x|): no intermediate overflows. NaN for NaN.
 inline __m512 sigmoid(__m512 x) {
-  const __m512 y = _mm512_max_ps(_mm512_or_ps(x, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(-105.0f));
+  // A NaN stays: it is the second operand
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-105.0f), _mm512_or_ps(x, _mm512_set1_ps(-0.0f)));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), y);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);

@@ -16,8 +16,9 @@ struct ExpertSections {
   size_t bytes = 0;                // the maximum of size_t where it would not fit
 };
 
+// `rows13` and `rows2` per slot: 2I and H, or more where rows are padded.
 template <size_t kAlignment>
-ExpertSections expert_sections(const ExpertsLayout& layout) {
+ExpertSections expert_sections(const ExpertsLayout& layout, int64_t rows13, int64_t rows2) {
   constexpr size_t kMost = std::numeric_limits<size_t>::max();
   size_t end = 0;
   const auto add = [&end](int64_t slots, int64_t rows, int64_t columns, size_t width) {
@@ -31,16 +32,21 @@ ExpertSections expert_sections(const ExpertsLayout& layout) {
     end = fits ? (begin + bytes + kAlignment - 1) / kAlignment * kAlignment : kMost;
     return begin;
   };
-  const int64_t S = layout.S, H = layout.H, I = layout.I;
+  const int64_t S = layout.S;
   ExpertSections sections;
-  add(S, 2 * I, H, size_of(layout.dtype));
-  sections.w2 = add(S, H, I, size_of(layout.dtype));
+  add(S, rows13, layout.H, size_of(layout.dtype));
+  sections.w2 = add(S, rows2, layout.I, size_of(layout.dtype));
   if (layout.biases) {
-    sections.b13 = add(S, 2 * I, 1, sizeof(float));
-    sections.b2 = add(S, H, 1, sizeof(float));
+    sections.b13 = add(S, rows13, 1, sizeof(float));
+    sections.b2 = add(S, rows2, 1, sizeof(float));
   }
   sections.bytes = end;
   return sections;
+}
+
+template <size_t kAlignment>
+ExpertSections expert_sections(const ExpertsLayout& layout) {
+  return expert_sections<kAlignment>(layout, 2 * layout.I, layout.H);
 }
 
 }  // namespace moe

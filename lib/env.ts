@@ -23,4 +23,9 @@ export const env = {
     help: 'threads of a CPU context (default: the parallelism available to the process)',
     read: () => raw('MOE_KERNELS_THREADS'),
   },
+  isa: {
+    name: 'MOE_KERNELS_ISA',
+    help: 'instruction set of a CPU context (avx512, avx2, neon or scalar; default: the best that runs here)',
+    read: () => raw('MOE_KERNELS_ISA'),
+  },
 } as const satisfies Record<string, Variable<string | undefined>>;

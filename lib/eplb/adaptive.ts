@@ -118,8 +118,8 @@ function courseOf(state: LayerState): Course {
   const chance = Math.max(leastGain, noiseGain(state));
   const course: Course = { changes: [], moves: [], gains: [] };
   while (course.changes.length < mostChanges) {
-    const proposal = propose(state);
-    if (proposal === undefined || proposal.gain < worthwhile) break;
+    const proposal = propose(state, worthwhile);
+    if (proposal === undefined) break;
     state.apply(proposal.change);
     course.changes.push(proposal.change);
     course.moves.push(state.moves);

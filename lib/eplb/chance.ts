@@ -36,7 +36,5 @@ export function exceedsNoise(state: LayerState, peak: number): boolean {
     const surplus = Math.max(0, window[device]! - peak);
     sum += surplus ** 2 / (2 * (state.noiseOf(device) * fresh * uncertainty + smallest ** 2));
   }
-  if (process.env.DUMP)
-    console.log('T', devices, ((sum - devices / 2) / Math.sqrt(1.25 * devices)).toFixed(2));
   return sum > devices / 2 + surelySurplus * Math.sqrt(1.25 * devices);
 }

@@ -5,6 +5,8 @@ import type { Change, LayerState } from './layer_state.js';
 
 /** How many of the coldest devices are looked at as partners of the hottest. */
 const coldest = 12;
+/** How many of the costliest devices are tried. */
+const costliest = 4;
 
 export interface Proposal {
   change: Change;
@@ -19,16 +21,22 @@ interface Best {
   transfers: number;
 }
 
-/** The change with the largest gain per transfer among those that relieve the hottest device; undefined if none does. */
-export function propose(state: LayerState): Proposal | undefined {
+/**
+ * The change with the largest gain per transfer among those that relieve the costliest device. Where none gains
+ * `least`, as on a device that one hot expert fills, the next costliest devices are tried; undefined if none gains it.
+ */
+export function propose(state: LayerState, least: number): Proposal | undefined {
   const order = state.byCost();
-  const hot = order[0]!;
   const partners = order.slice(-Math.min(coldest, state.devices - 1)).reverse();
-  const best: Best = { change: undefined, rate: 0, transfers: 1 };
-  proposeExchange(state, hot, partners, best);
-  proposeReplica(state, hot, partners, best);
-  if (best.change === undefined) return undefined;
-  return { change: best.change, gain: state.gainOf(best.rate * best.transfers) / best.transfers };
+  for (const hot of order.slice(0, costliest)) {
+    const best: Best = { change: undefined, rate: 0, transfers: 1 };
+    const others = partners.filter((device) => device !== hot);
+    proposeExchange(state, hot, others, best);
+    proposeReplica(state, hot, others, best);
+    const gain = state.gainOf(best.rate * best.transfers) / best.transfers;
+    if (best.change !== undefined && gain >= least) return { change: best.change, gain };
+  }
+  return undefined;
 }
 
 function proposeExchange(state: LayerState, hot: number, partners: readonly number[], best: Best): void {

@@ -5,7 +5,7 @@ import { type LayerState, peakDeviates } from './layer_state.js';
 /** Standard errors beyond which a gain is no chance; searches on noise reach 2.9. */
 const surely = 3.2;
 /** Standard deviations of the surplus of noise; noise alone reaches 3.7 in thousands of layers. */
-const surelySurplus = 5;
+const surelySurplus = 4.5;
 /** A surplus that is nothing even without noise. */
 const smallest = 1e-4;
 

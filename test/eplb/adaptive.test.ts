@@ -85,6 +85,7 @@ describe('replans without a budget', () => {
         experts: 256,
         seed: 13,
         burstSteps: 60,
+        driftSteps: 60,
       });
       const loads = shared > 0 ? routed.withShared(shared, 8) : routed;
       const shape = { devices, slots, shared };

@@ -137,7 +137,8 @@ function cut(
       const change = share - last[expert]!;
       if (total > sum) changes += change * change;
       last[expert] = share;
-      if (count !== Math.round(count)) whole = false;
+      // Sums of what replicas got may miss the whole number by rounding
+      if (Math.abs(count - Math.round(count)) > 1e-6 * (1 + count)) whole = false;
     }
   }
   const stepsUsed = used.reduce((sum, value) => sum + value, 0);

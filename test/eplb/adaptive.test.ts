@@ -125,6 +125,24 @@ describe('replans without a budget', () => {
     }
   });
 
+  it('takes counts that were split over replicas and summed again for the counts they are', () => {
+    const trace = generateTrace({
+      kind: 'steady',
+      steps: 2,
+      layers: 4,
+      experts: 256,
+      seed: 18,
+      tokens: 16384,
+    });
+    const split = new Loads(
+      trace,
+      trace.counts.map((count) => count / 3 + count / 3 + count / 3),
+    );
+    const first = planSync({ loads: split.window(0, 1), devices: 32, slots: 9 });
+    const second = planSync({ loads: split.window(1, 1), devices: 32, slots: 9, current: first.placements });
+    expect(second.moves).toBe(0);
+  });
+
   it('follows shares as it follows counts: what are no whole tokens has no noise of tokens', () => {
     const shares = (seed: number) => {
       const { counts } = generateTrace({

@@ -1,6 +1,7 @@
 // Planners on traces: quality, moves and time of every policy on every trace in one table, what moves buy, what noise
-// costs, and what weighted dispatch adds. Run the compiled file; with --json FILE the rows are written there too.
-import { writeFileSync } from 'node:fs';
+// costs, and what weighted dispatch adds. Run the compiled file; --shapes 32x9,64x5 takes some of the shapes (what needs
+// 32x9 only runs with it), with --json FILE the rows are written there too, beside what other runs left in it.
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { cpus } from 'node:os';
 import { dispatchShares, sharedDeviceLoads } from '../lib/eplb/dispatch_shares.js';
 import { Loads } from '../lib/eplb/loads.js';
@@ -84,7 +85,11 @@ const traces: Record<string, Loads> = {
   alternating: alternating(),
 };
 
-const only = process.argv.includes('--quick') ? ['32x9'] : ['32x9', '16x17', '8x36', '64x5', '32x9 shared'];
+const option = (name: string): string | undefined => {
+  const at = process.argv.indexOf(`--${name}`);
+  return at < 0 ? undefined : process.argv[at + 1];
+};
+const only = option('shapes')?.split(',') ?? ['32x9', '16x17', '8x36', '64x5', '32x9 shared'];
 const machine = {
   cpu: cpus()[0]!.model,
   node: process.version,
@@ -103,7 +108,7 @@ console.log(
 // Let the code warm up before the clock counts
 await simulate(trace('drifting', 9, 512), { devices: 32, slots: 9, window, policies: [...policies.keys()] });
 
-const atShape = new Map<string, PolicyFigures[]>();
+const atShape = new Map<string, Map<string, PolicyFigures[]>>();
 for (const shape of only) {
   const shared = shape.endsWith('shared') ? 1 : 0;
   const [devices, slots] = shape.split(' ')[0]!.split('x').map(Number) as [number, number];
@@ -115,77 +120,95 @@ for (const shape of only) {
       window,
       policies: [...policies.keys()],
     });
-    if (shape === '32x9') atShape.set(name, figures);
+    if (!shared) atShape.set(shape, (atShape.get(shape) ?? new Map()).set(name, figures));
     for (const row of figures)
       record('Every policy on every trace', { shape, trace: name, policy: row.name, ...figuresRow(row) });
   }
 }
 
-for (const [name, loads] of Object.entries(traces)) {
-  const peers = atShape.get(name)!;
-  const flashlb = peers.find((row) => row.name === 'flashlb')!;
-  for (const part of [0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]) {
-    const maxMoves = Math.floor(flashlb.moves * part);
-    const [row] = await simulate(loads, { devices: 32, slots: 9, window, policies: ['adaptive'], maxMoves });
-    record('What moves buy: adaptive, 32x9, budgets as parts of the moves of flashlb', {
+// What moves buy, at every shape
+for (const [shape, ofTraces] of atShape) {
+  const [devices, slots] = shape.split('x').map(Number) as [number, number];
+  for (const [name, peers] of ofTraces) {
+    const flashlb = peers.find((row) => row.name === 'flashlb')!;
+    const publicOnes = peers.filter(({ name: peer }) => !['adaptive', 'rebuild'].includes(peer));
+    for (const part of [0, 1 / 8, 1 / 4, 1 / 2, 1, Number.POSITIVE_INFINITY]) {
+      const maxMoves = part === Number.POSITIVE_INFINITY ? undefined : Math.floor(flashlb.moves * part);
+      const [row] = await simulate(traces[name]!, {
+        devices,
+        slots,
+        window,
+        policies: ['adaptive'],
+        ...(maxMoves === undefined ? {} : { maxMoves }),
+      });
+      const within = publicOnes.filter(({ moves }) => moves <= (maxMoves ?? Number.POSITIVE_INFINITY));
+      record('What moves buy: adaptive with parts of the moves of flashlb as its budget', {
+        shape,
+        trace: name,
+        budget: maxMoves === undefined ? 'unlimited' : String(maxMoves),
+        moves: row!.moves,
+        same: row!.parSame,
+        next_step: row!.parStepNext,
+        flashlb: flashlb.parStepNext,
+        best_within: Math.min(...within.map(({ parStepNext }) => parStepNext)),
+        ms: row!.ms,
+      });
+    }
+  }
+}
+
+if (only.includes('32x9')) weightedDispatch();
+
+function weightedDispatch(): void {
+  for (const [name, loads] of Object.entries(traces)) {
+    const { placements } = planSync({
+      loads: loads.window(0, window),
+      devices: 32,
+      slots: 9,
+      policy: 'greedy',
+    });
+    const sums = { even: 0, oracle: 0, causal: 0, step: 0, stepLp: 0, us: 0 };
+    let steps = 0;
+    for (let layer = 0; layer < layers; layer++) {
+      const placement = placements[layer]!;
+      const next = loads.window(window, window);
+      const total = next.total(layer);
+      const past = dispatchShares(placement, loads.window(0, window).total(layer)).shares;
+      sums.even += peakToAverage(deviceLoads(placement, total)) / layers;
+      sums.oracle += peakToAverage(dispatchShares(placement, total).deviceLoads) / layers;
+      sums.causal += peakToAverage(sharedDeviceLoads(placement, past, total)) / layers;
+      for (let step = 0; step < 16; step++, steps++) {
+        const counts = next.at(step, layer);
+        sums.step += peakToAverage(deviceLoads(placement, counts));
+        const start = performance.now();
+        const split = dispatchShares(placement, counts, { tolerance: 1e-3 });
+        sums.us += 1000 * (performance.now() - start);
+        sums.stepLp += peakToAverage(split.deviceLoads);
+      }
+    }
+    record('Weighted dispatch under the greedy placement of the window before, 32x9', {
       trace: name,
-      part: `${part} x flashlb`,
-      budget: String(maxMoves),
-      moves: row!.moves,
-      next_step: row!.parStepNext,
-      flashlb: flashlb.parStepNext,
-      best_peer: Math.min(
-        ...peers
-          .filter(({ name: peer }) => !['adaptive', 'rebuild'].includes(peer))
-          .map(({ parStepNext }) => parStepNext),
-      ),
-      ms: row!.ms,
+      split: 'by window',
+      shape: '32x9',
+      even: sums.even,
+      causal: sums.causal,
+      oracle: sums.oracle,
+      step_even: sums.step / steps,
+      step_own: sums.stepLp / steps,
+      us_a_step: sums.us / steps,
     });
   }
 }
 
-for (const [name, loads] of Object.entries(traces)) {
-  const { placements } = planSync({
-    loads: loads.window(0, window),
-    devices: 32,
-    slots: 9,
-    policy: 'greedy',
-  });
-  const sums = { even: 0, oracle: 0, causal: 0, step: 0, stepLp: 0, us: 0 };
-  let steps = 0;
-  for (let layer = 0; layer < layers; layer++) {
-    const placement = placements[layer]!;
-    const next = loads.window(window, window);
-    const total = next.total(layer);
-    const past = dispatchShares(placement, loads.window(0, window).total(layer)).shares;
-    sums.even += peakToAverage(deviceLoads(placement, total)) / layers;
-    sums.oracle += peakToAverage(dispatchShares(placement, total).deviceLoads) / layers;
-    sums.causal += peakToAverage(sharedDeviceLoads(placement, past, total)) / layers;
-    for (let step = 0; step < 16; step++, steps++) {
-      const counts = next.at(step, layer);
-      sums.step += peakToAverage(deviceLoads(placement, counts));
-      const start = performance.now();
-      const split = dispatchShares(placement, counts, { tolerance: 1e-3 });
-      sums.us += 1000 * (performance.now() - start);
-      sums.stepLp += peakToAverage(split.deviceLoads);
-    }
+const file = option('json');
+if (file !== undefined) {
+  const all: Record<string, Row[]> = existsSync(file) ? JSON.parse(readFileSync(file, 'utf8')).results : {};
+  for (const [table, rows] of Object.entries(results)) {
+    const shapes = new Set(rows.map(({ shape }) => shape));
+    all[table] = [...(all[table] ?? []).filter(({ shape }) => !shapes.has(shape!)), ...rows];
   }
-  record('Weighted dispatch under the greedy placement of the window before, 32x9', {
-    trace: name,
-    split: 'by window',
-    shape: '32x9',
-    even: sums.even,
-    causal: sums.causal,
-    oracle: sums.oracle,
-    step_even: sums.step / steps,
-    step_own: sums.stepLp / steps,
-    us_a_step: sums.us / steps,
-  });
-}
-
-const at = process.argv.indexOf('--json');
-if (at > 0)
   writeFileSync(
-    process.argv[at + 1]!,
-    `${JSON.stringify({ machine, layers, experts, window, windows, results }, null, 1)}\n`,
+    file,
+    `${JSON.stringify({ machine, layers, experts, window, windows, results: all }, null, 1)}\n`,
   );
+}

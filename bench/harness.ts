@@ -1,8 +1,8 @@
 // How an op is measured: work is enqueued in batches long enough for the clock, each batch ends in one wait, and the
-// median batch counts. Beside the time stand the floor (bytes that must move at this run's copy speed) and, as the
-// baseline, the same case in pure TypeScript.
+// median batch counts. Beside the time stand the floor (the bytes that must move and the operations that must be done, at the
+// speeds measured in this run, whichever takes longer) and, as the baseline, the same case in pure TypeScript.
 import { availableParallelism, cpus } from 'node:os';
-import { type Context, createContext } from '../lib/index.js';
+import { type Context, createContext, type Roofline } from '../lib/index.js';
 
 export interface BenchCase {
   /** Sizes and dtypes, for people. */
@@ -70,17 +70,23 @@ export function copySpeed(): number {
   return (2 * from.byteLength) / (best / 1e3);
 }
 
+/** The ceilings of this run: measured by the backend itself, or the copy speed of one thread alone. */
+export function ceilings(context: Context): Partial<Roofline> & { readAllThreads: number } {
+  return context.backend === 'cpu' ? context.measureRoofline() : { readAllThreads: copySpeed() };
+}
+
 export async function measure(
   bench: Bench,
   context: Context,
-  bytesPerSecond: number,
+  { readAllThreads, flopsAllThreads = Number.POSITIVE_INFINITY }: ReturnType<typeof ceilings>,
 ): Promise<Measurement[]> {
   const results: Measurement[] = [];
   for (const make of bench.cases) {
     const current = make(context);
     const { median, spread } = time(context, () => current.run());
     current.dispose();
-    const floorMicroseconds = (current.bytes / bytesPerSecond) * 1e6;
+    const floorMicroseconds =
+      Math.max(current.bytes / readAllThreads, (current.flops ?? 0) / flopsAllThreads) * 1e6;
     results.push({
       op: bench.op,
       case: current.name,
@@ -107,7 +113,12 @@ async function baseline(make: (context: Context) => BenchCase): Promise<number |
 }
 
 /** What a result must say to be worth keeping. */
-export function circumstances(context: Context, bytesPerSecond: number): Record<string, string | number> {
+export function circumstances(
+  context: Context,
+  roofline: Partial<Roofline>,
+): Record<string, string | number> {
+  const tenths = (value: number | undefined) =>
+    value === undefined ? 'not measured' : Math.round(value / 1e8) / 10;
   return {
     date: new Date().toISOString().slice(0, 10),
     backend: context.backend,
@@ -116,6 +127,9 @@ export function circumstances(context: Context, bytesPerSecond: number): Record<
     threads: availableParallelism(),
     node: process.version,
     command: `moe-kernels ${process.argv.slice(2).join(' ')}`,
-    copyGigabytesPerSecond: Math.round(bytesPerSecond / 1e8) / 10,
+    readGigabytesPerSecondOneThread: tenths(roofline.readOneThread),
+    readGigabytesPerSecond: tenths(roofline.readAllThreads),
+    gigaflopsOneThread: tenths(roofline.flopsOneThread),
+    gigaflops: tenths(roofline.flopsAllThreads),
   };
 }

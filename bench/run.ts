@@ -1,7 +1,7 @@
 // Finds the benches beside this file and runs them; `moe-kernels bench` is the way in.
 import { readdirSync } from 'node:fs';
 import type { Context } from '../lib/index.js';
-import { type Bench, circumstances, copySpeed, type Measurement, measure } from './harness.js';
+import { type Bench, ceilings, circumstances, type Measurement, measure } from './harness.js';
 import { header, line } from './report.js';
 
 const folder = new URL('.', import.meta.url);
@@ -28,8 +28,8 @@ export async function runBenches({
   onResult?: (line: string) => void;
   onProgress?: (done: number, total: number) => void;
 }): Promise<BenchReport> {
-  const bytesPerSecond = copySpeed();
-  const about = circumstances(context, bytesPerSecond);
+  const roofline = ceilings(context);
+  const about = circumstances(context, roofline);
   onResult(
     Object.entries(about)
       .map(([name, value]) => `${name}: ${value}`)
@@ -40,7 +40,7 @@ export async function runBenches({
   const results: Measurement[] = [];
   for (const name of names) {
     const { bench } = (await import(new URL(`${name}.bench${extension}`, folder).href)) as { bench: Bench };
-    for (const result of await measure(bench, context, bytesPerSecond)) {
+    for (const result of await measure(bench, context, roofline)) {
       results.push(result);
       onResult(line(result));
     }

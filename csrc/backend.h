@@ -27,6 +27,13 @@ struct Probe {
 struct ContextOptions {
   int device = 0;
   int threads = 0;  // CPU backend: 0 for what the machine has
+  std::string isa;  // CPU backend: a name of Kernels, or empty for the best that runs here
+};
+
+// What the hardware gives to loops that do nothing else, for benches: bytes read and floating-point operations (two for
+// a fused multiply-add) per second, on one thread and on all of the context's.
+struct Roofline {
+  double read_one = 0, read_all = 0, flops_one = 0, flops_all = 0;
 };
 
 struct MemoryInfo {
@@ -108,6 +115,9 @@ class Backend {
   // everything after kJoin comes after both. A backend that runs one thing at a time ignores it.
   enum class Lane { kBeside, kMain, kJoin };
   virtual Status take_lane(Lane /*lane*/) { return Status::Ok(); }
+
+  // Measures, inside submitted work; takes about a second.
+  virtual Status roofline(Roofline* /*out*/) { return Status::Error(Code::kUnsupported, "this backend has no roofline"); }
 
   virtual size_t expert_bytes(const ExpertsLayout& layout) const = 0;
   virtual MemoryInfo memory() const = 0;

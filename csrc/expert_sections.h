@@ -1,7 +1,7 @@
 // Where the parts of packed experts begin, for backends that keep them as four sections, each holding all slots in
 // order and aligned to `kAlignment` bytes:
 //   w13 [S, rows13, columns13] and w2 [S, rows2, columns2] in the layout's dtype, at least [2I, H] and [H, I] a slot
-//   b13 f32 [S, 2I] and b2 f32 [S, H], only where there are any
+//   b13 f32 [S, rows13] and b2 f32 [S, rows2] (or fewer of them a slot), only where there are any
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,21 +37,16 @@ ExpertSections expert_sections(const ExpertsLayout& layout, const ExpertExtents&
     end = fits ? (begin + bytes + kAlignment - 1) / kAlignment * kAlignment : kMost;
     return begin;
   };
-  const int64_t S = layout.S, H = layout.H, I = layout.I;
+  const int64_t S = layout.S;
   ExpertSections sections;
   add(S, extents.rows13, extents.columns13, size_of(layout.dtype));
   sections.w2 = add(S, extents.rows2, extents.columns2, size_of(layout.dtype));
   if (layout.biases) {
-    sections.b13 = add(S, 2 * I, 1, sizeof(float));
-    sections.b2 = add(S, H, 1, sizeof(float));
+    sections.b13 = add(S, extents.rows13, 1, sizeof(float));
+    sections.b2 = add(S, extents.rows2, 1, sizeof(float));
   }
   sections.bytes = end;
   return sections;
-}
-
-template <size_t kAlignment>
-ExpertSections expert_sections(const ExpertsLayout& layout) {
-  return expert_sections<kAlignment>(layout, ExpertExtents::of(layout));
 }
 
 }  // namespace moe

@@ -2,7 +2,7 @@
 // context, so this is the only place that makes one.
 import { availableParallelism } from 'node:os';
 import { signalOf, throwIfAborted, unlessAborted, type WaitOptions } from './abort.js';
-import type { Backend, BackendName, MemoryInfo, ReadAs } from './backend/backend.js';
+import type { Backend, BackendName, MemoryInfo, ReadAs, Roofline } from './backend/backend.js';
 import { NativeBackend } from './backend/native.js';
 import { OracleBackend } from './backend/oracle.js';
 import { env } from './env.js';
@@ -27,6 +27,7 @@ import {
 /** Every backend, in the order that 'auto' tries them. */
 export const backendNames = [...nativeBackends, 'oracle'] as const;
 const MAX_THREADS = 1024;
+const isas = ['avx512', 'avx2', 'neon', 'scalar'] as const;
 
 export interface ContextOptions {
   /** 'auto' (default) takes the first of cuda, ascend, cpu that is ready, else the pure TypeScript oracle. */
@@ -35,6 +36,11 @@ export interface ContextOptions {
   device?: number;
   /** Threads of the CPU backend. Default: the parallelism available to the process. */
   threads?: number;
+  /**
+   * Instruction set of the CPU backend's kernels. 'auto' (default) takes the best that the processor runs; one that
+   * it does not run is refused with ERR_MOE_UNSUPPORTED. `describe().paths` says what each op took.
+   */
+  isa?: 'auto' | (typeof isas)[number];
 }
 
 export interface ContextDescription {
@@ -62,6 +68,7 @@ export async function createContext(options: ContextOptions = {}): Promise<Conte
       backend: choice(['auto', ...backendNames], 'auto'),
       device: integer({ min: 0, max: 1023, default: 0 }),
       threads: integer({ min: 1, max: MAX_THREADS, default: () => threadsOf(op) }),
+      isa: choice(['auto', ...isas], () => isaOf(op)),
     },
     options,
     { given: new Set(), dim: () => 0 },
@@ -93,6 +100,19 @@ function threadsOf(op: string): number {
     'ERR_MOE_INVALID_ARG',
     `expected ${env.threads.name}: an integer from 1 to ${MAX_THREADS} but received '${text}'`,
     { op, arg: env.threads.name },
+  );
+}
+
+/** The instruction set of a context that does not say. */
+function isaOf(op: string): 'auto' | (typeof isas)[number] {
+  const name = env.isa.read();
+  if (name === undefined || name === 'auto') return 'auto';
+  const isa = isas.find((each) => each === name);
+  if (isa !== undefined) return isa;
+  throw new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected ${env.isa.name}: one of auto, ${isas.join(', ')} but received '${name}'`,
+    { op, arg: env.isa.name },
   );
 }
 
@@ -334,6 +354,16 @@ export class Context {
       passedOver: this.#passedOver,
       paths: this.#state === 'open' ? this.#backend.paths() : {},
     };
+  }
+
+  /**
+   * What the hardware gives to loops that only read or only multiply and add, measured now: the ceilings of benches.
+   * Blocks the thread for about a second.
+   * @throws MoeError ERR_MOE_UNSUPPORTED on a backend other than the CPU.
+   */
+  measureRoofline(): Roofline {
+    this.#assertMayWait('measureRoofline');
+    return this.#noticing(() => this.#backend.roofline());
   }
 
   /**

@@ -28,4 +28,9 @@ export const env = {
     help: 'how CUDA computes experts wherever it can (plain, mma, wgmma or stream); read by the CUDA addon',
     read: () => raw('MOE_KERNELS_CUDA_EXPERTS'),
   },
+  isa: {
+    name: 'MOE_KERNELS_ISA',
+    help: 'instruction set of a CPU context (avx512, avx2, neon or scalar; default: the best that runs here)',
+    read: () => raw('MOE_KERNELS_ISA'),
+  },
 } as const satisfies Record<string, Variable<string | undefined>>;

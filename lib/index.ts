@@ -1,6 +1,6 @@
 // The table of contents of the public API.
 export type { WaitOptions } from './abort.js';
-export type { BackendName, MemoryInfo } from './backend/backend.js';
+export type { BackendName, MemoryInfo, Roofline } from './backend/backend.js';
 export {
   backendStatuses,
   Capture,

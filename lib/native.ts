@@ -3,7 +3,7 @@
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join, sep } from 'node:path';
-import type { BackendName, MemoryInfo } from './backend/backend.js';
+import type { BackendName, MemoryInfo, Roofline } from './backend/backend.js';
 import { binaryFault } from './binary.js';
 import { MoeError } from './errors.js';
 import { packageRoot } from './package.js';
@@ -30,6 +30,7 @@ export interface NativeContext {
   takeLane(lane: 0 | 1 | 2): void;
   memory(): MemoryInfo;
   paths(): Record<string, string>;
+  roofline(): Roofline;
   close(): Promise<void>;
   abandon(): void;
   /** Settles promises whose work is done; true while it should be called again soon. */
@@ -62,7 +63,7 @@ export interface Addon {
   setErrorClass(errorClass: typeof MoeError): void;
   /** What V8 has been told of beside its heap; for tests. */
   externalMemory(): number;
-  readonly Context: new (options: { device: number; threads: number }) => NativeContext;
+  readonly Context: new (options: { device: number; threads: number; isa: string }) => NativeContext;
 }
 
 export interface Attempt {

@@ -1,11 +1,11 @@
-// Builds what npm does not ship: dist/ (tsc) and build/Release/moe_cpu.node (node-gyp).
+// Builds what npm does not ship: dist/ (tsc, and a bundle of it) and build/Release/moe_cpu.node (node-gyp).
 //
 //   node scripts/build.mjs                both; fails if either does
 //   node scripts/build.mjs --missing      only what is older than its sources; without a compiler the addon is
 //                                         skipped with a message, because the package works in TypeScript alone
 //   node scripts/build.mjs --typescript   dist/ only
 import { spawnSync } from 'node:child_process';
-import { existsSync, readdirSync, realpathSync, rmSync, statSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, realpathSync, rmSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -49,7 +49,28 @@ export function buildTypescript({ missingOnly = false } = {}) {
   const stamp = join(root, 'dist', 'lib', 'index.js');
   if (missingOnly && builtAt(stamp) > newest('lib', 'bench', 'test/cases', 'tsconfig.json')) return true;
   rmSync(join(root, 'dist'), { recursive: true, force: true }); // no output of a source that is gone
-  return run('TypeScript', process.execPath, [tsc, '-p', root]);
+  return run('TypeScript', process.execPath, [tsc, '-p', root]) && bundle();
+}
+
+/** Joins what `import 'moe-kernels'` loads into one file: resolving its modules one by one takes most of an import. */
+function bundle() {
+  const { dependencies } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'));
+  return run('the bundle', process.execPath, [
+    join(root, 'node_modules', 'rolldown', 'bin', 'cli.mjs'),
+    join(root, 'dist', 'lib', 'index.js'),
+    join(root, 'dist', 'lib', 'eplb', 'planner_worker.js'), // started by its name, from beside whoever starts it
+    ...[
+      '--format',
+      'esm',
+      '--platform',
+      'node',
+      '--dir',
+      join(root, 'dist', 'bundle'),
+      '--log-level',
+      'warn',
+    ],
+    ...Object.keys(dependencies).flatMap((name) => ['--external', name]),
+  ]);
 }
 
 /** Compiles csrc/ to the CPU addon; 'skipped' where the tools for it are not there. */

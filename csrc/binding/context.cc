@@ -150,6 +150,7 @@ Napi::Function NativeContext::define(Napi::Env env) {
                          InstanceMethod<&NativeContext::release_capture>("releaseCapture"),
                          InstanceMethod<&NativeContext::memory>("memory"),
                          InstanceMethod<&NativeContext::paths>("paths"),
+                         InstanceMethod<&NativeContext::roofline>("roofline"),
                          InstanceMethod<&NativeContext::close>("close"),
                          InstanceMethod<&NativeContext::abandon>("abandon"),
                          InstanceMethod<&NativeContext::poll>("poll"),
@@ -161,9 +162,10 @@ NativeContext::NativeContext(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
   ContextOptions options;
   if (info.Length() > 0 && info[0].IsObject()) {
     const auto given = info[0].As<Napi::Object>();
-    const Napi::Value device = given.Get("device"), threads = given.Get("threads");
+    const Napi::Value device = given.Get("device"), threads = given.Get("threads"), isa = given.Get("isa");
     if (device.IsNumber()) options.device = device.As<Napi::Number>().Int32Value();
     if (threads.IsNumber()) options.threads = threads.As<Napi::Number>().Int32Value();
+    if (isa.IsString()) options.isa = isa.As<Napi::String>().Utf8Value();
   }
   std::unique_ptr<Backend> backend;
   Status status = create_backend(options, &backend);
@@ -749,6 +751,24 @@ Napi::Value NativeContext::memory(const Napi::CallbackInfo& info) {
   Napi::Object result = Napi::Object::New(info.Env());
   result.Set("used", static_cast<double>(memory.used));
   result.Set("reserved", static_cast<double>(memory.reserved));
+  return result;
+}
+
+// Blocks until it has measured.
+Napi::Value NativeContext::roofline(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  assert_open(env, "roofline");
+  auto found = std::make_shared<std::pair<Status, Roofline>>();
+  backend_->submit([backend = backend_.get(), found] { found->first = backend->roofline(&found->second); });
+  Status status = backend_->wait();
+  if (status.ok()) status = found->first;
+  if (!status.ok()) throw make_error(env, status, "roofline");
+  const Roofline& roofline = found->second;
+  Napi::Object result = Napi::Object::New(env);
+  result.Set("readOneThread", roofline.read_one);
+  result.Set("readAllThreads", roofline.read_all);
+  result.Set("flopsOneThread", roofline.flops_one);
+  result.Set("flopsAllThreads", roofline.flops_all);
   return result;
 }
 

@@ -57,6 +57,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   void release_capture(const Napi::CallbackInfo&);
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value paths(const Napi::CallbackInfo&);
+  Napi::Value roofline(const Napi::CallbackInfo&);
   Napi::Value close(const Napi::CallbackInfo&);
   void abandon(const Napi::CallbackInfo&);
   Napi::Value poll(const Napi::CallbackInfo&);

@@ -8,14 +8,29 @@
 
 #include "machine.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace moe {
 
 namespace {
 
-void* system_allocate(size_t bytes) noexcept {
-  return ::operator new(bytes, std::align_val_t{Allocator::kAlignment}, std::nothrow);
+// Large blocks ask for large pages: streams through them meet fewer page boundaries, and fewer faults at first.
+constexpr size_t kLargePage = size_t{2} << 20;
+
+std::align_val_t alignment_of(size_t bytes) {
+  return std::align_val_t{bytes >= 2 * kLargePage ? kLargePage : Allocator::kAlignment};
 }
-void system_release(void* data) noexcept { ::operator delete(data, std::align_val_t{Allocator::kAlignment}); }
+
+void* system_allocate(size_t bytes) noexcept {
+  void* data = ::operator new(bytes, alignment_of(bytes), std::nothrow);
+#if defined(__linux__)
+  if (data != nullptr && bytes >= 2 * kLargePage) madvise(data, bytes, MADV_HUGEPAGE);  // no matter if it is refused
+#endif
+  return data;
+}
+void system_release(void* data, size_t bytes) noexcept { ::operator delete(data, alignment_of(bytes)); }
 
 constexpr size_t kWorthAsking = size_t{32} << 20;  // below it, asking the system costs more than the block
 
@@ -89,7 +104,7 @@ void Allocator::release(void* data, size_t bytes) noexcept {
     live_ -= size;
     used_ -= bytes;
     if (size > kLargestKept) {
-      surplus = new (data) Unused{};
+      surplus = new (data) Unused{nullptr, nullptr, nullptr, nullptr, size, 0};
     } else {
       const int size_class = class_of(bytes);
       Unused* block = new (data) Unused{first_[size_class], nullptr, nullptr, newest_, size, size_class};
@@ -109,7 +124,7 @@ void Allocator::release(void* data, size_t bytes) noexcept {
   // Unmapping takes long: outside the lock
   while (surplus != nullptr) {
     Unused* next = surplus->next;
-    system_release(surplus);
+    system_release(surplus, surplus->bytes);
     surplus = next;
   }
 }
@@ -123,7 +138,7 @@ Status Allocator::allocate_scratch(size_t bytes, void** out) {
 
 void Allocator::release_scratch(void* data, size_t bytes) noexcept {
   if (data == nullptr) return;
-  system_release(data);
+  system_release(data, bytes);
   std::lock_guard<std::mutex> lock(mutex_);
   scratch_ -= bytes;
 }
@@ -137,7 +152,7 @@ void Allocator::release_kept() {
   while (oldest_ != nullptr) {
     Unused* block = oldest_;
     unlink(block);
-    system_release(block);
+    system_release(block, block->bytes);
   }
 }
 

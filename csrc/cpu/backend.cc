@@ -20,8 +20,8 @@ constexpr int64_t kCopyGrain = int64_t{1} << 20;
 constexpr int kMostThreads = 1024;
 }  // namespace
 
-CpuBackend::CpuBackend(int threads, int64_t scratch_budget)
-    : scratch_budget_(scratch_budget), pool_(std::clamp(threads, 1, kMostThreads)) {}
+CpuBackend::CpuBackend(int threads, int64_t scratch_budget, const Kernels& kernels)
+    : scratch_budget_(scratch_budget), kernels_(kernels), pool_(std::clamp(threads, 1, kMostThreads)) {}
 
 CpuBackend::~CpuBackend() {
   stop();
@@ -106,7 +106,8 @@ Probe probe_backend() {
       {"threads", std::to_string(threads)},
       {"memory", std::to_string(physical_memory())},
       {"features", cpu_features()},
-      {"simd", compiled_simd()},
+      {"isa", usable_kernels().front()->name},
+      {"usable isas", usable_isas(" ")},
   };
   return probe;
 }
@@ -116,8 +117,15 @@ Status create_backend(const ContextOptions& options, std::unique_ptr<Backend>* o
     return Status::Error(Code::kInvalidArg, "expected device: 0 (the CPU is one device) but received " +
                                                 std::to_string(options.device), "device");
   }
+  const Kernels* kernels = options.isa.empty() ? usable_kernels().front() : kernels_named(options.isa);
+  if (kernels == nullptr) {
+    return Status::Error(Code::kUnsupported, "expected isa: one of " + usable_isas(", ") +
+                                                 " (what this processor and this addon have) but received '" +
+                                                 options.isa + "'", "isa");
+  }
   try {
-    *out = std::make_unique<CpuBackend>(options.threads > 0 ? options.threads : usable_threads());
+    const int threads = options.threads > 0 ? options.threads : usable_threads();
+    *out = std::make_unique<CpuBackend>(threads, CpuBackend::kScratchBudget, *kernels);
   } catch (const std::bad_alloc&) {
     return Status::Error(Code::kOutOfMemory, "no memory for a context");
   }

@@ -10,14 +10,18 @@
 #include "../backend.h"
 #include "../common/thread_pool.h"
 #include "allocator.h"
+#include "isa.h"
 #include "queue.h"
 
 namespace moe {
 
 class CpuBackend : public Backend {
  public:
-  // `scratch_budget`: bytes of float rows that a kernel holds before it goes on in pieces.
-  explicit CpuBackend(int threads, int64_t scratch_budget = int64_t{256} << 20);
+  // Bytes of float rows that a kernel holds before it goes on in pieces.
+  static constexpr int64_t kScratchBudget = int64_t{256} << 20;
+
+  explicit CpuBackend(int threads, int64_t scratch_budget = kScratchBudget,
+                      const Kernels& kernels = *usable_kernels().front());
   ~CpuBackend() override;
 
   Status allocate(size_t bytes, void** out) override { return allocator_.allocate(bytes, out); }
@@ -36,12 +40,14 @@ class CpuBackend : public Backend {
   Status copy_out(void* host, const void* device, size_t bytes) override { return copy(host, device, bytes); }
   Status fill_zero(void* device, size_t bytes) override;
 
+  Status roofline(Roofline* out) override;
   size_t expert_bytes(const ExpertsLayout& layout) const override;
   MemoryInfo memory() const override { return allocator_.info(); }
   std::string device_name() const override;
 
   // For kernels, on the queue's thread.
   ThreadPool& pool() { return pool_; }
+  const Kernels& kernels() const { return kernels_; }
   int64_t scratch_budget() const { return scratch_budget_; }
   // Memory of undefined content, aligned to 64 bytes, until the Workspace around it ends.
   Status scratch(size_t bytes, void** out);
@@ -58,6 +64,7 @@ class CpuBackend : public Backend {
   Status copy(void* to, const void* from, size_t bytes);
 
   const int64_t scratch_budget_;
+  const Kernels& kernels_;
   Allocator allocator_;
   ThreadPool pool_;
   Block* block_ = nullptr;       // the newest

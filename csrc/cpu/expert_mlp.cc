@@ -2,31 +2,69 @@
 
 namespace moe {
 
-void project_gate_up(const ExpertsView& experts, int64_t expert, const float* const* rows, int64_t m, int64_t i,
-                     int64_t n, const float* row_weights, float* gate, float* up) {
-  const int64_t H = experts.layout.H, I = experts.layout.I;
-  const float* bias = experts.b13(expert);
-  float* const halves[] = {gate, up};
-  for (int64_t half = 0; half < 2; half++) {
-    float* out = halves[half];
-    multiply_rows(rows, m, experts.w13(expert, half * I + i), experts.layout.dtype, n, H, out, n);
-    for (int64_t r = 0; r < m && row_weights != nullptr; r++) {
-      for (int64_t c = 0; c < n; c++) out[r * n + c] *= row_weights[r];
-    }
-    for (int64_t r = 0; r < m && bias != nullptr; r++) {
-      for (int64_t c = 0; c < n; c++) out[r * n + c] += bias[half * I + i + c];
-    }
+namespace {
+
+// What is fetched while a chunk is multiplied. Alone, a tile streams: memory takes about as long to bring kAhead bytes
+// as the sums before them take. Of several tiles the last brings the next chunk, and all find theirs in the cache.
+constexpr int64_t kAhead = 8192;
+
+void project(const Kernels& kernels, const void* panel, DType dtype, const float* x, int64_t rows, int64_t width,
+             float* out) {
+  for (int64_t begin = 0; begin < width; begin += kChunk) {
+    const int64_t length = std::min(kChunk, width - begin), bytes = length * kPanel * static_cast<int64_t>(size_of(dtype));
+    const void* chunk = element(panel, dtype, begin * kPanel);
+    for_each_tile(kernels, rows, [&](int64_t start, int64_t m) {
+      const int64_t ahead = m == rows ? kAhead : start + m == rows ? bytes : 0;
+      kernels.multiply(dtype, x + start * width + begin * m, m, chunk, length, ahead, begin > 0, out + start * kPanel);
+    });
   }
 }
 
-void project_down(const ExpertsView& experts, int64_t expert, const float* const* rows, int64_t m, int64_t h, int64_t n,
-                  float* out, int64_t stride) {
-  multiply_rows(rows, m, experts.w2(expert, h), experts.layout.dtype, n, experts.layout.I, out, stride);
-  const float* bias = experts.b2(expert);
-  if (bias == nullptr) return;
-  for (int64_t r = 0; r < m; r++) {
-    for (int64_t c = 0; c < n; c++) out[r * stride + c] += bias[h + c];
+void add_bias(const float* bias, int64_t rows, float* out) {
+  for (int64_t r = 0; r < rows && bias != nullptr; r++) {
+    for (int64_t c = 0; c < kPanel; c++) out[r * kPanel + c] += bias[c];
   }
+}
+
+}  // namespace
+
+void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width, float* out) {
+  constexpr int64_t kBlock = 64, kMostRows = 16;
+  for_each_tile(kernels, count, [&](int64_t start, int64_t m) {
+    float* tile = out + start * width;
+    if (m == 1) return kernels.widen(rows[start], dtype, width, tile);
+    float block[kMostRows][kBlock];
+    for (int64_t begin = 0; begin < width; begin += kBlock) {
+      const int64_t n = std::min(kBlock, width - begin);
+      for (int64_t r = 0; r < m; r++) {
+        kernels.widen(element(rows[start + r], dtype, begin), dtype, n, block[r]);
+        for (int64_t c = 0; c < n; c++) tile[(begin + c) * m + r] = block[r][c];
+      }
+    }
+  });
+}
+
+void project_gate_up(const Kernels& kernels, const ExpertsView& experts, int64_t expert, const float* x, int64_t rows,
+                     int64_t panel, const float* row_weights, float* out) {
+  project(kernels, experts.w13(expert, panel), experts.layout.dtype, x, rows, experts.layout.H, out);
+  for (int64_t r = 0; r < rows && row_weights != nullptr; r++) {
+    for (int64_t c = 0; c < kPanel; c++) out[r * kPanel + c] *= row_weights[r];
+  }
+  add_bias(experts.b13(expert, panel), rows, out);
+}
+
+void activate(const Kernels& kernels, const ExpertsView& experts, const float* gate_up, int64_t rows, int64_t panel,
+              float* active) {
+  const int64_t I = experts.layout.I, i = panel * kHalf, n = std::min(kHalf, I - i);
+  for_each_tile(kernels, rows, [&](int64_t start, int64_t m) {
+    kernels.activate(experts.layout.swiglu, gate_up + start * kPanel, m, n, active + start * I + i * m);
+  });
+}
+
+void project_down(const Kernels& kernels, const ExpertsView& experts, int64_t expert, const float* x, int64_t rows,
+                  int64_t panel, float* out) {
+  project(kernels, experts.w2(expert, panel), experts.layout.dtype, x, rows, experts.layout.I, out);
+  add_bias(experts.b2(expert, panel), rows, out);
 }
 
 }  // namespace moe

@@ -1,45 +1,59 @@
-// The expert MLP in tiles: up to kTileRows rows of one expert by a block of columns. Ops make the list of tiles, share
-// tiles x blocks among threads, and decide what becomes of the results.
+// The expert MLP in groups: up to kGroupRows rows of one expert, which share one pass over its weights. The rows of a
+// group are cut into tiles of at most Kernels::tile_rows, about equally many each, and lie interleaved in memory: tile
+// after tile, and in a tile [width][rows]. Ops make the list of groups, share groups x panels among threads, and
+// decide what becomes of the results.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "experts_layout.h"
-#include "gemm.h"
-#include "swiglu.h"
 
 namespace moe {
 
-struct Tile {
+// How many rows share one pass over the weights: more would leave the cache.
+inline constexpr int64_t kGroupRows = 128;
+
+struct Group {
   int64_t expert;
-  int64_t rows;   // at most kTileRows
+  int64_t rows;   // at most kGroupRows
   int64_t first;  // its first row among the op's rows
   int64_t place;  // its first row among the rows held in scratch
 };
 
-// Columns per task: wide enough to be worth a task, narrow enough that small layers occupy all threads.
-inline constexpr int64_t kMostColumns = 32;
-constexpr int64_t columns_per_task(int64_t n) { return n >= 8 * kMostColumns ? kMostColumns : 8; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// gate[r * n + c] and up[r * n + c] for columns i .. i+n-1 of m rows: w * (x W^T) + b, with w = 1 without row_weights.
-void project_gate_up(const ExpertsView& experts, int64_t expert, const float* const* rows, int64_t m, int64_t i,
-                     int64_t n, const float* row_weights, float* gate, float* up);
-
-// out[r * stride + c] for columns h .. h+n-1 of m rows.
-void project_down(const ExpertsView& experts, int64_t expert, const float* const* rows, int64_t m, int64_t h, int64_t n,
-                  float* out, int64_t stride);
-
-// Activated columns i .. i+n-1 of m rows, the rows `stride` = padded(I) apart: what project_down reads.
-inline void activate(const ExpertsView& experts, int64_t m, int64_t i, int64_t n, const float* gate, const float* up,
-                     float* active) {
-  const int64_t I = experts.layout.I, stride = padded(I);
-  for (int64_t r = 0; r < m; r++) {
-    float* row = active + r * stride;
-    swiglu(experts.layout.swiglu, gate + r * n, up + r * n, n, row + i);
-    if (i + n == I) {
-      for (int64_t pad = I; pad < stride; pad++) row[pad] = 0;
-    }
+// Calls fn(start, m) for the tiles of `rows` rows.
+template <class F>
+void for_each_tile(const Kernels& kernels, int64_t rows, F&& fn) {
+  const int64_t tiles = ceil_div(rows, kernels.tile_rows);
+  for (int64_t tile = 0, start = 0; tile < tiles; tile++) {
+    const int64_t m = rows / tiles + (tile < rows % tiles ? 1 : 0);
+    fn(start, m);
+    start += m;
   }
 }
+
+// How many panels of `width` rows a thread takes at a time, of `total`: long runs of memory, but enough tasks for all.
+constexpr int64_t panels_per_task(int64_t width, DType dtype, int64_t total) {
+  const int64_t bytes = width * kPanel * static_cast<int64_t>(size_of(dtype));
+  return std::clamp<int64_t>((int64_t{256} << 10) / bytes, 1, std::max<int64_t>(total / 64, 1));
+}
+
+// How many groups of rows of `width` values are loaded at a time: a few small ones are not worth a second thread.
+constexpr int64_t groups_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / width); }
+
+// Interleaves `count` rows of `width` values, widened, as the tiles of one group.
+void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width, float* out);
+
+// out[r * kPanel + c]: the columns of a panel of w13 for the rows of a group, w * (x W^T) + b, with w = 1 without
+// row_weights: gates of columns kHalf * panel and on, then ups.
+void project_gate_up(const Kernels& kernels, const ExpertsView& experts, int64_t expert, const float* x, int64_t rows,
+                     int64_t panel, const float* row_weights, float* out);
+
+// active: those columns activated, in the interleaved group of width I that project_down reads.
+void activate(const Kernels& kernels, const ExpertsView& experts, const float* gate_up, int64_t rows, int64_t panel,
+              float* active);
+
+// out[r * kPanel + c]: the columns of a panel of w2, with the bias.
+void project_down(const Kernels& kernels, const ExpertsView& experts, int64_t expert, const float* x, int64_t rows,
+                  int64_t panel, float* out);
 
 }  // namespace moe

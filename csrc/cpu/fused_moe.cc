@@ -1,12 +1,12 @@
 // fused_moe: dispatch, experts and combine without gathered rows and without expert outputs in memory.
 //
 // Algorithm: tokens are taken in pieces that fit the scratch budget. Per piece, the local choices are counting-sorted
-// by expert and cut into tiles of at most 128 rows, which refer to the tokens' rows where they are. Threads share
-// tile x block-of-I tasks (gate, up, activation into f32 scratch), and then blocks of 32 columns of H: the thread
-// projects all rows of the piece down to its columns and adds every token's columns up, in column order, before
-// anything is rounded. So f32 gives the bits of moe_dispatch, moe_experts and moe_combine; narrow dtypes are rounded
-// once instead of twice. Zero experts and weights_on_input as in moe_combine; ids neither local nor zero add nothing.
-// Limits: T * C of one piece below 2^31. Order of accumulation: gemm.h, then column order.
+// by expert and cut into groups of at most 128 rows (expert_mlp.h), loaded from where the tokens' rows are. Threads
+// share group x panel tasks (gate, up, activation into f32 scratch), and then the panels of H: the thread projects all
+// rows of the piece down to its 32 columns and adds every token's columns up, in column order, before anything is
+// rounded. So f32 gives the bits of moe_dispatch, moe_experts and moe_combine; narrow dtypes are rounded once instead
+// of twice. Zero experts and weights_on_input as in moe_combine; ids neither local nor zero add nothing. Limits: T * C
+// of one piece below 2^31. Order of accumulation: kernels.h, then column order.
 #include <algorithm>
 #include <cstdint>
 
@@ -25,37 +25,36 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   const int64_t T = p.T, C = p.C, H = p.H, S = p.S, I = p.I;
   const int32_t* ids = p.ids.as<const int32_t>();
   const float* weights = p.weights.as<const float>();
-  backend.note_path("fused_moe", "portable");
+  const Kernels& kernels = cpu(backend).kernels();
+  backend.note_path("fused_moe", kernels.name);
   Workspace workspace(cpu(backend));
   ThreadPool& pool = cpu(backend).pool();
+  const ExpertsView experts(p.experts);
+  const DType dtype = experts.layout.dtype;
 
   // Scratch
-  const int64_t width = columns_per_task(I), blocks = ceil_div(I, width);
-  const int64_t out_width = columns_per_task(H), out_blocks = ceil_div(H, out_width);
   const int64_t lanes = pool.threads();
-  const int64_t choice_bytes = (padded(I) + lanes * out_width) * int64_t{sizeof(float)} + 16;
-  const int64_t token_bytes = C * choice_bytes + FloatRows::bytes_per_place(p.hidden, H);
-  const int64_t fitting = cpu(backend).scratch_budget() / std::max<int64_t>(token_bytes, 1);
+  const int64_t choice_bytes = (H + I + lanes * kPanel) * int64_t{sizeof(float)} + 16;
+  const int64_t fitting = cpu(backend).scratch_budget() / std::max<int64_t>(C * choice_bytes, 1);
   const int64_t piece = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(T, 1));
   const int64_t room = piece * C;
-  FloatRows hidden;
-  float *active = nullptr, *down = nullptr;
+  float *x = nullptr, *active = nullptr, *down = nullptr, *row_weights = nullptr;
   int32_t *places = nullptr, *tokens = nullptr, *next = nullptr;
-  float* row_weights = nullptr;
-  Tile* tiles = nullptr;
-  MOE_RETURN_IF_ERROR(hidden.reserve(workspace, p.hidden, H, piece));
-  MOE_RETURN_IF_ERROR(workspace.take(room * padded(I), &active));
-  MOE_RETURN_IF_ERROR(workspace.take(room * out_width * lanes, &down));
+  Group* groups = nullptr;
+  MOE_RETURN_IF_ERROR(workspace.take(room * H, &x));
+  MOE_RETURN_IF_ERROR(workspace.take(room * I, &active));
+  MOE_RETURN_IF_ERROR(workspace.take(room * kPanel * lanes, &down));
   MOE_RETURN_IF_ERROR(workspace.take(room, &places));       // of each choice
   MOE_RETURN_IF_ERROR(workspace.take(room, &tokens));       // of each place, within the piece
   MOE_RETURN_IF_ERROR(workspace.take(room, &row_weights));  // of each place
   MOE_RETURN_IF_ERROR(workspace.take(S + 1, &next));
-  MOE_RETURN_IF_ERROR(workspace.take(std::min(S, room) + room / kTileRows, &tiles));
-  const ExpertsView experts(p.experts);
+  MOE_RETURN_IF_ERROR(workspace.take(std::min(S, room) + room / kGroupRows, &groups));
 
   for (int64_t begin = 0; begin < T && !pool.cancelled(); begin += piece) {
     const int64_t here = std::min(piece, T - begin), choices = here * C;
-    pool.parallel_for(here, 16, [&](int64_t from, int64_t to) { hidden.load(begin + from, to - from, from); });
+    const auto hidden = [&](int64_t token, int64_t h) {
+      return element(p.hidden.data, p.hidden.dtype, (begin + token) * H + h);
+    };
 
     // Sort the choices
     std::fill_n(next, S + 1, 0);
@@ -73,8 +72,8 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
     for (int64_t e = 0; e < S; e++) {
       const int64_t first = next[e], rows = next[e + 1];
       next[e + 1] += next[e];
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        tiles[count++] = {e, std::min(kTileRows, rows - r), first + r, first + r};
+      for (int64_t r = 0; r < rows; r += kGroupRows) {
+        groups[count++] = {e, std::min(kGroupRows, rows - r), first + r, first + r};
       }
     }
     for (int64_t choice = 0; choice < choices; choice++) {
@@ -85,41 +84,47 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
       row_weights[place] = weights[begin * C + choice];
     }
 
-    pool.parallel_for(count * blocks, 1, [&](int64_t task, int64_t) {
-      const Tile& tile = tiles[task / blocks];
-      const int64_t i = task % blocks * width, n = std::min(width, I - i);
-      const float* x[kTileRows];
-      float gate[kTileRows * kMostColumns], up[kTileRows * kMostColumns];
-      for (int64_t r = 0; r < tile.rows; r++) {
-        const int64_t token = tokens[tile.place + r];
-        x[r] = hidden.row(begin + token, token);
+    pool.parallel_for(count, groups_per_task(H), [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; at++) {
+        const Group& group = groups[at];
+        const void* rows[kGroupRows];
+        for (int64_t r = 0; r < group.rows; r++) rows[r] = hidden(tokens[group.place + r], 0);
+        load_group(kernels, rows, group.rows, p.hidden.dtype, H, x + group.place * H);
       }
-      project_gate_up(experts, tile.expert, x, tile.rows, i, n, p.weights_on_input ? row_weights + tile.place : nullptr,
-                      gate, up);
-      activate(experts, tile.rows, i, n, gate, up, active + tile.place * padded(I));
     });
 
-    pool.parallel_for(out_blocks, 1, [&](int64_t block, int64_t) {
-      const int64_t h = block * out_width, n = std::min(out_width, H - h);
-      float* out = down + ThreadPool::lane() * room * out_width;
+    const int64_t panels = panels13(experts.layout), grain = panels_per_task(H, dtype, count * panels);
+    pool.parallel_for(count * panels, grain, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; task++) {
+        const Group& group = groups[task / panels];
+        float out[kGroupRows * kPanel];
+        project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, task % panels,
+                        p.weights_on_input ? row_weights + group.place : nullptr, out);
+        activate(kernels, experts, out, group.rows, task % panels, active + group.place * I);
+      }
+    });
+
+    pool.parallel_for(panels2(experts.layout), 1, [&](int64_t panel, int64_t) {
+      const int64_t h = panel * kPanel, n = std::min(kPanel, H - h);
+      float* out = down + ThreadPool::lane() * room * kPanel;
       for (int64_t at = 0; at < count; at++) {
-        const Tile& tile = tiles[at];
-        const float* x[kTileRows];
-        for (int64_t r = 0; r < tile.rows; r++) x[r] = active + (tile.place + r) * padded(I);
-        project_down(experts, tile.expert, x, tile.rows, h, n, out + tile.place * out_width, out_width);
+        const Group& group = groups[at];
+        project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel,
+                     out + group.place * kPanel);
       }
       for (int64_t t = 0; t < here; t++) {
-        float sums[kMostColumns] = {};
+        float sums[kPanel] = {}, row[kPanel];
         for (int64_t choice = t * C; choice < (t + 1) * C; choice++) {
           const float weight = weights[begin * C + choice];
           if (places[choice] == kZeroExpert) {
-            add_scaled(sums, hidden.row(begin + t, t) + h, weight, n);
+            kernels.widen(hidden(t, h), p.hidden.dtype, n, row);
+            kernels.add_scaled(sums, row, weight, n);
           } else if (places[choice] != kNowhere) {
-            add_scaled(sums, out + places[choice] * out_width, p.weights_on_input ? 1.0f : weight, n);
+            kernels.add_scaled(sums, out + places[choice] * kPanel, p.weights_on_input ? 1.0f : weight, n);
           }
         }
         for (int64_t c = 0; c < n; c++) sums[c] *= p.output_scale;
-        narrow(sums, n, element(p.output.data, p.output.dtype, (begin + t) * H + h), p.output.dtype);
+        kernels.narrow(sums, n, element(p.output.data, p.output.dtype, (begin + t) * H + h), p.output.dtype);
       }
     });
   }

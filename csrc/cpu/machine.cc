@@ -175,18 +175,4 @@ std::string cpu_features() {
   return features;
 }
 
-const char* compiled_simd() {
-#if defined(__AVX512F__)
-  return "avx512";
-#elif defined(__AVX2__)
-  return "avx2";
-#elif defined(__x86_64__) || defined(_M_X64) || defined(__SSE2__)
-  return "sse2";
-#elif defined(__aarch64__) || defined(_M_ARM64) || defined(__ARM_NEON)
-  return "neon";
-#else
-  return "scalar";
-#endif
-}
-
 }  // namespace moe

@@ -19,7 +19,4 @@ std::string cpu_name();
 // Vector extensions of the processor, e.g. "sse4.2 avx avx2 fma"; empty where it cannot be asked.
 std::string cpu_features();
 
-// The instruction set that the kernels were compiled for.
-const char* compiled_simd();
-
 }  // namespace moe

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string>
 
-#include "gemm.h"
+#include "float_rows.h"
 
 namespace moe {
 
@@ -26,7 +26,8 @@ Status moe_combine(Backend& backend, const MoeCombine& p) {
   constexpr int64_t kBlock = 512;
   const int64_t T = p.T, C = p.C, H = p.H;
   const int32_t* inverse = p.inverse.as<const int32_t>();
-  backend.note_path("moe_combine", "portable");
+  const Kernels& kernels = cpu(backend).kernels();
+  backend.note_path("moe_combine", kernels.name);
   for (int64_t choice = 0; choice < T * C; choice++) {
     if (inverse[choice] < p.P || is_zero_expert(p, choice)) continue;
     return Status::Error(Code::kRange, "expected inverse below " + std::to_string(p.P) +
@@ -43,17 +44,17 @@ Status moe_combine(Backend& backend, const MoeCombine& p) {
         for (int64_t choice = t * C; choice < (t + 1) * C; choice++) {
           float weight = p.weights.as<const float>()[choice];
           if (is_zero_expert(p, choice)) {
-            widen(element(p.hidden.data, p.hidden.dtype, t * H + h), p.hidden.dtype, n, row);
+            kernels.widen(element(p.hidden.data, p.hidden.dtype, t * H + h), p.hidden.dtype, n, row);
           } else if (inverse[choice] >= 0) {
-            widen(element(p.rows.data, p.rows.dtype, inverse[choice] * H + h), p.rows.dtype, n, row);
+            kernels.widen(element(p.rows.data, p.rows.dtype, inverse[choice] * H + h), p.rows.dtype, n, row);
             if (p.weights_on_input) weight = 1;
           } else {
             continue;
           }
-          add_scaled(sums, row, weight, n);
+          kernels.add_scaled(sums, row, weight, n);
         }
         for (int64_t i = 0; i < n; i++) sums[i] *= p.output_scale;
-        narrow(sums, n, element(p.output.data, p.output.dtype, t * H + h), p.output.dtype);
+        kernels.narrow(sums, n, element(p.output.data, p.output.dtype, t * H + h), p.output.dtype);
       }
     }
   });

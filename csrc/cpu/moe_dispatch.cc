@@ -27,10 +27,9 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   const int64_t pieces = experts <= 4096 ? std::clamp(choices / 32768, int64_t{1}, int64_t{16}) : 1;
   const int64_t piece = ceil_div(std::max(choices, int64_t{1}), pieces);
   backend.note_path("moe_dispatch", pieces > 1 ? "counting sort, parallel" : "counting sort");
-  const auto local = [&](int64_t choice) {
-    const int64_t expert = int64_t{ids[choice]} - p.first_expert;
-    return ids[choice] >= 0 && expert >= 0 && expert < experts ? expert : -1;
-  };
+  // An expert from 0 on, or something beyond them: what is negative wraps around.
+  const auto first_expert = static_cast<uint32_t>(p.first_expert), local_experts = static_cast<uint32_t>(experts);
+  const auto local = [&](int64_t choice) { return static_cast<uint32_t>(ids[choice]) - first_expert; };
 
   // Count every piece
   int32_t* next = nullptr;  // [pieces, experts]: counts, then the next place
@@ -39,8 +38,8 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
     int32_t* mine = next + at * experts;
     std::fill_n(mine, experts, 0);
     for (int64_t choice = at * piece; choice < std::min(choices, (at + 1) * piece); choice++) {
-      const int64_t expert = local(choice);
-      if (expert >= 0) mine[expert]++;
+      const uint32_t expert = local(choice);
+      if (expert < local_experts) mine[expert]++;
     }
   });
   MOE_RETURN_IF_ERROR(cpu(backend).finished());
@@ -61,6 +60,7 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
                                                   std::to_string(p.P), "capacity");
     }
     offsets[e] = static_cast<int32_t>(first);
+    std::fill(order + first + counts[e], order + place, static_cast<int32_t>(choices));
     if (p.block_experts) {
       std::fill(block_experts + first / p.block_size, block_experts + place / p.block_size, static_cast<int32_t>(e));
     }
@@ -69,13 +69,18 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   if (p.block_experts) std::fill(block_experts + place / p.block_size, block_experts + p.blocks, -1);
 
   // Place the choices
-  std::fill_n(order, p.P, static_cast<int32_t>(choices));
+  std::fill(order + place, order + p.P, static_cast<int32_t>(choices));
   pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
     int32_t* mine = next + at * experts;
     for (int64_t choice = at * piece; choice < std::min(choices, (at + 1) * piece); choice++) {
-      const int64_t expert = local(choice);
-      inverse[choice] = expert < 0 ? -1 : mine[expert]++;
-      if (expert >= 0) order[inverse[choice]] = static_cast<int32_t>(choice);
+      const uint32_t expert = local(choice);
+      if (expert < local_experts) {
+        const int32_t at_place = mine[expert]++;
+        inverse[choice] = at_place;
+        order[at_place] = static_cast<int32_t>(choice);
+      } else {
+        inverse[choice] = -1;
+      }
     }
   });
   if (!p.rows) return cpu(backend).finished();

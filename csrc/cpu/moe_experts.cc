@@ -1,10 +1,10 @@
 // moe_experts: the expert MLP of every dispatched row.
 //
-// Algorithm: the rows of each expert are cut into tiles of at most 128. Tiles are taken in pieces that fit the scratch
-// budget; per piece, threads share tile x block-of-I tasks that project gate and up and activate into f32 scratch, and
-// then tile x block-of-H tasks that project down and round into the output. The weight of a row multiplies the
+// Algorithm: the rows of each expert are cut into groups of at most 128 (expert_mlp.h). Groups are taken in pieces that
+// fit the scratch budget; per piece, threads share group x panel tasks that project gate and up and activate into f32
+// scratch, and then group x panel tasks that project down and round into the output. The weight of a row multiplies the
 // accumulator before the bias. Places without a row are zeroed. Limits: none; an expert's rows may lie anywhere, but
-// no place may belong to two of them. Order of accumulation: gemm.h. NaN and infinities take their course.
+// no place may belong to two of them. Order of accumulation: kernels.h. NaN and infinities take their course.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -22,8 +22,8 @@ Status refuse(const char* arg, const std::string& expectation) {
   return Status::Error(Code::kRange, "expected " + expectation, arg);
 }
 
-// Marks the places that hold a row, counts tiles, and checks what only the data can tell.
-Status check(const MoeExperts& p, uint8_t* taken, int64_t* tiles) {
+// Marks the places that hold a row, counts groups, and checks what only the data can tell.
+Status check(const MoeExperts& p, uint8_t* taken, int64_t* groups) {
   const int32_t* counts = p.counts.as<const int32_t>();
   const int32_t* offsets = p.offsets.as<const int32_t>();
   std::memset(taken, 0, static_cast<size_t>(p.P));
@@ -47,7 +47,7 @@ Status check(const MoeExperts& p, uint8_t* taken, int64_t* tiles) {
                                    " choices but received " + text(choice));
       }
     }
-    *tiles += ceil_div(count, kTileRows);
+    *groups += ceil_div(count, kGroupRows);
   }
   return Status::Ok();
 }
@@ -56,7 +56,8 @@ Status check(const MoeExperts& p, uint8_t* taken, int64_t* tiles) {
 
 Status moe_experts(Backend& backend, const MoeExperts& p) {
   const int64_t H = p.H, I = p.I;
-  backend.note_path("moe_experts", "portable");
+  const Kernels& kernels = cpu(backend).kernels();
+  backend.note_path("moe_experts", kernels.name);
   Workspace workspace(cpu(backend));
   ThreadPool& pool = cpu(backend).pool();
 
@@ -65,65 +66,71 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   MOE_RETURN_IF_ERROR(workspace.take(p.P, &taken));
   MOE_RETURN_IF_ERROR(check(p, taken, &count));
   const size_t output_bytes = static_cast<size_t>(H) * size_of(p.output.dtype);
-  pool.parallel_for(p.P, std::max<int64_t>(1, 16384 / std::max<int64_t>(H, 1)), [&](int64_t begin, int64_t end) {
+  pool.parallel_for(p.P, std::max<int64_t>(1, 16384 / H), [&](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; place++) {
       if (taken[place] == 0) std::memset(element(p.output.data, p.output.dtype, place * H), 0, output_bytes);
     }
   });
 
-  // Tiles, placed in pieces of at most `room` rows
-  const int64_t row_bytes = padded(I) * int64_t{sizeof(float)} + FloatRows::bytes_per_place(p.rows, H);
-  const int64_t room = std::max(kTileRows, std::min(p.P, cpu(backend).scratch_budget() / row_bytes));
-  Tile* tiles = nullptr;
-  MOE_RETURN_IF_ERROR(workspace.take(count, &tiles));
+  // Groups, placed in pieces of at most `room` rows
+  const int64_t row_bytes = (H + I) * int64_t{sizeof(float)};
+  const int64_t room = std::max(kGroupRows, std::min(p.P, cpu(backend).scratch_budget() / row_bytes));
+  Group* groups = nullptr;
+  MOE_RETURN_IF_ERROR(workspace.take(count, &groups));
   int64_t filled = 0, place = 0;
   for (int64_t e = 0; e < p.S; e++) {
     const int64_t rows = p.counts.as<const int32_t>()[e], first = p.offsets.as<const int32_t>()[e];
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int64_t m = std::min(kTileRows, rows - r);
+    for (int64_t r = 0; r < rows; r += kGroupRows) {
+      const int64_t m = std::min(kGroupRows, rows - r);
       if (place + m > room) place = 0;
-      tiles[filled++] = {e, m, first + r, place};
+      groups[filled++] = {e, m, first + r, place};
       place += m;
     }
   }
 
-  FloatRows rows;
-  float* active = nullptr;
-  MOE_RETURN_IF_ERROR(rows.reserve(workspace, p.rows, H, room));
-  MOE_RETURN_IF_ERROR(workspace.take(room * padded(I), &active));
+  float *x = nullptr, *active = nullptr;
+  MOE_RETURN_IF_ERROR(workspace.take(std::min(room, p.P) * H, &x));
+  MOE_RETURN_IF_ERROR(workspace.take(std::min(room, p.P) * I, &active));
   const ExpertsView experts(p.experts);
+  const DType dtype = experts.layout.dtype;
   for (int64_t begin = 0, end = 0; begin < count && !pool.cancelled(); begin = end) {
-    for (end = begin + 1; end < count && tiles[end].place != 0;) end++;
-    const Tile* piece = tiles + begin;
+    for (end = begin + 1; end < count && groups[end].place != 0;) end++;
+    const Group* piece = groups + begin;
+    const int64_t pieces = end - begin;
 
-    pool.parallel_for(end - begin, 1, [&](int64_t at, int64_t) {
-      rows.load(piece[at].first, piece[at].rows, piece[at].place);
-    });
-
-    const int64_t width = columns_per_task(I), blocks = ceil_div(I, width);
-    pool.parallel_for((end - begin) * blocks, 1, [&](int64_t task, int64_t) {
-      const Tile& tile = piece[task / blocks];
-      const int64_t i = task % blocks * width, n = std::min(width, I - i);
-      const float* x[kTileRows];
-      float weights[kTileRows], gate[kTileRows * kMostColumns], up[kTileRows * kMostColumns];
-      for (int64_t r = 0; r < tile.rows; r++) {
-        x[r] = rows.row(tile.first + r, tile.place + r);
-        if (p.order) weights[r] = p.weights.as<const float>()[p.order.as<const int32_t>()[tile.first + r]];
+    pool.parallel_for(pieces, groups_per_task(H), [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; at++) {
+        const void* rows[kGroupRows];
+        for (int64_t r = 0; r < piece[at].rows; r++) rows[r] = element(p.rows.data, p.rows.dtype, (piece[at].first + r) * H);
+        load_group(kernels, rows, piece[at].rows, p.rows.dtype, H, x + piece[at].place * H);
       }
-      project_gate_up(experts, tile.expert, x, tile.rows, i, n, p.order ? weights : nullptr, gate, up);
-      activate(experts, tile.rows, i, n, gate, up, active + tile.place * padded(I));
     });
 
-    const int64_t out_width = columns_per_task(H), out_blocks = ceil_div(H, out_width);
-    pool.parallel_for((end - begin) * out_blocks, 1, [&](int64_t task, int64_t) {
-      const Tile& tile = piece[task / out_blocks];
-      const int64_t h = task % out_blocks * out_width, n = std::min(out_width, H - h);
-      const float* x[kTileRows];
-      float out[kTileRows * kMostColumns];
-      for (int64_t r = 0; r < tile.rows; r++) x[r] = active + (tile.place + r) * padded(I);
-      project_down(experts, tile.expert, x, tile.rows, h, n, out, n);
-      for (int64_t r = 0; r < tile.rows; r++) {
-        narrow(out + r * n, n, element(p.output.data, p.output.dtype, (tile.first + r) * H + h), p.output.dtype);
+    const int64_t panels = panels13(experts.layout), grain = panels_per_task(H, dtype, pieces * panels);
+    pool.parallel_for(pieces * panels, grain, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; task++) {
+        const Group& group = piece[task / panels];
+        float weights[kGroupRows], out[kGroupRows * kPanel];
+        for (int64_t r = 0; r < group.rows && p.order; r++) {
+          weights[r] = p.weights.as<const float>()[p.order.as<const int32_t>()[group.first + r]];
+        }
+        project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, task % panels,
+                        p.order ? weights : nullptr, out);
+        activate(kernels, experts, out, group.rows, task % panels, active + group.place * I);
+      }
+    });
+
+    const int64_t out_panels = panels2(experts.layout), out_grain = panels_per_task(I, dtype, pieces * out_panels);
+    pool.parallel_for(pieces * out_panels, out_grain, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; task++) {
+        const Group& group = piece[task / out_panels];
+        const int64_t h = task % out_panels * kPanel, n = std::min(kPanel, H - h);
+        float out[kGroupRows * kPanel];
+        project_down(kernels, experts, group.expert, active + group.place * I, group.rows, task % out_panels, out);
+        for (int64_t r = 0; r < group.rows; r++) {
+          void* to_row = element(p.output.data, p.output.dtype, (group.first + r) * H + h);
+          kernels.narrow(out + r * kPanel, n, to_row, p.output.dtype);
+        }
       }
     });
   }

@@ -1,13 +1,13 @@
 // moe_fused_gate: scores, groups, the K best, weights, shared experts, mapping and load of every token.
 //
 // Algorithm: one thread per token, 16 tokens a task, all in arrays on its stack; groups are cut by selection, the K
-// best are kept in an insertion-sorted list. The load is counted afterwards on one thread. Limits: 1024 experts, 32
-// choices; any group count that divides the experts.
+// best are kept in an insertion-sorted list. 256 experts in 8 groups have a way of their own where Kernels does. The
+// load is counted afterwards on one thread. Limits: 1024 experts, 32 choices; any group count that divides the experts.
 //
 // Ranks are unsigned keys with the order of the floats, -0 equal to 0 and NaN below -inf; equal keys go to the lower
 // id, for experts and for groups. A NaN logit or bias, or a choice that became NaN (+inf score, -inf bias), has weight
-// 0. Order of accumulation: softmax sums run in id order, sums over chosen experts in slot order, everything in f32
-// with exp and log1p rounded from f64.
+// 0. Order of accumulation: softmax sums run in id order, sums over chosen experts in slot order, everything in f32;
+// sigmoids to a unit in the last place, the other exp and log1p rounded from f64.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -73,16 +73,13 @@ void softmax(const float* x, int64_t n, float* out) {
 }
 
 // NaN stays NaN.
-void score(Scoring scoring, const float* x, int64_t n, float* out) {
+void score(const Kernels& kernels, Scoring scoring, const float* x, int64_t n, float* out) {
   if (scoring == Scoring::kSoftmax) return softmax(x, n, out);
+  if (scoring == Scoring::kSigmoid) return kernels.sigmoids(x, n, out);
   for (int64_t i = 0; i < n; i++) {
-    if (scoring == Scoring::kSigmoid) {
-      out[i] = 1.0f / (1.0f + static_cast<float>(std::exp(-static_cast<double>(x[i]))));
-    } else {
-      const auto power = static_cast<float>(std::exp(static_cast<double>(std::min(x[i], 21.0f))));
-      const float softplus = x[i] > 20.0f ? x[i] : static_cast<float>(std::log1p(static_cast<double>(power)));
-      out[i] = std::isnan(x[i]) ? x[i] : std::sqrt(softplus);
-    }
+    const auto power = static_cast<float>(std::exp(static_cast<double>(std::min(x[i], 21.0f))));
+    const float softplus = x[i] > 20.0f ? x[i] : static_cast<float>(std::log1p(static_cast<double>(power)));
+    out[i] = std::isnan(x[i]) ? x[i] : std::sqrt(softplus);
   }
 }
 
@@ -140,17 +137,45 @@ void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
   }
 }
 
-void route(const MoeFusedGate& p, int64_t t, Row& row) {
-  const int64_t E = p.E, columns = int64_t{p.K} + p.shared, routed = E - p.zero;
+// The columns of a row: chosen experts with their weights, then the shared ones.
+void write_row(const MoeFusedGate& p, int64_t t, const int32_t* chosen, const float* weights) {
+  if (p.shared == 0 && p.zero == 0 && !p.id_map && !p.logical_ids) {
+    const float scale = p.scale_placement == ScalePlacement::kInWeights ? p.scale : 1.0f;
+    std::copy_n(chosen, p.K, p.ids.as<int32_t>() + t * p.K);
+    for (int64_t c = 0; c < p.K; c++) p.weights.as<float>()[t * p.K + c] = weights[c] * scale;
+    return;
+  }
+  const int64_t columns = int64_t{p.K} + p.shared, routed = p.E - p.zero;
+  const bool in_weights = p.scale_placement == ScalePlacement::kInWeights;
+  const int32_t* map = p.id_map ? p.id_map.as<const int32_t>() + t % p.rounds * (p.E + p.shared) : nullptr;
+  for (int64_t c = 0; c < columns; c++) {
+    const bool shared = c >= p.K;
+    int64_t id = routed + c - p.K;
+    if (!shared) id = chosen[c] < routed ? chosen[c] : int64_t{chosen[c]} + p.shared;
+    if (!shared && p.logical_ids) p.logical_ids.as<int32_t>()[t * p.K + c] = static_cast<int32_t>(id);
+    p.ids.as<int32_t>()[t * columns + c] = map != nullptr ? map[id] : static_cast<int32_t>(id);
+    p.weights.as<float>()[t * columns + c] =
+        shared ? (in_weights ? 1.0f : 1.0f / p.scale) : (in_weights ? weights[c] * p.scale : weights[c]);
+  }
+}
+
+// Whether the rows may be tried with Kernels::choose_of_256.
+bool is_grouped_256(const Kernels& kernels, const MoeFusedGate& p) {
+  return kernels.choose_of_256 != nullptr && p.E == 256 && p.groups == 8 && p.K <= 8 &&
+         p.scoring == Scoring::kSigmoid && p.selection == Selection::kScore;
+}
+
+void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
+  const int64_t E = p.E;
   const float* bias = p.bias.as<const float>();
-  widen(element(p.logits.data, p.logits.dtype, t * E), p.logits.dtype, E, row.x);
+  kernels.widen(element(p.logits.data, p.logits.dtype, t * E), p.logits.dtype, E, row.x);
   for (int64_t e = 0; e < E && bias != nullptr; e++) {
     if (std::isnan(bias[e])) row.x[e] = kNaN;
   }
 
   // Who is chosen
   const bool by_logits = p.selection == Selection::kLogits;
-  if (!by_logits) score(p.scoring, row.x, E, row.scores);
+  if (!by_logits) score(kernels, p.scoring, row.x, E, row.scores);
   if (p.selection == Selection::kUniform) {
     const uint32_t h = mix(p.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
     for (int64_t e = 0; e < E; e++) row.keys[e] = mix(h ^ (static_cast<uint32_t>(e) + 1) * 0x85ebca77u);
@@ -170,7 +195,7 @@ void route(const MoeFusedGate& p, int64_t t, Row& row) {
   if (by_logits) {
     float logits[kMostChoices];
     for (int c = 0; c < p.K; c++) logits[c] = row.x[chosen[c]];
-    score(p.scoring, logits, p.K, weights);
+    score(kernels, p.scoring, logits, p.K, weights);
   } else {
     for (int c = 0; c < p.K; c++) weights[c] = row.scores[chosen[c]];
   }
@@ -179,18 +204,29 @@ void route(const MoeFusedGate& p, int64_t t, Row& row) {
     if (nan_choice || std::isnan(weights[c])) weights[c] = 0;
   }
   if (p.renormalize) divide_by_sum(weights, p.K);
-  const bool in_weights = p.scale_placement == ScalePlacement::kInWeights;
+  write_row(p, t, chosen, weights);
+}
 
-  // Columns of the row
-  const int32_t* map = p.id_map ? p.id_map.as<const int32_t>() + t % p.rounds * (E + p.shared) : nullptr;
-  for (int64_t c = 0; c < columns; c++) {
-    const bool shared = c >= p.K;
-    int64_t id = routed + c - p.K;
-    if (!shared) id = chosen[c] < routed ? chosen[c] : int64_t{chosen[c]} + p.shared;
-    if (!shared && p.logical_ids) p.logical_ids.as<int32_t>()[t * p.K + c] = static_cast<int32_t>(id);
-    p.ids.as<int32_t>()[t * columns + c] = map != nullptr ? map[id] : static_cast<int32_t>(id);
-    p.weights.as<float>()[t * columns + c] =
-        shared ? (in_weights ? 1.0f : 1.0f / p.scale) : (in_weights ? weights[c] * p.scale : weights[c]);
+// Rows begin .. begin+count-1 with count <= kGateRows; single rows go the general way.
+void route_grouped_256(const Kernels& kernels, const MoeFusedGate& p, int64_t begin, int64_t count, Row& row) {
+  float wide[kGateRows * 256], scores[kGateRows * 256];
+  int32_t chosen[kGateRows * 16];
+  const void* from = element(p.logits.data, p.logits.dtype, begin * p.E);
+  if (p.logits.dtype != DType::kF32) kernels.widen(from, p.logits.dtype, count * p.E, wide);
+  const float* logits = p.logits.dtype == DType::kF32 ? static_cast<const float*>(from) : wide;
+  const bool sum_of_two = p.group_score == GroupScore::kTop2Sum;
+  const uint32_t done = kernels.choose_of_256(logits, static_cast<int>(count), p.bias.as<const float>(), p.top_groups,
+                                              sum_of_two, p.K, scores, chosen);
+  for (int64_t r = 0; r < count; r++) {
+    if ((done >> r & 1) == 0) {
+      route(kernels, p, begin + r, row);
+      continue;
+    }
+    float weights[8] = {}, sum = 0;
+    for (int c = 0; c < p.K; c++) sum += weights[c] = scores[r * 256 + chosen[r * 16 + c]];
+    const float divisor = !p.renormalize ? 1.0f : sum == 0 ? kInfinity : sum;
+    for (float& weight : weights) weight /= divisor;
+    write_row(p, begin + r, chosen + r * 16, weights);
   }
 }
 
@@ -201,13 +237,19 @@ Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
     return Status::Error(Code::kUnsupported, "expected at most 1024 experts and topK 32 but received " +
                                                  std::to_string(p.E) + " and " + std::to_string(p.K));
   }
-  backend.note_path("moe_fused_gate", "general");
+  const Kernels& kernels = cpu(backend).kernels();
+  const bool grouped_256 = is_grouped_256(kernels, p);
+  backend.note_path("moe_fused_gate", grouped_256 ? "avx512 for 256 experts in 8 groups" : kernels.name);
   const int64_t columns = int64_t{p.K} + p.shared;
   const int64_t given = p.valid_tokens.device != nullptr ? *p.valid_tokens.device : p.valid_tokens.host;
   const int64_t valid = std::clamp(given, int64_t{0}, p.T);
   cpu(backend).pool().parallel_for(p.T, 16, [&](int64_t begin, int64_t end) {
     Row row;
-    for (int64_t t = begin; t < std::min(end, valid); t++) route(p, t, row);
+    const int64_t routed = std::min(end, valid);
+    for (int64_t t = begin; t < routed && grouped_256; t += kGateRows) {
+      route_grouped_256(kernels, p, t, std::min<int64_t>(kGateRows, routed - t), row);
+    }
+    for (int64_t t = begin; t < routed && !grouped_256; t++) route(kernels, p, t, row);
     for (int64_t t = std::max(begin, valid); t < end; t++) {
       std::fill_n(p.ids.as<int32_t>() + t * columns, columns, -1);
       std::fill_n(p.weights.as<float>() + t * columns, columns, 0.0f);

@@ -6,6 +6,14 @@ import type { DType, Handle, RawArray } from '../tensor.js';
 
 export type BackendName = 'cuda' | 'ascend' | 'cpu' | 'oracle';
 
+/** Bytes read and floating-point operations (two for a fused multiply-add) per second, by loops that do nothing else. */
+export interface Roofline {
+  readonly readOneThread: number;
+  readonly readAllThreads: number;
+  readonly flopsOneThread: number;
+  readonly flopsAllThreads: number;
+}
+
 export interface MemoryInfo {
   /** Bytes held by live tensors, packed experts, captures and work in flight. */
   readonly used: number;
@@ -56,6 +64,8 @@ export interface Backend {
   memory(): MemoryInfo;
   /** Which kernel each op took last. */
   paths(): Record<string, string>;
+  /** Throws ERR_MOE_UNSUPPORTED on a backend that cannot measure it. */
+  roofline(): Roofline;
   /** Finishes queued work, then gives everything back. */
   close(): Promise<void>;
   /** After close: gives up the work that is left and everything else, now; waits for it reject with ERR_MOE_ABORTED. */

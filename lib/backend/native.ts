@@ -6,7 +6,7 @@ import type { ExpertsLayout } from '../experts.js';
 import type { Addon, NativeContext } from '../native.js';
 import type { Call } from '../op.js';
 import { type DType, dtypeRow, dtypes, type Handle, type RawArray } from '../tensor.js';
-import type { Backend, BackendName, Lane, MemoryInfo, ReadAs } from './backend.js';
+import type { Backend, BackendName, Lane, MemoryInfo, ReadAs, Roofline } from './backend.js';
 
 const RECORD_FIELDS = 64;
 
@@ -18,9 +18,10 @@ export class NativeBackend implements Backend {
   readonly #record = new Float64Array(RECORD_FIELDS);
   #polling = false;
 
-  constructor(name: BackendName, addon: Addon, options: { device: number; threads: number }) {
+  constructor(name: BackendName, addon: Addon, options: { device: number; threads: number; isa: string }) {
     this.name = name;
-    this.#context = new addon.Context(options);
+    const { device, threads, isa } = options;
+    this.#context = new addon.Context({ device, threads, isa: isa === 'auto' ? '' : isa });
     this.device = this.#context.device();
     this.#ops = new Map(
       addon.describe().ops.flatMap((op, index) => (op.available ? [[op.name, index]] : [])),
@@ -108,6 +109,9 @@ export class NativeBackend implements Backend {
   }
   paths(): Record<string, string> {
     return this.#context.paths();
+  }
+  roofline(): Roofline {
+    return this.#context.roofline();
   }
   close(): Promise<void> {
     return this.#context.close();

@@ -6,7 +6,7 @@ import type { ExpertsLayout } from '../experts.js';
 import type { Call, CallTensor } from '../op.js';
 import type { OracleExperts, OracleTensor } from '../oracle/values.js';
 import { type DType, decode, dtypeRow, encode, type Handle, type RawArray, Tensor } from '../tensor.js';
-import type { Backend, MemoryInfo, ReadAs } from './backend.js';
+import type { Backend, MemoryInfo, ReadAs, Roofline } from './backend.js';
 
 /** Below it, asking the system costs more than the array. */
 const WORTH_ASKING = 32 * 2 ** 20;
@@ -146,6 +146,9 @@ export class OracleBackend implements Backend {
 
   memory(): MemoryInfo {
     return { used: this.#used, reserved: this.#used };
+  }
+  roofline(): Roofline {
+    throw new MoeError('ERR_MOE_UNSUPPORTED', 'the oracle has no roofline', { op: 'roofline' });
   }
   paths(): Record<string, string> {
     return { ...this.#paths };

@@ -102,6 +102,8 @@ function format({ package: { name, version }, node, os, cpu, backends, ok }: Rep
     if (report.loadedFrom !== null) lines.push(`        loaded from ${report.loadedFrom}`);
     for (const { path, error } of report.attempts) lines.push(`        tried ${path}: ${error}`);
     for (const device of report.devices) lines.push(`        device ${device}`);
+    const { isa, 'usable isas': isas } = report.facts;
+    if (isa !== undefined) lines.push(`        instruction set ${isa} (of ${isas})`);
     if (!report.verifiedOnHardware) lines.push('        not run on hardware by this version');
     const { selfTest } = report;
     if (selfTest === null) continue;

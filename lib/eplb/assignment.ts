@@ -9,7 +9,9 @@ export function assignRows(cost: Float64Array, n: number): Int32Array {
   const least = new Float64Array(n + 1);
   const via = new Int32Array(n + 1);
   const visited = new Uint8Array(n + 1);
+  const matched = tightMatches(cost, n, rowPotential, columnPotential, rowOf);
   for (let row = 1; row <= n; row++) {
+    if (matched[row]) continue;
     rowOf[0] = row;
     least.fill(Number.POSITIVE_INFINITY);
     visited.fill(0);
@@ -50,15 +52,56 @@ export function assignRows(cost: Float64Array, n: number): Int32Array {
   return result;
 }
 
+/** Potentials from the least costs of rows and columns, and the rows that they match at once (1-based). */
+function tightMatches(
+  cost: Float64Array,
+  n: number,
+  rowPotential: Float64Array,
+  columnPotential: Float64Array,
+  rowOf: Int32Array,
+): Uint8Array {
+  for (let row = 1; row <= n; row++) {
+    let least = Number.POSITIVE_INFINITY;
+    for (let column = 0; column < n; column++) least = Math.min(least, cost[(row - 1) * n + column]!);
+    rowPotential[row] = least;
+  }
+  for (let column = 1; column <= n; column++) {
+    let least = Number.POSITIVE_INFINITY;
+    for (let row = 1; row <= n; row++)
+      least = Math.min(least, cost[(row - 1) * n + column - 1]! - rowPotential[row]!);
+    columnPotential[column] = least;
+  }
+  const matched = new Uint8Array(n + 1);
+  for (let row = 1; row <= n; row++)
+    for (let column = 1; column <= n && !matched[row]; column++)
+      if (
+        rowOf[column] === 0 &&
+        cost[(row - 1) * n + column - 1]! - rowPotential[row]! - columnPotential[column]! === 0
+      ) {
+        rowOf[column] = row;
+        matched[row] = 1;
+      }
+  return matched;
+}
+
 /** Reorders rows[device] so that as many experts as possible stay on the device that has them in `current`. */
-export function matchRows(rows: readonly number[][], current: readonly ArrayLike<number>[]): number[][] {
+export function matchRows(
+  rows: readonly ArrayLike<number>[],
+  current: readonly ArrayLike<number>[],
+): number[][] {
   const n = rows.length;
+  let experts = 0;
+  for (const row of current)
+    for (let slot = 0; slot < row.length; slot++) experts = Math.max(experts, row[slot]! + 1);
+  const held = new Uint8Array(n * experts);
+  for (const [device, row] of current.entries())
+    for (let slot = 0; slot < row.length; slot++) held[device * experts + row[slot]!] = 1;
   const cost = new Float64Array(n * n);
-  const held = current.map((row) => new Set(Array.from(row)));
   for (const [index, row] of rows.entries())
-    for (let device = 0; device < n; device++)
-      for (const expert of row) if (held[device]!.has(expert)) cost[index * n + device]! -= 1;
+    for (let slot = 0; slot < row.length; slot++)
+      for (let device = 0; device < n; device++)
+        if (row[slot]! < experts && held[device * experts + row[slot]!]) cost[index * n + device]! -= 1;
   const result: number[][] = new Array(n);
-  for (const [row, device] of assignRows(cost, n).entries()) result[device] = rows[row]!;
+  for (const [row, device] of assignRows(cost, n).entries()) result[device] = Array.from(rows[row]!);
   return result;
 }

@@ -5,7 +5,8 @@ import { extname } from 'node:path';
 import { MoeError } from '../errors.js';
 import { Loads } from './loads.js';
 import { isNpy, parseNpy } from './npy.js';
-import { isZip, parseTorch, type TorchTensor } from './torch_file.js';
+import { recordedCounts } from './recorder_dump.js';
+import { isZip, parseTorch } from './torch_file.js';
 
 export interface ReadLoadsOptions {
   /** The file holds ids [layers, tokens, topK] of the router's choices; they are counted in steps of `stepTokens`. */
@@ -23,7 +24,7 @@ interface Dense {
 /**
  * Reads loads as [steps, layers, experts] (a file of [layers, experts] has one step). Formats: .npy; .json with
  * nested lists or an object with `logical_count`; .csv with a header `step,layer,expert,count` or a plain matrix of
- * layers x experts; .pt of SGLang's recorder (`logical_count`). Throws ERR_MOE_CHECKPOINT naming file, layer and field.
+ * layers x experts; .pt of SGLang's recorder (all its modes). Throws ERR_MOE_CHECKPOINT naming file, layer and field.
  */
 export async function readLoads(file: string, options: ReadLoadsOptions = {}): Promise<Loads> {
   let bytes: Uint8Array;
@@ -57,7 +58,7 @@ export function parseLoads(bytes: Uint8Array, file: string, options: ReadLoadsOp
     );
   try {
     if (kind === 'npy') return fromDense(parseNpy(bytes, file), file, options);
-    if (kind === 'torch') return fromDense(logicalCount(parseTorch(bytes, file), file), file, options);
+    if (kind === 'torch') return fromDense(recordedCounts(parseTorch(bytes, file), file), file, options);
     const text = new TextDecoder().decode(bytes);
     return extension === '.csv' ? fromCsv(text, file) : fromJson(text, file, options);
   } catch (error) {
@@ -80,15 +81,6 @@ function fromDense({ shape, data }: Dense, file: string, { topk }: ReadLoadsOpti
     file,
     `expected shape [layers, experts] or [steps, layers, experts] but received shape [${shape}]`,
   );
-}
-
-function logicalCount(root: unknown, file: string): Dense {
-  const value = root instanceof Map ? root.get('logical_count') : undefined;
-  if (value === undefined) {
-    const fields = root instanceof Map ? [...root.keys()].join(', ') : typeof root;
-    throw bad(file, `expected a recorder dump with logical_count but received ${fields}`);
-  }
-  return value as TorchTensor;
 }
 
 function fromJson(text: string, file: string, options: ReadLoadsOptions): Loads {

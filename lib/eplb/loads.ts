@@ -183,10 +183,11 @@ export class Loads {
 
   /** f64[experts]: all steps of a layer summed. */
   total(layer: number): Float64Array {
-    const sum = new Float64Array(this.experts);
-    for (let step = 0; step < this.steps; step++) {
-      const row = this.at(step, layer);
-      for (let expert = 0; expert < row.length; expert++) sum[expert]! += row[expert]!;
+    const { experts, layers, steps, counts } = this;
+    const sum = new Float64Array(experts);
+    for (let step = 0; step < steps; step++) {
+      const row = (step * layers + layer) * experts;
+      for (let expert = 0; expert < experts; expert++) sum[expert]! += counts[row + expert]!;
     }
     return sum;
   }

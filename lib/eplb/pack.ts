@@ -19,14 +19,15 @@ export function packReplicas(
   const filled = new Int32Array(devices);
   const rows = new Int32Array(devices * slots).fill(-1);
   const met = new Float64Array(devices);
+  const weighted = new Float64Array(blocks);
   for (const expert of order) {
     const from = expert * blocks;
+    for (let block = 0; block < blocks; block++) weighted[block] = weights[block]! * loads[from + block]!;
     const factor = 1 / replicas[expert]!;
     for (let device = 0; device < devices; device++) {
       let sum = 0;
       if (filled[device]! < slots)
-        for (let block = 0; block < blocks; block++)
-          sum += weights[block]! * load[device * blocks + block]! * loads[from + block]!;
+        for (let block = 0; block < blocks; block++) sum += weighted[block]! * load[device * blocks + block]!;
       met[device] = filled[device]! < slots ? sum : Number.POSITIVE_INFINITY;
     }
     for (let copy = replicas[expert]!; copy > 0; copy--) {

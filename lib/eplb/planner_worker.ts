@@ -4,7 +4,7 @@
 import { parentPort } from 'node:worker_threads';
 import { MoeError } from '../errors.js';
 import { Loads } from './loads.js';
-import { planSync } from './plan.js';
+import { type Plan, planSync } from './plan.js';
 import { packPlacement, type ReplyMessage, type RequestMessage, unpackPlacement } from './planner.js';
 import { generateTrace } from './trace.js';
 
@@ -15,15 +15,24 @@ if (port === null)
 const progressEvery = 8;
 
 function warmUp(): void {
-  const loads = generateTrace({ kind: 'drifting', steps: 32, layers: 8, experts: 256, seed: 1, tokens: 512 });
-  const first = planSync({ loads: loads.window(0, 16), devices: 32, slots: 9 });
-  planSync({
-    loads: loads.window(16, 16),
-    devices: 32,
-    slots: 9,
-    current: first.placements,
-    memory: first.memory,
+  const steps = 16;
+  const plans = 3;
+  const loads = generateTrace({
+    kind: 'drifting',
+    steps: steps * plans,
+    layers: 12,
+    experts: 256,
+    seed: 1,
+    tokens: 512,
   });
+  let last: Plan | undefined;
+  for (const window of loads.windows(steps))
+    last = planSync({
+      loads: window,
+      devices: 32,
+      slots: 9,
+      ...(last === undefined ? {} : { current: last.placements, memory: last.memory }),
+    });
 }
 
 const reply = (message: ReplyMessage): void => port.postMessage(message);

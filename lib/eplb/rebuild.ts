@@ -1,57 +1,51 @@
-// A full plan from the window alone, with any number of moves: replica counts, packing, local search on the
-// scenarios, and a last polish of the window's own peak.
+// A full plan of a layer with any number of moves: replica counts, packing, and a polish that balances the window
+// under the scenarios; and the policy that makes nothing but such plans, for the window alone.
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
 import { exactRows, isSmall } from './exact.js';
-import { LayerSearch } from './layer_search.js';
+import { LayerState } from './layer_state.js';
 import { packReplicas } from './pack.js';
 import type { Policy } from './policy.js';
+import { polish } from './polish.js';
 import { minMaxReplicas } from './replicate.js';
 import { type Scenarios, scenariosOf } from './scenario.js';
 
-/** PAR of the window that polishing aims at. */
-export const polishTarget = 1.0004;
 /** Deviates of a step's noise and of the swing between scenarios that replica counts allow for. */
 const noiseDeviates = 1.5;
 const swingDeviates = 0.5;
-/** Changes tried after polishing that improve the scenarios and leave the window as it is. */
-const refinements = 16;
-/** How much of it may be given back for better scenarios. */
-const slack = 0.0005;
+/** Further above its target than this, a window is packed again for itself alone. */
+const acceptable = 0.001;
 
 /**
- * The search of one layer after a full plan: packed for the scenarios, then polished until the window's own peak is
- * at most `target`. `acceptable` is the peak from which on it is packed again for the window alone.
+ * PAR of the window that a full plan aims at, near enough to 1 to be perfect to a user. With few slots on a device
+ * there are few ways to get there, and most of them are bad for everything but this window.
  */
+export const windowTarget = (slots: number): number => (slots < 8 ? 1.002 : 1.0008);
+
+/** The state of one layer after a full plan: packed for the scenarios, the window's own peak polished to `target`. */
 export function buildLayer(
   scenarios: Scenarios,
   devices: number,
   slots: number,
-  target = polishTarget,
-): LayerSearch {
-  const acceptable = target + 2 * slack;
-  const search = pack(scenarios, devices, slots, target);
-  if (search.windowPeak > acceptable && scenarios.blocks > 1) {
-    // Counts made for the forecast can leave no way to balance the window: plan for the window itself
+  target = windowTarget(slots),
+): LayerState {
+  const state = pack(scenarios, devices, slots, target);
+  if (state.windowPeak > target + acceptable && scenarios.blocks > 1) {
+    // Counts made for the scenarios can leave no way to balance the window: plan for the window itself
     const flat = pack(windowOnly(scenarios), devices, slots, target);
-    if (flat.windowPeak < search.windowPeak) search.start(flat.rows);
+    if (flat.windowPeak < state.windowPeak) state.start(flat.rows);
   }
   if (isSmall(scenarios.experts, devices, slots))
-    search.start(exactRows(scenarios.window, devices, slots, search.rows));
-  return search;
+    state.start(exactRows(scenarios.window, devices, slots, state.rows));
+  return state;
 }
 
-function pack(scenarios: Scenarios, devices: number, slots: number, target: number): LayerSearch {
+function pack(scenarios: Scenarios, devices: number, slots: number, target: number): LayerState {
   const replicas = minMaxReplicas(riskOf(scenarios), devices * slots, devices);
-  const search = new LayerSearch(scenarios, devices, slots);
-  search.start(packReplicas(scenarios, replicas, devices, slots));
-  search.polish(target, 6 * devices, devices);
-  const cap = Math.max(target, search.windowPeak) + slack;
-  for (let step = 0; step < refinements && scenarios.blocks > 1; step++) {
-    if (search.proposeWithin(cap) < 1e-4) break;
-    search.apply(search.proposed);
-  }
-  return search;
+  const state = new LayerState(scenarios, devices, slots);
+  state.start(packReplicas(scenarios, replicas, devices, slots));
+  polish(state, target);
+  return state;
 }
 
 /**
@@ -90,9 +84,9 @@ export const rebuild: Policy = {
   keepsBudget: false,
   plan({ loads, devices, slots, current, first }, layerDone) {
     const placements = current.map((placement, layer) => {
-      const search = buildLayer(scenariosOf(loads, layer, devices, []), devices, slots);
+      const state = buildLayer(scenariosOf(loads, layer, devices, []), devices, slots);
       let rows = Array.from({ length: devices }, (_, device) =>
-        Array.from(search.rows.subarray(device * slots, (device + 1) * slots)),
+        Array.from(state.rows.subarray(device * slots, (device + 1) * slots)),
       );
       if (!first) rows = matchRows(rows, placement.toRows());
       layerDone();

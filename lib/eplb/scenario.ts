@@ -18,6 +18,8 @@ export interface Scenarios {
   window: Float64Array;
   /** f64[experts]: variance of one step around its scenario. */
   noise: Float64Array;
+  /** The part of `noise` that is fresh in every step, 0..1: the rest lasts for some steps, as bursts do. */
+  fresh: number;
   /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
   fine: boolean;
   /** The part of the blocks' spread that sampling noise does not explain, 0..1. */
@@ -110,6 +112,9 @@ function cut(
   let poissonSum = 0;
   let degrees = 0;
   const square = new Float64Array(experts);
+  const last = new Float64Array(experts);
+  let changes = 0;
+  let whole = true;
 
   // Shares of every step, summed by block
   let total = 0;
@@ -129,6 +134,11 @@ function cut(
       window[expert]! += count;
       x[expert * blocks + block]! += share;
       square[expert]! += share * share;
+      const change = share - last[expert]!;
+      if (total > sum) changes += change * change;
+      last[expert] = share;
+      // Sums of what replicas got may miss the whole number by rounding
+      if (Math.abs(count - Math.round(count)) > 1e-6 * (1 + count)) whole = false;
     }
   }
   const stepsUsed = used.reduce((sum, value) => sum + value, 0);
@@ -144,6 +154,7 @@ function cut(
       mean: window.slice(),
       window,
       noise,
+      fresh: 1,
       fine: false,
       structure: 0,
       uncertainty: 1,
@@ -178,7 +189,13 @@ function cut(
     for (let block = 0; block < recent; block++)
       if (used[block]! > 0) between += weights[block]! * (x[row + block]! - mean) ** 2;
   }
-  const dispersion = degrees > 0 ? Math.max(0.25, squares / degrees / (poissonSum * poissonRate)) : 1;
+  // Counts vary at least like whole tokens do; what else the loads may be, shares or means, varies as it shows
+  const least = whole ? 0.25 : 0;
+  const poissonVariance = poissonSum * poissonRate;
+  const dispersion = degrees > 0 ? Math.max(least, squares / degrees / poissonVariance) : whole ? 1 : 0;
+  const freshDispersion = stepsUsed > 1 ? changes / (2 * (stepsUsed - 1)) / poissonVariance : dispersion;
+  const fresh =
+    dispersion > 0 ? Math.max(Math.min(1, least / dispersion), Math.min(1, freshDispersion / dispersion)) : 1;
   const expected =
     blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
   const kept = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
@@ -241,6 +258,7 @@ function cut(
     mean,
     window,
     noise,
+    fresh,
     fine: false,
     structure: kept,
     uncertainty,

@@ -115,6 +115,12 @@ export async function simulate(trace: Loads, options: SimulateOptions): Promise<
 }
 
 function windowsOf(trace: Loads, window: number): Loads[] {
+  if (trace.steps < 2)
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected a trace of at least two steps, one window to plan on and one to judge the plan, but received ${trace.steps}`,
+      { op: 'simulate', arg: 'trace' },
+    );
   if (!Number.isInteger(window) || window < 1 || Math.floor(trace.steps / window) < 2)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',

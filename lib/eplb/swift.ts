@@ -1,7 +1,8 @@
 // vllm-ascend's swift balancer, from its described behaviour: few transfers, at most one expert between any ordered
 // pair of devices and layer. It re-chooses which experts are redundant and where, then exchanges experts between the
-// hottest device and others while each exchange gains enough. One defect of the original is gone: the threshold is
-// the layer's own average, not layer 0's.
+// hottest device and others while each exchange gains enough. Two defects of the original are gone: its threshold is
+// layer 0's average for every layer, and while every copy finds a place it takes the load of one of c copies for
+// 2 / (c + 1) of the expert's, not 1 / c, so that it balances loads that are not there.
 import { Placement } from '../placement/placement.js';
 import { deviceLoads, peakToAverage } from './metrics.js';
 import type { Policy } from './policy.js';
@@ -37,21 +38,17 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
       }
     }
 
-  // Hottest experts get the copies
+  // Hottest experts get the copies, the later one among equals
   const copies = new Int32Array(experts).fill(1);
+  const share = (expert: number): number => loads[expert]! / copies[expert]!;
   const chosen: number[] = [];
   for (let count = current.redundant; count > 0; count--) {
     let best = -1;
     for (let expert = 0; expert < experts; expert++)
-      if (
-        copies[expert]! < devices &&
-        (best < 0 || loads[expert]! / copies[expert]! > loads[best]! / copies[best]!)
-      )
-        best = expert;
+      if (copies[expert]! < devices && (best < 0 || share(expert) >= share(best))) best = expert;
     copies[best]!++;
     chosen.push(best);
   }
-  const share = (expert: number): number => loads[expert]! / copies[expert]!;
   const load = rows.map((row) => row.reduce((sum, expert) => sum + (expert < 0 ? 0 : share(expert)), 0));
   const put = (device: number, expert: number): void => {
     rows[device]![free[device]!.shift()!] = expert;
@@ -76,7 +73,7 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
     while (free[device]!.length > 0) {
       let best = -1;
       for (let expert = 0; expert < experts; expert++)
-        if (!rows[device]!.includes(expert) && (best < 0 || share(expert) > share(best))) best = expert;
+        if (!rows[device]!.includes(expert) && (best < 0 || share(expert) >= share(best))) best = expert;
       copies[best]!++;
       put(device, best);
     }
@@ -87,7 +84,7 @@ export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Pl
   for (let swap = 0; swap < mostSwaps; swap++) if (!exchange()) break;
 
   function exchange(): boolean {
-    const hot = load.indexOf(Math.max(...load));
+    const hot = load.lastIndexOf(Math.max(...load));
     const partners = load
       .map((_, device) => device)
       .filter((device) => device !== hot)

@@ -1,13 +1,23 @@
-// Reads the tensors of a torch.save file, the form in which SGLang's recorder dumps its counts (a dict with
-// `logical_count`). The file is a zip of uncompressed entries: a pickle and one raw buffer per storage. The pickle
-// machine below knows the few opcodes that dicts, lists, numbers, strings and tensors need and builds nothing else:
-// no class of the file is ever looked up or called.
+// Reads the tensors of a torch.save file, the form in which SGLang's recorder dumps its counts. The file is a zip of
+// uncompressed entries: a pickle and one raw buffer per storage. The pickle machine below knows the few opcodes that
+// dicts, lists, numbers, strings and tensors need and builds nothing else: no class of the file is ever looked up or
+// called.
 import { MoeError } from '../errors.js';
 
-/** A tensor of the file: its shape and row-major values. */
-export interface TorchTensor {
-  shape: number[];
-  data: Float64Array;
+/** A tensor of the file: its shape and, read when asked for, its row-major values. */
+export class TorchTensor {
+  readonly #read: () => Float64Array;
+
+  constructor(
+    readonly shape: number[],
+    read: () => Float64Array,
+  ) {
+    this.#read = read;
+  }
+
+  get data(): Float64Array {
+    return this.#read();
+  }
 }
 
 /** True if the bytes start like a zip, which torch.save has written since version 1.6. */
@@ -62,7 +72,7 @@ export function parseTorch(bytes: Uint8Array, file = 'torch file'): unknown {
   if (pickle === undefined)
     throw bad(`expected data.pkl in the archive but received ${[...entries.keys()].slice(0, 5)}`);
   const folder = pickle[0].slice(0, -'data.pkl'.length);
-  return unpickle(pickle[1], bad, ({ key, kind }, offset, shape, stride) => {
+  const build: BuildTensor = ({ key, kind }, offset, shape, stride) => {
     const raw = entries.get(`${folder}data/${key}`);
     const size = elementSize[kind];
     if (raw === undefined || size === undefined)
@@ -72,18 +82,28 @@ export function parseTorch(bytes: Uint8Array, file = 'torch file'): unknown {
     const last = shape.reduce((sum, length, axis) => sum + (length - 1) * stride[axis]!, offset);
     if (elements > 0 && (last + 1) * size > raw.byteLength)
       throw bad(`expected storage ${key} to hold shape [${shape}] but it has ${raw.byteLength} bytes`);
-    const data = new Float64Array(elements);
-    const place = new Array<number>(shape.length).fill(0);
-    for (let index = 0; index < elements; index++) {
-      data[index] = element(
-        view,
-        kind,
-        place.reduce((sum, at, axis) => sum + at * stride[axis]!, offset),
-      );
-      for (let axis = shape.length - 1; axis >= 0 && ++place[axis]! === shape[axis]; axis--) place[axis] = 0;
-    }
-    return { shape, data };
-  });
+    return new TorchTensor(shape, () => {
+      const data = new Float64Array(elements);
+      const place = new Array<number>(shape.length).fill(0);
+      let at = offset;
+      for (let index = 0; index < elements; index++) {
+        data[index] = element(view, kind, at);
+        for (let axis = shape.length - 1; axis >= 0; axis--) {
+          at += stride[axis]!;
+          if (++place[axis]! < shape[axis]!) break;
+          at -= shape[axis]! * stride[axis]!;
+          place[axis] = 0;
+        }
+      }
+      return data;
+    });
+  };
+  try {
+    return unpickle(pickle[1], bad, build);
+  } catch (cause) {
+    if (cause instanceof MoeError) throw cause;
+    throw bad(`expected a whole pickle but its opcodes do not fit together (${(cause as Error).message})`);
+  }
 }
 
 function zipEntries(bytes: Uint8Array, bad: (message: string) => MoeError): Map<string, Uint8Array> {
@@ -108,7 +128,7 @@ function zipEntries(bytes: Uint8Array, bad: (message: string) => MoeError): Map<
       throw bad(`expected ${name} inside the file but it starts at byte ${local}`);
     const data = local + 30 + view.getUint16(local + 26, true) + view.getUint16(local + 28, true);
     if (data + size > bytes.length) throw bad(`expected ${size} bytes of ${name} but the file ends before`);
-    entries.set(name, bytes.slice(data, data + size));
+    entries.set(name, bytes.subarray(data, data + size));
     at += 46 + nameLength + view.getUint16(at + 30, true) + view.getUint16(at + 32, true);
   }
   return entries;

@@ -129,23 +129,46 @@ export function movesPicture(moves: readonly number[]): PictureSpec {
   };
 }
 
-/** PAR over windows or steps, one line for each policy. */
+/** Series whose excess over 1 is within this multiple of the best one's are drawn once more, larger. */
+const near = 3;
+
+/**
+ * PAR over windows or steps, one line for each policy. Below it, on a scale of their own, the policies near the best,
+ * which a bad placement in the same picture would press into one line.
+ */
 export function parOverTimePicture(
   rows: readonly { policy: string; window: number; par: number }[],
   order: readonly string[],
   unit: 'window' | 'step',
 ): PictureSpec {
-  return {
-    ...base(760, 320),
-    data: { values: rows.map((row) => ({ ...row })) },
+  const excess = new Map<string, number>();
+  for (const { policy, par } of rows) excess.set(policy, (excess.get(policy) ?? 0) + par - 1);
+  const best = Math.min(...excess.values());
+  const good = rows.filter(({ policy }) => excess.get(policy)! <= near * best);
+  const { width, height, ...rest } = base(760, 300);
+  const panel = (values: typeof rows, title: string): object => ({
+    width,
+    height,
+    data: { values: values.map((row) => ({ ...row })) },
     mark: { type: 'line', ...(rows.length > 150 ? { strokeWidth: 1.5 } : { point: { size: 30 } }) },
     encoding: {
       x: { field: 'window', type: 'quantitative', title: unit, axis: { tickMinStep: 1, format: 'd' } },
-      y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
-      color: { field: 'policy', type: 'nominal', title: null, sort: [...order] },
+      y: { field: 'par', type: 'quantitative', title, scale: { zero: false } },
+      color: { field: 'policy', type: 'nominal', title: null, scale: { domain: [...order] } },
     },
-  };
+  });
+  const all = panel(rows, 'peak / average');
+  return good.length === 0 || good.length === rows.length
+    ? { ...rest, ...all }
+    : { ...rest, vconcat: [all, panel(good, 'peak / average, the best')] };
 }
+
+/** Ticks from 0 in steps of 1, 2 or 5 times a power of ten, at most eight. */
+const ticks = (most: number): number[] => {
+  const power = 10 ** Math.floor(Math.log10(Math.max(1, most)));
+  const step = [0.2, 0.5, 1].map((part) => part * power).find((size) => most / size <= 8) ?? 2 * power;
+  return Array.from({ length: Math.floor(most / step) + 1 }, (_, index) => index * step);
+};
 
 /** Quality against cost: moves per plan and PAR of the next window's steps, one point per policy. */
 export function costPicture(
@@ -154,20 +177,27 @@ export function costPicture(
 ): PictureSpec {
   return {
     ...base(760, 300),
-    data: { values: rows.map((row) => ({ ...row })) },
+    data: {
+      values: [...rows]
+        .sort((one, two) => one.moves - two.moves)
+        .map((row, index) => ({ ...row, above: index % 2 === 0 })),
+    },
     layer: [
       { mark: { type: 'point', size: 80, filled: true } },
-      {
-        mark: { type: 'text', dy: -12, fontSize: 12 },
+      ...[true, false].map((above) => ({
+        // Neighbours are named on opposite sides
+        transform: [{ filter: `datum.above === ${above}` }],
+        mark: { type: 'text', dy: above ? -12 : 14, fontSize: 12 },
         encoding: { text: { field: 'policy', type: 'nominal' } },
-      },
+      })),
     ],
     encoding: {
       x: {
         field: 'moves',
         type: 'quantitative',
         title: 'experts moved per plan',
-        scale: { nice: true, padding: 40 },
+        scale: { domainMin: -0.05 * Math.max(1, ...rows.map(({ moves }) => moves)), nice: false },
+        axis: { values: ticks(Math.max(...rows.map(({ moves }) => moves))) },
       },
       y: {
         field: 'par',

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { Loads } from '../../lib/eplb/loads.js';
 import { deviceLoads } from '../../lib/eplb/metrics.js';
-import { planSync } from '../../lib/eplb/plan.js';
+import { planSync, startPlacements } from '../../lib/eplb/plan.js';
 import { uniform } from '../../lib/eplb/random.js';
 import { simulate } from '../../lib/eplb/simulate.js';
 import { generateTrace } from '../../lib/eplb/trace.js';
@@ -65,6 +65,133 @@ describe('full plans of large layers', () => {
       for (const policy of ['adaptive', 'rebuild'])
         expect(planSync({ loads, devices, slots, shared, policy }).par.after.mean).toBeLessThanOrEqual(most);
     }
+  });
+});
+
+describe('replans without a budget', () => {
+  it.each([
+    [32, 9, 0, 1.001],
+    [16, 17, 0, 1.001],
+    [8, 36, 0, 1.001],
+    [64, 5, 0, 1.003],
+    [32, 9, 1, 1.001],
+  ])('%i x %i with %i shared: window PAR at most %f from any placement', (devices, slots, shared, most) => {
+    const steps = 32;
+    for (const kind of ['drifting', 'bursty'] as const) {
+      const routed = generateTrace({
+        kind,
+        steps: 2 * steps,
+        layers: 4,
+        experts: 256,
+        seed: 13,
+        burstSteps: 60,
+        driftSteps: 60,
+      });
+      const loads = shared > 0 ? routed.withShared(shared, 8) : routed;
+      const shape = { devices, slots, shared };
+      const first = planSync({ loads: loads.window(0, steps), ...shape });
+      const next = { loads: loads.window(steps, steps), ...shape };
+      const start = startPlacements(4, loads.experts, devices, slots);
+      for (const plan of [
+        planSync({ ...next, current: first.placements, memory: first.memory }),
+        planSync({ ...next, current: first.placements }),
+        planSync({ ...next, current: start }),
+      ]) {
+        expect(plan.par.before.mean).toBeGreaterThan(1.02);
+        // A layer in which no burst began or ended may stay as it is
+        if (kind === 'drifting') expect(plan.par.after.mean).toBeLessThanOrEqual(most);
+        for (const [layer, moves] of plan.movesPerLayer.entries())
+          if (moves > 0) expect(plan.par.after.layers[layer]!).toBeLessThanOrEqual(most);
+      }
+    }
+  });
+
+  it('moves nothing when the same window is planned again, counts or shares of a step', () => {
+    const loads = generateTrace({ kind: 'drifting', steps: 16, layers: 4, experts: 256, seed: 14 });
+    const sum = new Float64Array(4 * 256);
+    for (let layer = 0; layer < 4; layer++) {
+      const total = loads.total(layer);
+      const all = total.reduce((one, two) => one + two, 0);
+      sum.set(
+        total.map((value) => value / all),
+        layer * 256,
+      );
+    }
+    for (const window of [loads, new Loads({ steps: 1, layers: 4, experts: 256 }, sum)]) {
+      const request = { loads: window, devices: 32, slots: 9 };
+      const first = planSync(request);
+      expect(first.par.after.mean).toBeLessThanOrEqual(1.001);
+      expect(planSync({ ...request, current: first.placements, memory: first.memory }).moves).toBe(0);
+    }
+  });
+
+  it('takes counts that were split over replicas and summed again for the counts they are', () => {
+    const trace = generateTrace({
+      kind: 'steady',
+      steps: 2,
+      layers: 4,
+      experts: 256,
+      seed: 18,
+      tokens: 16384,
+    });
+    const split = new Loads(
+      trace,
+      trace.counts.map((count) => count / 3 + count / 3 + count / 3),
+    );
+    const first = planSync({ loads: split.window(0, 1), devices: 32, slots: 9 });
+    const second = planSync({ loads: split.window(1, 1), devices: 32, slots: 9, current: first.placements });
+    expect(second.moves).toBe(0);
+  });
+
+  it('follows shares as it follows counts: what are no whole tokens has no noise of tokens', () => {
+    const shares = (seed: number) => {
+      const { counts } = generateTrace({
+        kind: 'steady',
+        steps: 1,
+        layers: 2,
+        experts: 256,
+        seed,
+        tokens: 65536,
+      });
+      return new Loads(
+        { steps: 1, layers: 2, experts: 256 },
+        counts.map((value) => value / (65536 * 8)),
+      );
+    };
+    const first = planSync({ loads: shares(15), devices: 32, slots: 9 });
+    const second = planSync({ loads: shares(16), devices: 32, slots: 9, current: first.placements });
+    expect(second.par.before.mean).toBeGreaterThan(1.5);
+    expect(second.par.after.mean).toBeLessThanOrEqual(1.001);
+  });
+
+  it('beats flashlb on the next steps with as many moves as it makes, or more', async () => {
+    const ours: number[][] = [[], [], []];
+    const theirs: number[] = [];
+    for (const [devices, slots] of [
+      [32, 9],
+      [64, 5],
+    ] as const)
+      for (const kind of ['drifting', 'bursty', 'mixed'] as const) {
+        const trace = generateTrace({ kind, steps: 96, layers: 12, experts: 256, seed: 17, tokens: 2048 });
+        const shape = { devices, slots, window: 32 };
+        const [flashlb] = await simulate(trace, { ...shape, policies: ['flashlb'] });
+        theirs.push(flashlb!.parStepNext);
+        for (const [index, maxMoves] of [
+          Math.floor(flashlb!.moves / 2),
+          Math.floor(flashlb!.moves),
+          undefined,
+        ].entries()) {
+          const [row] = await simulate(trace, {
+            ...shape,
+            policies: ['adaptive'],
+            ...(maxMoves === undefined ? {} : { maxMoves }),
+          });
+          ours[index]!.push(row!.parStepNext);
+        }
+      }
+    const mean = (values: number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
+    for (const curve of ours) expect(mean(curve)).toBeLessThanOrEqual(mean(theirs));
+    expect(mean(ours[2]!)).toBeLessThanOrEqual(mean(ours[0]!));
   });
 });
 

@@ -4,7 +4,7 @@ import { parseLoads, readLoads } from '../../lib/eplb/load_file.js';
 import { Loads } from '../../lib/eplb/loads.js';
 import { formatNpy, parseNpy } from '../../lib/eplb/npy.js';
 import { Placement } from '../../lib/placement/placement.js';
-import { torchArchive } from '../cases/loads_torch.js';
+import { type Saved, torchArchive, torchSave } from '../cases/loads_torch.js';
 
 const text = (value: string) => new TextEncoder().encode(value);
 
@@ -190,6 +190,62 @@ describe('load files', () => {
     same(parseLoads(torchArchive('logical_count', [2, 2, 3], counts), 'a.pt'));
   });
 
+  describe('recorder dumps of single passes', () => {
+    // Two layers of four physical experts that hold three logical ones
+    const map = { shape: [2, 4], values: [0, 1, 2, 0, 2, 1, 0, 1] };
+    const record = (pass: number, fields: [string, Saved][], rank = 0): Saved =>
+      new Map<string, Saved>([
+        ['forward_pass_id', pass],
+        ['rank', rank],
+        ['gatherer_key', 'primary'],
+        ['input_ids', [7, 70000]],
+        ['extend_seq_lens', null],
+        ...fields,
+      ]);
+    const dump = (...records: Saved[]): Uint8Array =>
+      torchSave(
+        new Map<string, Saved>([
+          ['records', records],
+          ['last_physical_to_logical_map', map],
+        ]),
+      );
+    const counted = (values: number[]): [string, Saved][] => [
+      ['global_physical_count', { shape: [2, 4], values, kind: 'IntStorage' }],
+    ];
+    const routed = (values: number[]): [string, Saved][] => [
+      ['topk_ids_of_layer', { shape: [2, 2, 2], values, kind: 'IntStorage' }],
+      ['misc_objects', []],
+    ];
+
+    it('counts logical experts pass by pass, in their order, empty passes left out', () => {
+      const bytes = dump(
+        record(12, counted([1, 2, 3, 4, 5, 6, 7, 8])),
+        record(11, routed([0, 3, 1, -1, 0, 1, 2, 3])),
+        record(13, counted([0, 0, 0, 0, 0, 0, 0, 0])),
+      );
+      const loads = parseLoads(bytes, 'a.pt');
+      expect(loads).toMatchObject({ steps: 2, layers: 2, experts: 3 });
+      expect([...loads.counts]).toEqual([2, 1, 0, 1, 2, 1, 5, 2, 3, 7, 14, 5]);
+    });
+
+    it.each([
+      [dump(), 'a.pt: expected at least one record'],
+      [dump(record(1, [])), 'a.pt: record 0: expected global_physical_count or topk_ids_of_layer'],
+      [
+        dump(record(1, routed([0, 0, 0, 0, 0, 0, 0, 0])), record(2, routed([0, 0, 0, 0, 0, 0, 0, 9]))),
+        'a.pt: record 1: layer 1: expected physical expert ids in 0..3 or -1 but received 9',
+      ],
+      [
+        dump(record(1, counted([1, 0, 0, 0, 0, 0, 0, 1])), record(1, counted([1, 0, 0, 0, 0, 0, 0, 1]), 1)),
+        'a.pt: record 1: expected records of rank 0 (as record 0) but received rank 1',
+      ],
+      [dump(record(1, counted([0, 0, 0, 0, 0, 0, 0, 0]))), 'a.pt: expected a forward pass with tokens'],
+      [torchSave(new Map<string, Saved>([['records', []]])), 'a.pt: expected last_physical_to_logical_map'],
+    ])('refuses what it cannot count (%#)', (bytes, message) => {
+      expect(() => parseLoads(bytes, 'a.pt')).toThrow(message);
+    });
+  });
+
   it('reads top-k ids', () => {
     const ids = Uint8Array.of(0, 1, 2, 0, 1, 1, 2, 2);
     const loads = parseLoads(formatNpy([1, 4, 2], ids), 'ids.npy', { topk: { experts: 3, stepTokens: 2 } });
@@ -232,7 +288,7 @@ describe('load files', () => {
     [
       'a.pt',
       torchArchive('rank', [1], Float64Array.of(0)),
-      'a.pt: expected a recorder dump with logical_count but received rank',
+      'a.pt: expected a recorder dump with logical_count or records but received rank',
     ],
     [
       'a.pt',

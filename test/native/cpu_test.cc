@@ -23,7 +23,7 @@
 #include "../../csrc/binding/task.h"
 #include "../../csrc/common/float_formats.h"
 #include "../../csrc/cpu/backend.h"
-#include "../../csrc/cpu/gemm.h"
+#include "../../csrc/cpu/experts_layout.h"
 
 namespace {
 
@@ -125,10 +125,12 @@ void check_close(const Data& got, const std::vector<double>& expected, const std
                                       std::to_string(expected[bad])));
 }
 
+const Kernels* kernels = usable_kernels().front();  // of the instruction set that is tested
+
 CpuBackend& backend(int threads) {
-  static std::map<int, std::unique_ptr<CpuBackend>> all;
-  auto& found = all[threads];
-  if (found == nullptr) found = std::make_unique<CpuBackend>(threads);
+  static std::map<std::pair<const Kernels*, int>, std::unique_ptr<CpuBackend>> all;
+  auto& found = all[{kernels, threads}];
+  if (found == nullptr) found = std::make_unique<CpuBackend>(threads, CpuBackend::kScratchBudget, *kernels);
   return *found;
 }
 
@@ -306,7 +308,9 @@ void test_allocator() {
   check(probe.state == "ready" && probe.devices.size() == 1 && !probe.devices[0].empty(), "probe");
   std::unique_ptr<Backend> made;
   ok(create_backend({}, &made));
-  check(create_backend({1, 0}, &made).code == Code::kInvalidArg, "there is no second CPU");
+  check(create_backend({1, 0, {}}, &made).code == Code::kInvalidArg, "there is no second CPU");
+  check(create_backend({0, 1, "mmx"}, &made).code == Code::kUnsupported, "nobody has kernels for MMX");
+  check(create_backend({0, 1, "scalar"}, &made).ok(), "every processor runs the portable kernels");
   const std::vector<char> from(3000000, 'x');
   std::vector<char> to(from.size());
   ok(b.copy_in(to.data(), from.data(), from.size()));
@@ -322,15 +326,15 @@ void test_conversions() {
   std::vector<float> wide(bits.size());
   std::vector<uint16_t> back(bits.size());
   int wrong = 0;
-  widen(bits.data(), DType::kF16, 65536, wide.data());
+  kernels->widen(bits.data(), DType::kF16, 65536, wide.data());
   for (size_t i = 0; i < bits.size(); i++) {
     const float expected = to_float(f16{bits[i]});
-    wrong += std::memcmp(&wide[i], &expected, 4) != 0;
+    wrong += std::memcmp(&wide[i], &expected, 4) != 0 && !(std::isnan(wide[i]) && std::isnan(expected));
   }
-  narrow(wide.data(), 65536, back.data(), DType::kF16);
+  kernels->narrow(wide.data(), 65536, back.data(), DType::kF16);
   for (size_t i = 0; i < bits.size(); i++) wrong += !std::isnan(wide[i]) && back[i] != bits[i];
-  widen(bits.data(), DType::kBF16, 65536, wide.data());
-  narrow(wide.data(), 65536, back.data(), DType::kBF16);
+  kernels->widen(bits.data(), DType::kBF16, 65536, wide.data());
+  kernels->narrow(wide.data(), 65536, back.data(), DType::kBF16);
   for (size_t i = 0; i < bits.size(); i++) {
     wrong += back[i] != from_float<bf16>(wide[i]).bits || (!std::isnan(wide[i]) && back[i] != bits[i]);
   }
@@ -339,7 +343,7 @@ void test_conversions() {
     const uint32_t random = r.bits();
     std::memcpy(&wide[static_cast<size_t>(i)], &random, 4);
   }
-  narrow(wide.data(), 65536, back.data(), DType::kBF16);
+  kernels->narrow(wide.data(), 65536, back.data(), DType::kBF16);
   for (size_t i = 0; i < bits.size(); i++) wrong += back[i] != from_float<bf16>(wide[i]).bits;
   check(wrong == 0, std::to_string(wrong) + " of them differ from float_formats.h");
 }
@@ -964,7 +968,7 @@ void test_shared() {
 void test_pieces() {
   current = "pieces";
   const int64_t T = 300, I = 600;
-  CpuBackend small(2, 128 * 608 * 4);
+  CpuBackend small(2, 128 * 608 * 4, *kernels);
   Layer layer(1, 1, I, DType::kBF16, false, {}, 12);
   Data hidden = Data::random(DType::kBF16, T, 1);
   Data weights = Data::random(DType::kF32, T, 2);
@@ -1024,34 +1028,37 @@ void test_pack() {
       return one.at(0);
     };
     const char* data = static_cast<const char*>(layer.experts.data);
-    const auto section = [](int64_t n) { return static_cast<size_t>((n + 63) / 64 * 64); };
-    const auto width = static_cast<int64_t>(size_of(to));
-    const char* at2 = data + section(S * 2 * I * H * width);
-    const auto* at_b13 = reinterpret_cast<const float*>(at2 + section(S * H * I * width));
-    const float* at_b2 = at_b13 + section(S * 2 * I * 4) / 4;
+    const ExpertsView view(layer.experts);
+    const auto place = [&](int64_t k, int64_t column) {
+      return k * kPanel + (size_of(to) == 4 ? column : 2 * (column % kHalf) + column / kHalf);
+    };
     bool right = true;
     for (int64_t e = 0; e < count; e++) {
       for (int64_t row = 0; row < 2 * I; row++) {
         const int64_t source = !interleaved ? row : row < I ? 2 * row : 2 * (row - I) + 1;
+        const int64_t i = row % I, column = row / I * kHalf + i % kHalf;
+        const char* panel = static_cast<const char*>(view.w13(e + 1, i / kHalf));
         for (int64_t h = 0; h < H; h++) {
           const int64_t index = e * 2 * I * H + (transposed ? h * 2 * I + source : source * H + h);
-          const Data expected = Data::floats(to, {w13.at(index)});
-          right &= value(data, ((e + 1) * 2 * I + row) * H + h) == expected.at(0);
+          right &= value(panel, place(h, column)) == Data::floats(to, {w13.at(index)}).at(0);
         }
         const float bias = b13.count() > 0 ? b13.at(e * 2 * I + source) : 0;
-        right &= at_b13[(e + 1) * 2 * I + row] == bias;
+        right &= view.b13(e + 1, i / kHalf)[column] == bias;
       }
-      for (int64_t h = 0; h < H; h++) {
+      for (int64_t h = 0; h < panels2(layer.experts.layout) * kPanel; h++) {
+        const char* panel = static_cast<const char*>(view.w2(e + 1, h / kPanel));
         for (int64_t i = 0; i < I; i++) {
           const int64_t index = e * H * I + (transposed ? i * H + h : h * I + i);
-          right &= value(at2, ((e + 1) * H + h) * I + i) == Data::floats(to, {w2.at(index)}).at(0);
+          const float expected = h < H ? Data::floats(to, {w2.at(index)}).at(0) : 0;
+          right &= value(panel, place(i, h % kPanel)) == expected;
         }
-        right &= at_b2[(e + 1) * H + h] == b2.at(e * H + h);
+        right &= view.b2(e + 1, 0)[h] == (h < H ? b2.at(e * H + h) : 0);
       }
     }
     check(right, "packed values");
     const auto start = static_cast<size_t>(data - layer.packed.data());
-    check(std::memcmp(before.data() + start, data, 2 * I * H * width) == 0, "other slots untouched");
+    const auto slot = static_cast<size_t>(static_cast<const char*>(view.w13(1, 0)) - data);
+    check(std::memcmp(before.data() + start, data, slot) == 0, "other slots untouched");
   }
 }
 
@@ -1090,17 +1097,21 @@ int main() {
   test_pool();
   test_queue();
   test_allocator();
-  test_conversions();
-  test_gate_golden();
-  test_gate_special();
-  test_gate_mapping();
-  test_gate_random();
-  test_router();
-  test_dispatch();
-  test_layers();
-  test_shared();
-  test_pieces();
-  test_pack();
+  for (const Kernels* each : usable_kernels()) {
+    std::printf("-- %s\n", each->name);
+    kernels = each;
+    test_conversions();
+    test_gate_golden();
+    test_gate_special();
+    test_gate_mapping();
+    test_gate_random();
+    test_router();
+    test_dispatch();
+    test_layers();
+    test_shared();
+    test_pieces();
+    test_pack();
+  }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

@@ -1,0 +1,67 @@
+// The inner loops that depend on the instruction set, one table per set. The same source (kernels_impl.h) is compiled
+// for every set that the compiler knows, each in a file of its own that switches its functions alone to that set, so
+// that one addon runs on every processor of a platform; which table a context takes is decided when it is made.
+//
+// Packed weights lie in panels of kPanel columns: for every k one row of kPanel values, first kHalf ("first half") and
+// then kHalf ("second half") columns. Two-byte dtypes store column j of the first half beside column j of the second,
+// so that one 32-bit lane holds a pair which a shift and a mask take apart.
+//
+// Order of accumulation of multiply: k is cut into chunks of kChunk; within a chunk products are added in ascending k
+// with fused multiply-adds (a product and a sum on the scalar path), and chunks are added in order. Of dots: lane l of
+// the vector sums k = l mod lanes in ascending order, and the lanes are added pairwise. A row's result depends neither
+// on its neighbours nor on the number of threads; it may differ in the last bits from one instruction set to another.
+#pragma once
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace moe {
+
+inline constexpr int64_t kPanel = 32, kHalf = 16;
+inline constexpr int64_t kChunk = 256;  // a panel's chunk of f32 and a tile's rows stay in a 48 KiB L1
+
+inline constexpr int kGateRows = 8;
+
+struct Kernels {
+  const char* name;
+  int64_t tile_rows;  // the most rows that multiply takes at once
+
+  // out[r * kPanel + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved. What
+  // lies `ahead` bytes further than what is read is fetched too: 0 where the panel is in the cache.
+  void (*multiply)(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, int64_t ahead, bool adds,
+                   float* out);
+
+  // out[i * stride + j] = sum over k of rows[i][k] * weights[j, k] for i < m, j < n. Weights are n rows of k values;
+  // rows must be readable and zero up to padded(k).
+  void (*dots)(const float* const* rows, int64_t m, const void* weights, DType dtype, int64_t n, int64_t k, float* out,
+               int64_t stride);
+
+  // 32 rows of k elements of 2 or 4 bytes become the k rows of a panel.
+  void (*fill_panel)(const void* const* rows, int64_t bytes, int64_t k, void* panel);
+
+  // active[c * m + r] = swiglu(gate, up) for c < n <= kHalf, from m rows [kHalf gates, kHalf ups].
+  void (*activate)(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active);
+
+  // n values to f32, exactly; and back, rounded to nearest, ties to even.
+  void (*widen)(const void* from, DType dtype, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, void* to, DType dtype);
+
+  // sums[i] += weight * row[i].
+  void (*add_scaled)(float* sums, const float* row, float weight, int64_t n);
+
+  // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
+  void (*sigmoids)(const float* x, int64_t n, float* out);
+
+  // For up to kGateRows rows of 256 experts in 8 groups and K <= 8: their sigmoid scores, and in chosen[16 * row + 0 ..
+  // K-1] the best of the best groups by score and bias (which may be null), best first; the other places are scratch.
+  // Bit `row` of the result is 0 where the row needs the general path. Null where this set has none.
+  uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum, int K,
+                            float* scores, int32_t* chosen);
+
+  // For rooflines: reads n values; runs `rounds` of independent fused multiply-adds and tells how many those were. What
+  // they compute is of no interest but depends on all of it.
+  float (*read)(const float* from, int64_t n);
+  double (*multiply_add)(int64_t rounds, float* result);
+};
+
+}  // namespace moe

@@ -1,0 +1,13 @@
+// Every 64-bit ARM processor has these instructions.
+#if defined(__aarch64__) || defined(_M_ARM64)
+#include <arm_neon.h>
+
+#include <cstdint>
+
+#include "../common/float_formats.h"
+#include "kernels.h"
+
+#define MOE_ISA neon
+#include "simd_neon.h"
+#include "kernels_impl.h"
+#endif

@@ -1,0 +1,10 @@
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "../common/float_formats.h"
+#include "kernels.h"
+
+#define MOE_ISA scalar
+#include "simd_scalar.h"
+#include "kernels_impl.h"

@@ -712,7 +712,7 @@ void NativeContext::take_lane(const Napi::CallbackInfo& info) {
 
 // For what ends everything anyway.
 void NativeContext::join_lanes() {
-  if (std::exchange(lanes_, false)) Status ignored = backend_->take_lane(Backend::Lane::kJoin);
+  if (std::exchange(lanes_, false) && backend_ != nullptr) Status ignored = backend_->take_lane(Backend::Lane::kJoin);
 }
 
 void NativeContext::assert_joined(Napi::Env env, const char* op) {
@@ -757,7 +757,7 @@ Napi::Value NativeContext::memory(const Napi::CallbackInfo& info) {
 // Blocks until it has measured.
 Napi::Value NativeContext::roofline(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  assert_open(env, "roofline");
+  assert_not_recording(env, "roofline");
   auto found = std::make_shared<std::pair<Status, Roofline>>();
   backend_->submit([backend = backend_.get(), found] { found->first = backend->roofline(&found->second); });
   Status status = backend_->wait();

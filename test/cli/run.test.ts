@@ -64,7 +64,7 @@ describe('moe-kernels run', () => {
     expect(stdout.match(/^ +\d+ \|.{64}\|$/gm)).toHaveLength(4);
     expect(stdout).toMatch(/shared +1 shared expert, fused as slot 256/);
     expect(stdout).toMatch(/time +load [\d.]+ ms, forward [\d.]+ ms: router .* gate .* experts /);
-    expect(stdout).toMatch(/error +relative norm .*e-7 \(limit 0\.000002\)/);
+    expect(stdout).toMatch(/error +relative norm .*e-[78] \(limit 0\.000002\)/);
     expect(stdout.trimEnd().endsWith('ok')).toBe(true);
   });
 

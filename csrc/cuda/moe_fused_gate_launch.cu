@@ -76,11 +76,9 @@ cudaError_t run_variant(const Args& a, int lanes, int sms, cudaStream_t stream) 
   if constexpr (L == 32) {
     if (a.T <= 4 * sms) return run_lanes<T, E, L, F, 1>(a, sms, stream);
   }
-  // 80 registers and 24 warps per multiprocessor are best where 16-bit logits allow it without spills.
-  if constexpr (F == Family::kGrouped && L == 8 && sizeof(T) == 2) {
-    return run_lanes<T, E, L, F, 4, 6>(a, sms, stream);
-  }
-  return run_lanes<T, E, L, F, 4>(a, sms, stream);
+  // What the rarely taken gate_row_apart keeps registers for must not cost warps.
+  constexpr int kBlocks = L != 8 ? 0 : F == Family::kGrouped ? (sizeof(T) == 2 ? 6 : 5) : E == 384 && sizeof(T) == 4 ? 4 : 0;
+  return run_lanes<T, E, L, F, 4, kBlocks>(a, sms, stream);
 }
 
 template <int E, Family F, int... L>
@@ -179,11 +177,11 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   if (fits && sigmoid && single && a.E == 256) return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 128) {
-    if (large(1, 128 * sms)) return run_tokens_dtype<128, 1, Family::kSoftmax>(a, stream);
+    if (large(1, 24 * sms)) return run_tokens_dtype<128, 1, Family::kSoftmax>(a, stream);
     return run_dtype<128, Family::kSoftmax, 8, 16>(a, pick(16, 8, 8), sms, stream);
   }
   if (fits && softmax && a.E == 64) {
-    if (large(1, 128 * sms)) return run_tokens_dtype<64, 1, Family::kSoftmax>(a, stream);
+    if (large(1, 0)) return run_tokens_dtype<64, 1, Family::kSoftmax>(a, stream);
     return run_dtype<64, Family::kSoftmax, 8>(a, pick(8, 8, 8), sms, stream);
   }
   if (force != 1 && softmax && a.K <= 8 && a.E >= 8 && a.E < 64) {

@@ -24,7 +24,8 @@ struct Args {
   int64_t valid_host, T;
   int32_t E, K, shared, routed, zero, columns;
   int32_t groups, group_size, top_groups;
-  uint32_t group_magic;  // e * magic >> 20 is e / group_size
+  uint32_t group_magic;   // e * magic >> 20 is e / group_size
+  uint32_t column_magic;  // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
   uint32_t rounds;
   int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
   float scale, shared_weight;
@@ -37,7 +38,8 @@ struct Args {
 };
 
 // Enqueues the op. `path` becomes the name of the kernel that was taken; `force` is for benchmarks and tests: lanes per
-// token of the fast kernel, 1 for the general kernel, 0 for the choice of the table in moe_fused_gate_launch.cu.
+// token of the fast kernel, 100 more of the kernel for large batches, 1 for the general kernel, 0 for the choice of
+// moe_fused_gate_launch.cu.
 cudaError_t launch(const MoeFusedGate& p, int sm_count, cudaStream_t stream, const char** path, int force = 0);
 
 #ifdef __CUDACC__
@@ -74,12 +76,17 @@ __device__ inline int64_t valid_tokens(const Args& a) {
   return given < 0 ? 0 : given < a.T ? given : a.T;
 }
 
+__device__ inline float fast_inverse(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 1 / (1 + e^-x) within about 2e-7, two special-function instructions; the same x gives the same bits everywhere.
 __device__ inline float fast_sigmoid(float x) {
-  float power, score;
+  float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -kLog2E));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(score) : "f"(1.0f + power));
-  return score;
+  return fast_inverse(1.0f + power);
 }
 
 

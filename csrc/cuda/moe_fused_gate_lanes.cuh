@@ -16,6 +16,7 @@
 // of accumulation: butterfly over the slots.
 #pragma once
 #include "moe_fused_gate_row.cuh"
+#include "moe_fused_gate_sort.cuh"
 
 namespace moe::gate {
 
@@ -63,77 +64,6 @@ __device__ inline Octet<T> load_octet(const T* at) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) o.words[i] = __ldg(reinterpret_cast<const uint4*>(at) + i);
   return o;
-}
-
-// Unlike fmaxf and fminf these keep a NaN, so that what it would spoil is seen in the end.
-__device__ inline float larger(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-__device__ inline float smaller(float a, float b) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-// Merges the two best of others into the two best.
-__device__ inline void merge_best(float& best, float& next, float other_best, float other_next) {
-  next = larger(smaller(best, other_best), larger(next, other_next));
-  best = larger(best, other_best);
-}
-
-__device__ inline void best_of_octet(const float* c, float& best, float& next) {
-  float high[4], low[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    high[i] = larger(c[2 * i], c[2 * i + 1]);
-    low[i] = smaller(c[2 * i], c[2 * i + 1]);
-  }
-  merge_best(high[0], low[0], high[1], low[1]);
-  merge_best(high[2], low[2], high[3], low[3]);
-  merge_best(high[0], low[0], high[2], low[2]);
-  best = high[0];
-  next = low[0];
-}
-
-__device__ inline void order(float& a, float& b) {
-  const float high = larger(a, b);
-  b = smaller(a, b);
-  a = high;
-}
-
-__device__ inline void sort_four(float* v) {
-  order(v[0], v[1]);
-  order(v[2], v[3]);
-  order(v[0], v[2]);
-  order(v[1], v[3]);
-  order(v[1], v[2]);
-}
-
-// The fourth and fifth largest of eight.
-__device__ inline void middle_of_eight(float* v, float& fourth, float& fifth) {
-  sort_four(v);
-  sort_four(v + 4);
-  float high[4], low[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    high[i] = fmaxf(v[i], v[7 - i]);
-    low[i] = fminf(v[i], v[7 - i]);
-  }
-  fourth = fminf(fminf(high[0], high[1]), fminf(high[2], high[3]));
-  fifth = fmaxf(fmaxf(low[0], low[1]), fmaxf(low[2], low[3]));
-}
-
-// Sorts eight that rise and fall, or the other way round, best first.
-__device__ inline void sort_bitonic_eight(float* v) {
-#pragma unroll
-  for (int distance = 4; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if ((i & distance) == 0) order(v[i], v[i + distance]);
-    }
-  }
 }
 
 // The eighth largest among the two best of each of L lanes, and the largest.
@@ -525,7 +455,7 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
     }
     for (unsigned rest = slow; rest != 0; rest &= rest - 1) {
       __syncwarp();
-      gate_row_apart<(E + 31) / 32>(a, first + (__ffs(static_cast<int>(rest)) - 1) / L, reinterpret_cast<float*>(scratch),
+      gate_row_apart<(E + 31) / 32>(a, first + (__ffs(static_cast<int>(rest)) - 1) / L, scratch,
                               histogram);
     }
     __syncwarp();

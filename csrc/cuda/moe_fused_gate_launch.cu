@@ -1,7 +1,7 @@
-// Which kernel routes which batch: the fast kernel where its limits hold, else the general one.
+// Which kernel routes which batch: the fast kernels where their limits hold, else the general one.
 #include <algorithm>
 
-#include "moe_fused_gate_lanes.cuh"
+#include "moe_fused_gate_tokens.cuh"
 
 namespace moe::gate {
 
@@ -11,7 +11,7 @@ constexpr int kHistogramSlots = 4096;       // counted in shared memory up to he
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
 template <class T, int E, int L, Family F, int Warps, int Blocks = 0, bool Ragged = false>
-cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream, bool one_pass = false) {
+cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   constexpr int kTokens = 32 / L * Warps;
   constexpr bool kBiasInShared = F != Family::kSoftmax && E / L > 16;
   const auto kernel = gate_lanes<T, E, L, F, Warps, Blocks, Ragged>;
@@ -22,14 +22,38 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream, bool one_pass
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, 32 * Warps, bytes);
     return std::max(count, 1);
   }();
-  kernel<<<static_cast<int>(one_pass ? blocks : std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * Warps, bytes, stream>>>(a);
+  kernel<<<static_cast<int>(std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * Warps, bytes, stream>>>(a);
   return cudaGetLastError();
+}
+
+// Without load counting small blocks fill the device evenly; with it, few blocks add their counters to the load.
+constexpr int kTokenWarps = 2;
+
+template <class T, int E, int L, Family F>
+cudaError_t run_tokens(const Args& a, cudaStream_t stream) {
+  constexpr int kTokens = 32 / L;
+  const auto kernel = gate_tokens<T, E, L, F>;
+  const int warps = a.histogram > 0 ? kMostTokenWarps : kTokenWarps;
+  const int bytes = 4 * (a.histogram + (F == Family::kGrouped ? kTokenBias : 0)) + warps * kTokens * kRowStride<E>;
+  if (bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t blocks = (a.T + kTokens * warps - 1) / (kTokens * warps);
+  kernel<<<static_cast<int>(blocks), 32 * warps, bytes, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <int E, int L, Family F>
+cudaError_t run_tokens_dtype(const Args& a, cudaStream_t stream) {
+  if (a.dtype == DType::kBF16) return run_tokens<__nv_bfloat16, E, L, F>(a, stream);
+  return run_tokens<__half, E, L, F>(a, stream);
 }
 
 template <int N>
 cudaError_t run_rows(const Args& a, int sms, cudaStream_t stream) {
   constexpr int kWarps = 4;
-  const int bytes = 4 * (a.histogram + kWarps * row_scratch(a.E, a.top_groups < a.groups ? a.groups : 0));
+  const int bytes = 4 * (a.histogram + kWarps * (row_scratch(a.E, a.top_groups < a.groups ? a.groups : 0) + 1 & ~1));
   const int64_t blocks = (a.T + kWarps - 1) / kWarps;
   gate_rows<N><<<static_cast<int>(std::min<int64_t>(blocks, int64_t{sms} * 16)), 32 * kWarps, bytes, stream>>>(a);
   return cudaGetLastError();
@@ -44,20 +68,17 @@ cudaError_t run_smallest_rows(const Args& a, int sms, cudaStream_t stream) {
 }
 
 // Lanes per token by batch: few tokens want short chains of dependent work, many want little work per token.
-
 template <class T, int E, Family F, int L, int... More>
 cudaError_t run_variant(const Args& a, int lanes, int sms, cudaStream_t stream) {
   if constexpr (sizeof...(More) > 0) {
-    if (lanes % 100 != L) return run_variant<T, E, F, More...>(a, lanes, sms, stream);
+    if (lanes != L) return run_variant<T, E, F, More...>(a, lanes, sms, stream);
   }
   if constexpr (L == 32) {
     if (a.T <= 4 * sms) return run_lanes<T, E, L, F, 1>(a, sms, stream);
   }
-  // 80 registers and 24 warps per multiprocessor are best where 16-bit logits allow it without spills.
-  if constexpr (F == Family::kGrouped && L == 8 && sizeof(T) == 2) {
-    return run_lanes<T, E, L, F, 4, 6>(a, sms, stream, lanes / 100 == 1);
-  }
-  return run_lanes<T, E, L, F, 4>(a, sms, stream, lanes / 100 == 1);
+  // What the rarely taken gate_row_apart keeps registers for must not cost warps.
+  constexpr int kBlocks = L != 8 ? 0 : F == Family::kGrouped ? (sizeof(T) == 2 ? 6 : 5) : E == 384 && sizeof(T) == 4 ? 4 : 0;
+  return run_lanes<T, E, L, F, 4, kBlocks>(a, sms, stream);
 }
 
 template <int E, Family F, int... L>
@@ -76,7 +97,6 @@ cudaError_t run_ragged(const Args& a, int sms, cudaStream_t stream) {
 
 const char* name(int lanes) {
   switch (lanes) {
-    case 4: return "4 lanes per token";
     case 8: return "8 lanes per token";
     case 16: return "16 lanes per token";
     case 32: return "32 lanes per token";
@@ -105,6 +125,7 @@ Args pack(const MoeFusedGate& p) {
   a.groups = p.groups;
   a.group_size = a.E / p.groups;
   a.top_groups = p.top_groups;
+  a.column_magic = a.columns % 2 == 0 ? static_cast<uint32_t>((int64_t{1} << 32) / a.columns + 1) : 0;
   a.group_magic = static_cast<uint32_t>(((1 << 20) + a.group_size - 1) / a.group_size);
   a.rounds = static_cast<uint32_t>(std::max<int64_t>(p.rounds, 1));
   a.slots = static_cast<int32_t>(std::min<int64_t>(p.slots, 0x7fffffff));
@@ -137,18 +158,32 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   const bool softmax = a.scoring == Scoring::kSoftmax && single && a.bias == nullptr &&
                        ((a.selection == Selection::kScore && a.renormalize) || a.selection == Selection::kLogits);
   const auto pick = [&](int few, int some, int many) {
-    const int lanes = force != 0 ? force : a.T <= 8 * sms ? few : a.T <= 48 * sms ? some : many;
+    const int lanes = force != 0 && force < 100 ? force : a.T <= 8 * sms ? few : a.T <= 48 * sms ? some : many;
     *path = name(lanes);
     return lanes;
   };
+  // The kernel for large batches; the limits are where it was measured to win.
+  const bool narrow = fits && a.dtype != DType::kF32 && a.columns <= kTokenColumns;
+  const auto large = [&](int lanes, int64_t tokens) {
+    if (!narrow || (force == 0 ? a.T <= tokens : force != 100 + lanes)) return false;
+    *path = lanes == 1 ? "one lane per token" : "2 lanes per token";
+    return true;
+  };
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
-    return run_dtype<256, Family::kGrouped, 8, 16, 32>(a, pick(32, 8, 8), sms, stream);
+    if (large(2, 160 * sms)) return run_tokens_dtype<256, 2, Family::kGrouped>(a, stream);
+    return run_dtype<256, Family::kGrouped, 8, 32>(a, pick(32, 8, 8), sms, stream);
   }
   if (fits && sigmoid && single && a.E == 384) return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
   if (fits && sigmoid && single && a.E == 256) return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
-  if (fits && softmax && a.E == 128) return run_dtype<128, Family::kSoftmax, 4, 8, 16>(a, pick(16, 8, 8), sms, stream);
-  if (fits && softmax && a.E == 64) return run_dtype<64, Family::kSoftmax, 4, 8>(a, pick(8, 8, 8), sms, stream);
+  if (fits && softmax && a.E == 128) {
+    if (large(1, 24 * sms)) return run_tokens_dtype<128, 1, Family::kSoftmax>(a, stream);
+    return run_dtype<128, Family::kSoftmax, 8, 16>(a, pick(16, 8, 8), sms, stream);
+  }
+  if (fits && softmax && a.E == 64) {
+    if (large(1, 0)) return run_tokens_dtype<64, 1, Family::kSoftmax>(a, stream);
+    return run_dtype<64, Family::kSoftmax, 8>(a, pick(8, 8, 8), sms, stream);
+  }
   if (force != 1 && softmax && a.K <= 8 && a.E >= 8 && a.E < 64) {
     *path = "8 lanes per token, ragged";
     return run_ragged<64, 8>(a, sms, stream);

@@ -1,8 +1,9 @@
 // The general kernel of moe_fused_gate, and what the fast one falls back to: one warp per token, any options.
 //
-// Layout: expert e lies in register e / 32 of lane e % 32, N registers a lane. Choices become keys; every round takes
-// the largest key of the warp with one redux and its lowest expert with another, and lane r keeps the r-th choice.
-// Group scores go through shared memory: a lane per group. Limits: 1024 experts, 32 choices, any group count.
+// Layout: expert e lies in register e / 32 of lane e % 32, N registers a lane. Choices become keys; a bound
+// from below leaves few of them, which rank each other in shared memory. Where too many remain (ties), every round takes
+// the largest key of the warp with one redux and its lowest expert with another. Lane r keeps the r-th choice. Group
+// scores go through shared memory: some lanes per group. Limits: 1024 experts, 32 choices, any group count.
 //
 // Ties go to the lower id for experts and groups. A NaN logit or bias ranks below -inf and weighs 0. Order of
 // accumulation: register by register, then a butterfly over the lanes.
@@ -36,113 +37,91 @@ __device__ inline float softmax_power(float x, float most) {
   return most == -infinity() ? 0.0f : x == most ? 1.0f : expf(x - most);
 }
 
-// Floats of shared memory that gate_row needs per warp.
-__host__ __device__ inline constexpr int row_scratch(int experts, int groups) { return experts + groups; }
+// Words of shared memory that gate_row needs per warp.
+inline constexpr int kRowList = 64;
+__host__ __device__ inline constexpr int row_scratch(int experts, int groups) {
+  return (experts > 2 * kRowList + 32 ? experts : 2 * kRowList + 32) + groups;
+}
 
-// Routes token t < valid. `scratch`: row_scratch() floats of this warp alone.
-template <int N>
-__device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
+template <int N, class T>
+__device__ __forceinline__ void load_row(const T* row, int experts, float* x) {
   const int lane = threadIdx.x % 32;
-  const int64_t first = t * a.E;
-  float x[N];
+  T raw[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) raw[i] = __ldg(row + min(lane + 32 * i, experts - 1));
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] = lane + 32 * i < experts ? widen(raw[i]) : nan_value();
+}
+
+// Sets the keys of experts to 0 that are not in the best groups. `scratch`: experts + groups words.
+template <int N>
+__device__ __forceinline__ void keep_groups(const Args& a, uint32_t* key, uint32_t* scratch) {
+  const int lane = threadIdx.x % 32;
+  uint32_t* group_keys = scratch + a.E;
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    const int e = lane + 32 * i;
-    x[i] = e < a.E ? load_logit(a, first + e) : nan_value();
-    if (a.bias != nullptr && e < a.E && isnan(a.bias[e])) x[i] = nan_value();
+    if (lane + 32 * i < a.E) scratch[lane + 32 * i] = key[i];
   }
-
-  // Softmax needs the whole row
-  float most = -infinity(), sum = 0;
-  const bool by_logits = a.selection == Selection::kLogits;
-  if (a.scoring == Scoring::kSoftmax && !by_logits) {
-#pragma unroll
-    for (int i = 0; i < N; i++) most = fmaxf(most, x[i]);
-    most = warp_max(most);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      const float power = softmax_power(x[i], most);
-      if (!isnan(power)) sum += power;
+  __syncwarp();
+  // As many lanes per group as there are, each with every so many-th of its experts.
+  const int team = a.groups > 16 ? 1 : a.groups > 8 ? 2 : a.groups > 4 ? 4 : a.groups > 2 ? 8 : 16;
+  for (int base = 0; base < a.groups; base += 32 / team) {
+    const int g = base + lane / team;
+    uint32_t best = 0, next = 0;
+    if (g < a.groups) {
+      const uint32_t* keys = scratch + g * a.group_size;
+#pragma unroll 4
+      for (int i = lane % team; i < a.group_size; i += team) {
+        const uint32_t other = keys[i];
+        next = max(next, min(best, other));
+        best = max(best, other);
+      }
     }
-    sum = warp_sum(sum);
+    for (int lanes = 1; lanes < team; lanes *= 2) {
+      const uint32_t other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
+      next = max(min(best, other_best), max(next, other_next));
+      best = max(best, other_best);
+    }
+    const bool both = a.group_score == GroupScore::kTop2Sum && next > 1;  // 1 is NaN, 0 nobody
+    if (g < a.groups && lane % team == 0) group_keys[g] = both ? rank_key(key_value(best) + key_value(next)) : best;
   }
-  const auto score = [&](float logit) {
-    if (a.scoring == Scoring::kSigmoid) return fast_sigmoid(logit);
-    if (a.scoring == Scoring::kSqrtSoftplus) return sqrt_softplus(logit);
-    const float power = softmax_power(logit, most);
-    return sum == 0 || isnan(power) ? power : __fdiv_rn(power, sum);
-  };
+  __syncwarp();
+  uint32_t* kept = scratch;  // the keys are not needed there any more
+  for (int g = lane; g < a.groups; g += 32) {
+    const uint32_t mine = group_keys[g];
+    int rank = 0;
+#pragma unroll 4
+    for (int h = 0; h < a.groups; h++) {
+      const uint32_t other = group_keys[h];
+      rank += other > mine || (other == mine && h < g);
+    }
+    kept[g] = rank < a.top_groups;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const uint32_t e = min(lane + 32 * i, a.E - 1);
+    if (kept[e * a.group_magic >> 20] == 0) key[i] = 0;
+  }
+  __syncwarp();
+}
 
-  // Keys of the candidates
+// By value: an array that a call can reach would lie in memory everywhere.
+template <int N>
+struct RowKeys {
   uint32_t key[N];
-  if (a.selection == Selection::kUniform) {
-    const uint32_t h = mix(a.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      const uint32_t hashed = mix(h ^ (static_cast<uint32_t>(lane + 32 * i) + 1) * 0x85ebca77u);
-      key[i] = lane + 32 * i < a.E ? max(hashed, 1u) : 0;
-    }
-  } else {
-    const bool grouped = a.top_groups < a.groups;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      const int e = lane + 32 * i;
-      float choice = x[i];
-      if (!by_logits) choice = a.bias != nullptr && e < a.E ? score(x[i]) + a.bias[e] : score(x[i]);
-      key[i] = e < a.E ? rank_key(choice) : 0;
-      if (grouped && e < a.E) scratch[e] = choice;
-    }
-    if (grouped) {
-      uint32_t* group_keys = reinterpret_cast<uint32_t*>(scratch + a.E);
-      __syncwarp();
-      // As many lanes per group as there are, each with every so many-th of its experts.
-      const int team = a.groups >= 32 ? 1 : a.groups > 16 ? 1 : a.groups > 8 ? 2 : a.groups > 4 ? 4 : a.groups > 2 ? 8 : 16;
-      for (int base = 0; base < a.groups; base += 32 / team) {
-        const int g = base + lane / team;
-        uint32_t best = 0, next = 0;
-        if (g < a.groups) {
-          const float* choices = scratch + g * a.group_size;
-          for (int i = lane % team; i < a.group_size; i += team) {
-            const uint32_t other = rank_key(choices[i]);
-            next = max(next, min(best, other));
-            best = max(best, other);
-          }
-        }
-        for (int lanes = 1; lanes < team; lanes *= 2) {
-          const uint32_t other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
-          next = max(min(best, other_best), max(next, other_next));
-          best = max(best, other_best);
-        }
-        const bool both = a.group_score == GroupScore::kTop2Sum && next > 1;  // 1 is NaN, 0 nobody
-        if (g < a.groups && lane % team == 0) group_keys[g] = both ? rank_key(key_value(best) + key_value(next)) : best;
-      }
-      __syncwarp();
-      uint32_t* kept = reinterpret_cast<uint32_t*>(scratch);  // the choices are not needed any more
-      for (int g = lane; g < a.groups; g += 32) {
-        const uint32_t mine = group_keys[g];
-        int rank = 0;
-        for (int h = 0; h < a.groups; h++) {
-          const uint32_t other = group_keys[h];
-          rank += other > mine || (other == mine && h < g);
-        }
-        kept[g] = rank < a.top_groups;
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int e = lane + 32 * i;
-        if (e < a.E && kept[static_cast<uint32_t>(e) * a.group_magic >> 20] == 0) key[i] = 0;
-      }
-      __syncwarp();
-    }
-  }
+};
 
-  // The K best, best first
+// Lane r < K gets the r-th best expert, one after the other.
+template <int N>
+__device__ __noinline__ int32_t best_by_rounds(RowKeys<N> row, int K) {
+  const int lane = threadIdx.x % 32;
+  uint32_t* key = row.key;
   uint32_t mine = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) mine = max(mine, key[i]);
   int32_t chosen = 0;
-  for (int r = 0; r < a.K; r++) {
+  for (int r = 0; r < K; r++) {
     const uint32_t best = __reduce_max_sync(kAll, mine);
     uint32_t expert = 0xffffffffu;
     if (mine == best) {
@@ -162,6 +141,137 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratc
       }
     }
   }
+  return chosen;
+}
+
+// Lane r < K gets the r-th best expert. The K-th of the maxima of some keys each (four per lane) bounds the K-th key from
+// below; a bisection finds it nearly, and what is not below goes to a list where each counts who beats it.
+template <int N>
+__device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint32_t* scratch) {
+  constexpr int kMaxima = N < 4 ? N : 4, kSlack = 6;
+  const int lane = threadIdx.x % 32;
+  uint32_t most[kMaxima] = {}, mine = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) most[i % kMaxima] = max(most[i % kMaxima], key[i]);
+#pragma unroll
+  for (int i = 0; i < kMaxima; i++) mine = max(mine, most[i]);
+  uint32_t low = max(__reduce_min_sync(kAll, mine), 1u), high = __reduce_max_sync(kAll, mine) + 1;
+  while (high - low > 1 && high > low) {
+    const uint32_t middle = low + (high - low) / 2;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxima; i++) count += __popc(__ballot_sync(kAll, most[i] >= middle));
+    if (count >= K) {
+      low = middle;
+      if (count <= K + kSlack) break;
+    } else {
+      high = middle;
+    }
+  }
+  uint64_t* list = reinterpret_cast<uint64_t*>(scratch);
+  int32_t* sorted = reinterpret_cast<int32_t*>(scratch + 2 * kRowList);
+  const unsigned before = (1u << lane) - 1;
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const bool listed = key[i] >= low;
+    const unsigned lanes = __ballot_sync(kAll, listed);
+    const int place = count + __popc(lanes & before);
+    if (listed && place < kRowList) list[place] = static_cast<uint64_t>(key[i]) << 32 | (0xffffu - (lane + 32 * i));
+    count += __popc(lanes);
+  }
+  if (count > kRowList || count < K) {
+    RowKeys<N> row;
+#pragma unroll
+    for (int i = 0; i < N; i++) row.key[i] = key[i];
+    return best_by_rounds<N>(row, K);
+  }
+  __syncwarp();
+  const uint64_t own[2] = {lane < count ? list[lane] : 0, lane + 32 < count ? list[lane + 32] : 0};
+  int rank[2] = {};
+#pragma unroll 4
+  for (int i = 0; i < count; i++) {
+    const uint64_t other = list[i];
+    rank[0] += other > own[0];
+    rank[1] += other > own[1];
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (lane + 32 * i < count && rank[i] < K) sorted[rank[i]] = static_cast<int32_t>(0xffffu - static_cast<uint32_t>(own[i]));
+  }
+  __syncwarp();
+  const int32_t chosen = sorted[min(lane, K - 1)];
+  __syncwarp();
+  return chosen;
+}
+
+// Routes token t < valid. `scratch`: row_scratch() words of this warp alone, aligned to 8 bytes.
+template <int N>
+__device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scratch, uint32_t* histogram) {
+  const int lane = threadIdx.x % 32;
+  const int64_t first = t * a.E;
+  // Options are asked outside of loops: a load that waits for a branch waits for every load before it.
+  float x[N], b[N] = {};
+  if (a.dtype == DType::kF32) {
+    load_row<N>(static_cast<const float*>(a.logits) + first, a.E, x);
+  } else if (a.dtype == DType::kBF16) {
+    load_row<N>(static_cast<const __nv_bfloat16*>(a.logits) + first, a.E, x);
+  } else {
+    load_row<N>(static_cast<const __half*>(a.logits) + first, a.E, x);
+  }
+  if (a.bias != nullptr) {
+    load_row<N>(a.bias, a.E, b);
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = isnan(b[i]) ? nan_value() : x[i];
+  }
+
+  // Softmax needs the whole row
+  float most = -infinity(), sum = 0;
+  const bool by_logits = a.selection == Selection::kLogits;
+  const auto score = [&](float logit) {
+    if (a.scoring == Scoring::kSigmoid) return fast_sigmoid(logit);
+    if (a.scoring == Scoring::kSqrtSoftplus) return sqrt_softplus(logit);
+    const float power = softmax_power(logit, most);
+    return sum == 0 || isnan(power) ? power : __fdiv_rn(power, sum);
+  };
+  uint32_t key[N];
+  if (a.selection == Selection::kUniform) {
+    const uint32_t h = mix(a.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const uint32_t hashed = mix(h ^ (static_cast<uint32_t>(lane + 32 * i) + 1) * 0x85ebca77u);
+      key[i] = lane + 32 * i < a.E ? max(hashed, 1u) : 0;
+    }
+  }
+  float choice[N];
+  if (by_logits) {
+#pragma unroll
+    for (int i = 0; i < N; i++) choice[i] = x[i];
+  } else if (a.scoring == Scoring::kSoftmax) {
+#pragma unroll
+    for (int i = 0; i < N; i++) most = fmaxf(most, x[i]);
+    most = warp_max(most);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      choice[i] = softmax_power(x[i], most);
+      if (!isnan(choice[i])) sum += choice[i];
+    }
+    sum = warp_sum(sum);
+#pragma unroll
+    for (int i = 0; i < N; i++) choice[i] = (sum == 0 || isnan(choice[i]) ? choice[i] : __fdiv_rn(choice[i], sum)) + b[i];
+  } else if (a.scoring == Scoring::kSigmoid) {
+#pragma unroll
+    for (int i = 0; i < N; i++) choice[i] = fast_sigmoid(x[i]) + b[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) choice[i] = sqrt_softplus(x[i]) + b[i];
+  }
+  if (a.selection != Selection::kUniform) {
+#pragma unroll
+    for (int i = 0; i < N; i++) key[i] = lane + 32 * i < a.E ? rank_key(choice[i]) : 0;
+    if (a.top_groups < a.groups) keep_groups<N>(a, key, scratch);
+  }
+  int32_t chosen = best_of_row<N>(key, a.K, scratch);
 
   // What it weighs
   const bool active = lane < a.K;
@@ -200,17 +310,18 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, float* scratc
 
 // The same as a function of its own, for kernels that rarely need it.
 template <int N>
-__device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, float* scratch, uint32_t* histogram) {
+__device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, uint32_t* scratch, uint32_t* histogram) {
   gate_row<N>(a, t, scratch, histogram);
 }
 
 // Shared memory: histogram counters, then row_scratch() floats for every warp.
 template <int N>
-__global__ void __launch_bounds__(128) gate_rows(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(128, N <= 8 ? 6 : N <= 16 ? 4 : 3) gate_rows(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  float* scratch = reinterpret_cast<float*>(shared_memory + a.histogram) + warp * row_scratch(a.E, a.groups);
+  const int words = row_scratch(a.E, a.top_groups < a.groups ? a.groups : 0) + 1 & ~1;
+  uint32_t* scratch = shared_memory + a.histogram + warp * words;
   if (a.histogram > 0) {
     clear_histogram(a, histogram);
     __syncthreads();

@@ -128,6 +128,10 @@ Status CudaBackend::open(int device) {
   void* mapped = nullptr;
   MOE_CUDA_CHECK(cudaHostGetDevicePointer(&mapped, notes, 0));
   notes_device_ = static_cast<FaultNote*>(mapped);
+  void* counters = nullptr;
+  MOE_CUDA_CHECK(cudaMalloc(&counters, kCounters * sizeof(int32_t)));
+  counters_ = static_cast<int32_t*>(counters);
+  MOE_CUDA_CHECK(cudaMemset(counters, 0, kCounters * sizeof(int32_t)));
   staging_ = std::make_shared<Staging>(device);
   return DeviceMemory::open(device, stream_, side_, &memory_);
 }
@@ -138,6 +142,7 @@ CudaBackend::~CudaBackend() {
   memory_.reset();
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
   if (notes_ != nullptr) cudaFreeHost(notes_);
+  if (counters_ != nullptr) cudaFree(counters_);
   if (side_ != nullptr) cudaStreamDestroy(side_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
   cudaGetLastError();

@@ -52,6 +52,9 @@ class CudaBackend : public Backend {
     *out = static_cast<T*>(data);
     return Status::Ok();
   }
+  // kCounters of them, zero between the kernels of the stream: a kernel that counts on them leaves them zero.
+  int32_t* counters() const { return counters_; }
+  static constexpr int64_t kCounters = 8192;  // at least mlp::kStreamCounters
   // Device pointer for raise_fault().
   FaultNote* fault_notes() const { return notes_device_; }
 
@@ -107,6 +110,7 @@ class CudaBackend : public Backend {
   bool aside_ = false;
   bool stopped_ = false;
   FaultNote *notes_ = nullptr, *notes_device_ = nullptr;
+  int32_t* counters_ = nullptr;
   std::unique_ptr<DeviceMemory> memory_;
   std::shared_ptr<Staging> staging_;
   std::shared_ptr<Arena> recording_;  // while a capture is recorded

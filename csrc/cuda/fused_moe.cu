@@ -83,6 +83,7 @@ mlp::StreamCall stream_call(CudaBackend& device, const FusedMoe& p) {
   call.weights_on_input = p.weights_on_input;
   call.output_scale = p.output_scale;
   call.output = p.output.data;
+  call.counters = device.counters();
   call.sm_count = device.sm_count();
   call.stream = device.stream();
   return call;

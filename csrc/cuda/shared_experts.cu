@@ -146,6 +146,7 @@ mlp::StreamCall stream_call(CudaBackend& device, const SharedExperts& p, const f
   call.routed = p.routed.data;
   call.output = p.output.data;
   call.sm_count = device.sm_count();
+  call.counters = device.counters();
   call.stream = device.stream();
   return call;
 }

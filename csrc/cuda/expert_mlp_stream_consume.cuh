@@ -1,0 +1,304 @@
+// The consumers of the streaming expert MLP. A warpgroup multiplies one tile of 64 rows of weights by the rows of an
+// entry; what follows a product is each warp's own business for its 16 rows of weights: no barrier between warps.
+#pragma once
+#include "expert_mlp_stream.cuh"
+#include "swiglu.cuh"
+
+namespace moe::mlp::stream {
+
+// f(N) as a type for the N columns of the product
+template <class F>
+__device__ __forceinline__ void with_columns(int columns, F f) {
+  switch (columns) {
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 16: return f(std::integral_constant<int, 16>{});
+    case 24: return f(std::integral_constant<int, 24>{});
+    case 32: return f(std::integral_constant<int, 32>{});
+    case 48: return f(std::integral_constant<int, 48>{});
+    case 64: return f(std::integral_constant<int, 64>{});
+    case 96: return f(std::integral_constant<int, 96>{});
+    default: return f(std::integral_constant<int, 128>{});
+  }
+}
+
+__device__ __forceinline__ int last_arrival(int32_t* counter, int others) {
+  __syncwarp();
+  int last = 0;
+  if (threadIdx.x % 32 == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == others;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  return __shfl_sync(0xffffffffu, last, 0);
+}
+
+template <class T>
+struct Consumer {
+  const Args& a;
+  const Shape& shape;
+  const Entry* list;
+  const PlanRow* rows;
+  Barriers* barriers;
+  char* memory;
+  int repeats;
+  int warp, lane, half;  // of 8; half: which tile of a step
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ Consumer(const Args& a, const Shape& shape, const Entry* list, const PlanRow* rows,
+                                      Barriers* barriers, char* memory, int repeats)
+      : a(a), shape(shape), list(list), rows(rows), barriers(barriers), memory(memory), repeats(repeats),
+        warp(static_cast<int>(threadIdx.x) / 32), lane(static_cast<int>(threadIdx.x) % 32), half(warp / 4) {}
+
+  // sum = tile rows x the N rows in the ring, over `steps` steps
+  template <int N>
+  __device__ __forceinline__ void multiply(float (&sum)[N / 2], int product, RowRing& ring, int steps) {
+    const uint32_t weights = hopper::shared_address(memory) + half * kTileBytes;
+    const uint32_t ring_at = hopper::shared_address(memory) + a.layout.ring;
+    uint64_t *full = barriers->rows_full[product], *free = barriers->rows_free[product];
+    int last_stage = 0, last_row_stage = 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) sum[i] = 0;
+    for (int step = 0; step < steps; step++) {
+      const int row_stage = ring.index % kRowStages;
+      const uint32_t at = ring_at + ring.take(N * 128);
+      wait(barriers->weights_full + stage, parity, 3);
+      wait(full + row_stage, ring.index / kRowStages & 1, 4 + product);
+      hopper::fence_proxy_shared();  // rows of gate_up are written by ordinary copies
+      const uint64_t x = hopper::describe(weights + stage * kStepBytes), y = hopper::describe(at);
+      hopper::product_fence();
+#pragma unroll
+      for (int k = 0; k < 4; k++) hopper::product<N, T>(sum, x + 2 * k, y + 2 * k, true);
+      hopper::product_commit();
+      if (step > 0) {
+        hopper::product_wait<1>();
+        release(last_stage, free + last_row_stage);
+      }
+      last_stage = stage, last_row_stage = row_stage;
+      ring.index++;
+      if (++stage == a.layout.stages) stage = 0, parity ^= 1;
+    }
+    hopper::product_wait<0>();
+    release(last_stage, free + last_row_stage);
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");  // not to be read before the wait
+  }
+  __device__ __forceinline__ void release(int weights, const uint64_t* row) {
+    if (lane == 0) {
+      arrive(barriers->weights_free + weights);
+      arrive(row);
+    }
+  }
+
+  // This warp's part of what block `owner` began or went on with
+  __device__ __forceinline__ float* part(int owner, bool tail) const {
+    return a.parts + ((int64_t{owner} * 2 + tail) * kConsumerWarps + warp) * a.part_rows * 16;
+  }
+
+  // Adds up the parts of a block of rows if this is the last to come; false otherwise.
+  template <int N>
+  __device__ __forceinline__ bool gather_sum(float (&sum)[N / 2], const Span& span, int first_step, int last_step) {
+    const int first = span.owner(first_step), last = span.owner(last_step), me = static_cast<int>(blockIdx.x);
+    float4* mine = reinterpret_cast<float4*>(part(me, me == first)) + lane;
+#pragma unroll
+    for (int i = 0; i < N / 8; i++) __stcg(mine + 32 * i, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+    if (!last_arrival(part_counter(a, 0, first, warp), last - first)) return false;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) sum[i] = 0;
+    for (int owner = first; owner <= last; owner++) {
+      const float4* from = reinterpret_cast<const float4*>(part(owner, owner == first)) + lane;
+#pragma unroll
+      for (int i = 0; i < N / 8; i++) {
+        const float4 v = __ldcg(from + 32 * i);
+        sum[4 * i] += v.x, sum[4 * i + 1] += v.y, sum[4 * i + 2] += v.z, sum[4 * i + 3] += v.w;
+      }
+    }
+    return true;
+  }
+
+  // gate_up of one block of 128 packed rows: 64 activations of each of the entry's rows, 8 of them this warp's
+  template <int N>
+  __device__ __forceinline__ void activate(const float (&sum)[N / 2], const Entry& entry, int block) {
+    const int r = lane / 4, i = block * 64 + warp * 8 + r, rows8 = (entry.rows + 7) & ~7;
+    float bias_g = 0, bias_u = 0;
+    if (a.experts.b13 != nullptr && i < a.I) {
+      bias_g = a.experts.b13[int64_t{entry.slot} * 2 * a.I + i];
+      bias_u = a.experts.b13[int64_t{entry.slot} * 2 * a.I + a.I + i];
+    }
+    T* out = static_cast<T*>(a.active) + (int64_t{entry.first8} * shape.along_i + int64_t{block} * rows8) * 64;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+      for (int l = 0; l < 2; l++) {
+        const int n = 8 * j + lane % 4 * 2 + l;
+        if (n >= entry.rows) continue;
+        const float weight = a.weights_on_input ? rows[entry.first + n].weight : 1.0f;
+        const float value = swiglu(a.swiglu, sum[4 * j + l] * weight + bias_g, sum[4 * j + 2 + l] * weight + bias_u);
+        out[n * 64 + ((warp ^ (n & 7)) << 3) + r] = narrow<T>(i < a.I ? value : 0.0f);
+      }
+    }
+    hopper::fence_proxy();  // the copy engine reads them
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence();
+      hopper::add_release(ready_counter(a), 1);
+    }
+  }
+
+  __device__ __forceinline__ void gate_up() {
+    const Span span(shape.steps1());
+    RowRing ring{a.layout.ring_bytes};
+    for_segments(span, shape.along_h, [&](int block, int from, int to) {
+      const int e = block / shape.blocks1;
+      const Entry entry = list[e];
+      with_columns(columns_for(entry.rows), [&](auto n) {
+        constexpr int N = n();
+        float sum[N / 2];
+        multiply<N>(sum, 0, ring, to - from);
+        if (to - from < shape.along_h) {
+          const int first = block * shape.along_h;
+          if (!gather_sum<N>(sum, span, first, first + shape.along_h - 1)) return;
+        }
+        activate<N>(sum, entry, block - e * shape.blocks1);
+      });
+    });
+  }
+
+  // This warp's sums of down: [T][16] f32, h swapped by 8 where bit 1 of the token is set (banks)
+  __device__ __forceinline__ float* sums() const {
+    return reinterpret_cast<float*>(memory + a.layout.sums) + warp * a.T * 16;
+  }
+  static __device__ __forceinline__ int sum_at(int token, int h) { return token * 16 + (h ^ ((token & 2) << 2)); }
+
+  template <int N>
+  __device__ __forceinline__ void accumulate(const float (&sum)[N / 2], const Entry& entry, int h, bool bias) {
+    const int r = lane / 4;
+    float* out = sums();
+    float bias0 = 0, bias1 = 0;
+    if (bias && a.experts.b2 != nullptr) {
+      const float* b2 = a.experts.b2 + int64_t{entry.slot} * a.H + h + r;
+      if (h + r < a.H) bias0 = b2[0];
+      if (h + r + 8 < a.H) bias1 = b2[8];
+    }
+    for (int round = 0; round <= repeats; round++) {
+#pragma unroll
+      for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+        for (int l = 0; l < 2; l++) {
+          const int n = 8 * j + lane % 4 * 2 + l;
+          if (n >= entry.rows) continue;
+          const PlanRow row = rows[entry.first + n];
+          if (row.round != round) continue;
+          const float weight = a.weights_on_input ? 1.0f : row.weight;
+          float *low = out + sum_at(row.token, r), *high = out + sum_at(row.token, r + 8);
+          *low = fmaf(weight, sum[4 * j + l] + bias0, *low);
+          *high = fmaf(weight, sum[4 * j + 2 + l] + bias1, *high);
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ void clear() {
+    float4* out = reinterpret_cast<float4*>(sums());
+    for (int i = lane; i < a.T * 4; i += 32) out[i] = make_float4(0, 0, 0, 0);
+    __syncwarp();
+  }
+
+  // Four values of a token: zero experts, scale, gate, routed, one rounding
+  __device__ __forceinline__ void store_four(const float* zeros, int token, int h, float4 v) {
+    if (h >= a.H) return;
+    const int64_t at = int64_t{token} * a.H + h;
+    float x[4] = {v.x, v.y, v.z, v.w};
+    if (a.zero > 0 && zeros[token] != 0) {
+      const Vec<T, 4> hidden = load<T, 4>(static_cast<const T*>(a.hidden) + at);
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] = fmaf(zeros[token], widen(hidden.v[i]), x[i]);
+    }
+    const float scale = a.gates != nullptr ? a.output_scale * a.gates[token] : a.output_scale;
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] *= scale;
+    if (a.routed != nullptr) {
+      const Vec<T, 4> routed = load<T, 4>(static_cast<const T*>(a.routed) + at);
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] += widen(routed.v[i]);
+    }
+    Vec<T, 4> out;
+#pragma unroll
+    for (int i = 0; i < 4; i++) out.v[i] = narrow<T>(x[i]);
+    store<T, 4>(static_cast<T*>(a.output) + at, out);
+  }
+
+  // Writes the output of rows h .. h + 15, or hands the sums over to whoever comes last.
+  __device__ __forceinline__ void finish(const Span& span, int block, bool whole, int h) {
+    const float* zeros = reinterpret_cast<const float*>(memory + a.layout.zeros);
+    const int length = shape.entries * shape.along_i, all = a.T * 4;
+    const float* own = sums();
+    const auto own_four = [&](int i) {
+      return *reinterpret_cast<const float4*>(own + sum_at(i / 4, i % 4 * 4));
+    };
+    if (whole) {
+      for (int i = lane; i < all; i += 32) store_four(zeros, i / 4, h + i % 4 * 4, own_four(i));
+      return;
+    }
+    const int first = span.owner(block * length), last = span.owner(block * length + length - 1);
+    const int me = static_cast<int>(blockIdx.x);
+    float4* mine = reinterpret_cast<float4*>(part(me, me == first));
+    for (int i = lane; i < all; i += 32) __stcg(mine + i, own_four(i));
+    if (!last_arrival(part_counter(a, 1, first, warp), last - first)) return;
+    constexpr int kEach = 4;
+    for (int i = lane; i < all; i += 32 * kEach) {
+      float4 sum[kEach] = {};
+      for (int owner = first; owner <= last; owner++) {
+        const float4* from = reinterpret_cast<const float4*>(part(owner, owner == first));
+        float4 v[kEach] = {};
+#pragma unroll
+        for (int k = 0; k < kEach; k++) {
+          if (i + 32 * k < all) v[k] = __ldcg(from + i + 32 * k);
+        }
+#pragma unroll
+        for (int k = 0; k < kEach; k++) sum[k].x += v[k].x, sum[k].y += v[k].y, sum[k].z += v[k].z, sum[k].w += v[k].w;
+      }
+#pragma unroll
+      for (int k = 0; k < kEach; k++) {
+        const int at = i + 32 * k;
+        if (at < all) store_four(zeros, at / 4, h + at % 4 * 4, sum[k]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void down() {
+    const Span span(shape.steps2());
+    if (shape.entries == 0) {
+      clear();
+      for (int block = blockIdx.x; block < shape.blocks2; block += gridDim.x) finish(span, block, true, block * 128 + warp * 16);
+      return;
+    }
+    RowRing ring{a.layout.ring_bytes};
+    const int length = shape.entries * shape.along_i;
+    bool begun = false;
+    for_segments(span, shape.along_i, [&](int unit, int from, int to) {
+      const int block = unit / shape.entries, e = unit - block * shape.entries, h = block * 128 + warp * 16;
+      const bool there = 2 * block + half < shape.tiles2;
+      const Entry entry = list[e];
+      if (!begun) clear();
+      begun = true;
+      with_columns(columns_for(entry.rows), [&](auto n) {
+        constexpr int N = n();
+        float sum[N / 2];
+        multiply<N>(sum, 1, ring, to - from);
+        if (there) accumulate<N>(sum, entry, h, from == 0);
+      });
+      const int at = unit * shape.along_i + to;
+      if (at == span.hi || at == (block + 1) * length) {
+        const bool whole = span.lo <= block * length && (block + 1) * length <= span.hi;
+        if (there) finish(span, block, whole, h);
+        begun = false;
+        __syncwarp();
+      }
+    });
+  }
+};
+
+}  // namespace moe::mlp::stream

@@ -115,6 +115,17 @@ MOE_BOTH int columns_for(int rows) {
   return rows <= 32 ? (rows + 7) & ~7 : rows <= 64 ? (rows + 15) & ~15 : (rows + 31) & ~31;
 }
 
+#ifdef MOE_STREAM_TRACE
+__device__ unsigned long long trace_times[256][16];
+__device__ __forceinline__ void trace(int event) {
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  trace_times[blockIdx.x][event] = now;
+}
+#else
+__device__ __forceinline__ void trace(int) {}
+#endif
+
 // Waits on a barrier. With MOE_STREAM_WATCHDOG a wait of two seconds says for what and traps.
 __device__ __forceinline__ void wait(const uint64_t* barrier, uint32_t parity, int what) {
 #ifdef MOE_STREAM_WATCHDOG

@@ -65,6 +65,7 @@ struct Consumer {
       const uint32_t at = ring_at + ring.take(N * 128);
       wait(barriers->weights_full + stage, parity, 3);
       wait(full + row_stage, ring.index / kRowStages & 1, 4 + product);
+      if (threadIdx.x == 0 && ring.index == 0) trace(product == 0 ? 4 : 8);
       hopper::fence_proxy_shared();  // rows of gate_up are written by ordinary copies
       const uint64_t x = hopper::describe(weights + stage * kStepBytes), y = hopper::describe(at);
       hopper::product_fence();
@@ -156,10 +157,12 @@ struct Consumer {
         constexpr int N = n();
         float sum[N / 2];
         multiply<N>(sum, 0, ring, to - from);
+        if (threadIdx.x == 0) trace(5);
         if (to - from < shape.along_h) {
           const int first = block * shape.along_h;
           if (!gather_sum<N>(sum, span, first, first + shape.along_h - 1)) return;
         }
+        if (threadIdx.x == 0) trace(6);
         activate<N>(sum, entry, block - e * shape.blocks1);
       });
     });
@@ -247,6 +250,7 @@ struct Consumer {
     float4* mine = reinterpret_cast<float4*>(part(me, me == first));
     for (int i = lane; i < all; i += 32) __stcg(mine + i, own_four(i));
     if (!last_arrival(part_counter(a, 1, first, warp), last - first)) return;
+    if (threadIdx.x == 0) trace(10);
     constexpr int kEach = 4;
     for (int i = lane; i < all; i += 32 * kEach) {
       float4 sum[kEach] = {};
@@ -288,6 +292,7 @@ struct Consumer {
         constexpr int N = n();
         float sum[N / 2];
         multiply<N>(sum, 1, ring, to - from);
+        if (threadIdx.x == 0) trace(9);
         if (there) accumulate<N>(sum, entry, h, from == 0);
       });
       const int at = unit * shape.along_i + to;

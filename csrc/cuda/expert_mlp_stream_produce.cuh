@@ -126,6 +126,7 @@ __device__ __forceinline__ void fetch_active(const Args& a, const Shape& shape, 
     // The last block to know leaves the counters as they were.
     if (atomicAdd(ready + 1, 1) == span.blocks - 1) ready[0] = 0, ready[1] = 0;
   }
+  if (leader) trace(11);
   __syncwarp();
   hopper::fence_proxy();
   RowRoom room{{a.layout.ring_bytes}, barriers->rows_free[1]};

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   space.expert = space.base + pitch;
   space.rank = space.expert + choices;
 
+  if (thread == 0) trace(0);
   if (thread == 0) {
     for (int i = 0; i < a.layout.stages; i++) {
       hopper::barrier_init(hopper::shared_address(barriers.weights_full + i), 1);
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   }
   for (int i = thread; i < space.warps * pitch / 8; i += kThreads) reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
   hopper::wait_for_previous_kernel();
+  if (thread == 0) trace(1);
   __syncthreads();
   rank_choices(a, space, choices);
   if (a.zero > 0) add_zeros(a, reinterpret_cast<float*>(memory + a.layout.zeros));
@@ -56,6 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   list_entries(a, space, plan, list);
   __syncthreads();
   hopper::let_next_kernel_start();
+  if (thread == 0) trace(2);
 
   const Shape shape(a, plan.entries);
   if (warp == kConsumerWarps) {
@@ -74,8 +77,11 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
     return;
   }
   Consumer<T> consumer(a, shape, list, rows, &barriers, memory, repeats);
+  if (thread == 0) trace(3);
   consumer.gate_up();
+  if (thread == 0) trace(7);
   consumer.down();
+  if (thread == 0) trace(12);
 }
 
 namespace {

@@ -139,6 +139,7 @@ export class Context {
   #closing: Promise<void> | undefined;
   readonly #captureNet: FinalizationRegistry<Handle>;
   readonly #captureOf = new WeakMap<object, Capture<unknown>>();
+  #overlapping = false;
   /** Tensors made while a capture is being recorded; they live and die with it. */
   #recorded: Set<{ dispose(): void }> | undefined;
 
@@ -224,28 +225,20 @@ export class Context {
     if (this.#recorded !== undefined) {
       throw new MoeError('ERR_MOE_CAPTURE', 'a capture is being recorded already', { op: 'capture' });
     }
+    this.#assertOneLane('capture');
     this.#noticing(() => this.#backend.beginCapture());
     const recorded = new Set<{ dispose(): void }>();
     this.#recorded = recorded;
     let handle: Handle;
     try {
       const output = record();
-      if (typeof (output as PromiseLike<T> | undefined)?.then === 'function') {
-        (output as PromiseLike<T>).then(undefined, () => {});
-        throw new MoeError(
-          'ERR_MOE_CAPTURE',
-          'expected a synchronous function: nothing can be awaited in a capture',
-          {
-            op: 'capture',
-            arg: 'record',
-          },
-        );
-      }
+      refusePromise('capture', 'record', output, 'in a capture');
       handle = this.#noticing(() => this.#backend.endCapture());
       this.#recorded = undefined;
       const capture: Capture<T> = new Capture(constructionKey, output, {
         replay: () => {
           this.assertUsable('replay');
+          this.#assertOneLane('replay');
           if (this.#recorded !== undefined) {
             throw new MoeError('ERR_MOE_CAPTURE', 'a capture is being recorded', { op: 'replay' });
           }
@@ -266,6 +259,42 @@ export class Context {
       this.#recorded = undefined;
       for (const tensor of recorded) tensor.dispose();
       throw error;
+    }
+  }
+
+  /**
+   * Runs two sequences of work beside each other: what `beside` enqueues may overlap with what `main` enqueues (on CUDA
+   * it goes to a second stream), and everything enqueued later comes after both. `main` must not use what `beside` made,
+   * nor the other way round. Where a backend runs one thing at a time, `beside` runs first. Can be captured.
+   * @returns What the two functions returned.
+   * @throws MoeError ERR_MOE_CAPTURE for reads, waits, captures or another overlap inside, or an async function.
+   */
+  overlap<A, B>(beside: () => A, main: () => B): [A, B] {
+    const op = 'overlap';
+    this.assertUsable(op);
+    for (const [arg, work] of Object.entries({ beside, main })) {
+      if (typeof work === 'function') continue;
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected ${arg}: a function but received ${describeValue(work)}`,
+        { op, arg },
+      );
+    }
+    this.#assertOneLane(op);
+    const enqueue = <T>(arg: string, work: () => T): T => {
+      const result = work();
+      refusePromise(op, arg, result, 'in an overlap');
+      return result;
+    };
+    this.#noticing(() => this.#backend.takeLane('beside'));
+    this.#overlapping = true;
+    try {
+      const first = enqueue('beside', beside);
+      this.#noticing(() => this.#backend.takeLane('main'));
+      return [first, enqueue('main', main)];
+    } finally {
+      this.#overlapping = false;
+      if (this.#state === 'open') this.#noticing(() => this.#backend.takeLane('join'));
     }
   }
 
@@ -298,6 +327,7 @@ export class Context {
           },
         );
       }
+      this.#assertOneLane('close');
       const lost = this.#state === 'lost';
       if (this.#state === 'open') this.#state = 'closed';
       this.#closing = this.#backend.close();
@@ -430,6 +460,7 @@ export class Context {
 
   /** @internal Throws at the call, so that a recording fails although nobody awaits what it returns. */
   assertNotRecording(op: string): void {
+    this.#assertOneLane(op);
     if (this.#recorded === undefined) return;
     throw new MoeError(
       'ERR_MOE_CAPTURE',
@@ -437,6 +468,15 @@ export class Context {
       {
         op,
       },
+    );
+  }
+
+  #assertOneLane(op: string): void {
+    if (!this.#overlapping) return;
+    throw new MoeError(
+      'ERR_MOE_CAPTURE',
+      'not possible inside of an overlap: only ops can be enqueued there',
+      { op },
     );
   }
 
@@ -462,6 +502,16 @@ export class Context {
     if (lost && this.#state === 'open') this.#state = 'lost';
     return error;
   }
+}
+
+/** What is enqueued by a function has to be enqueued when it returns. */
+function refusePromise(op: string, arg: string, result: unknown, where: string): void {
+  if (typeof (result as PromiseLike<unknown> | undefined)?.then !== 'function') return;
+  (result as PromiseLike<unknown>).then(undefined, () => {});
+  throw new MoeError('ERR_MOE_CAPTURE', `expected a synchronous function: nothing can be awaited ${where}`, {
+    op,
+    arg,
+  });
 }
 
 /** A recorded sequence: `output` is what the recorded function returned; `replay()` enqueues the whole of it again. */

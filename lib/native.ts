@@ -25,6 +25,8 @@ export interface NativeContext {
   abortCapture(): void;
   replay(capture: number): void;
   releaseCapture(capture: number): void;
+  /** 0 begins a second lane beside the main one, 1 goes on with the main one, 2 joins them. */
+  takeLane(lane: 0 | 1 | 2): void;
   memory(): MemoryInfo;
   paths(): Record<string, string>;
   close(): Promise<void>;

@@ -135,6 +135,7 @@ Napi::Function NativeContext::define(Napi::Env env) {
                          InstanceMethod<&NativeContext::end_capture>("endCapture"),
                          InstanceMethod<&NativeContext::abort_capture>("abortCapture"),
                          InstanceMethod<&NativeContext::replay>("replay"),
+                         InstanceMethod<&NativeContext::take_lane>("takeLane"),
                          InstanceMethod<&NativeContext::release_capture>("releaseCapture"),
                          InstanceMethod<&NativeContext::memory>("memory"),
                          InstanceMethod<&NativeContext::paths>("paths"),
@@ -543,6 +544,7 @@ std::shared_ptr<const Fault> NativeContext::device_fault() {
 Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "read");
+  assert_joined(env, "read");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
   auto wait = std::make_shared<Wait>(env);
   wait->kind = Wait::Kind::kRead;
@@ -564,6 +566,7 @@ Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
 Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   std::shared_ptr<Buffer> buffer = buffer_at(info, 0, "readSync");
+  assert_joined(env, "readSync");
   const bool values = info.Length() > 1 && info[1].ToBoolean().Value() && widens(buffer->dtype);
   std::shared_ptr<uint8_t[]> raw = backend_->staging(buffer->bytes);
   if (raw == nullptr) throw make_error(env, no_host_memory(buffer->bytes), "readSync");
@@ -593,11 +596,13 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::synchronize(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "synchronize");
+  assert_joined(info.Env(), "synchronize");
   return wait_for(info.Env(), std::make_shared<Wait>(info.Env()));
 }
 
 void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "synchronizeSync");
+  assert_joined(info.Env(), "synchronizeSync");
   Status status = backend_->wait();
   if (!status.ok()) throw make_error(info.Env(), status, "synchronizeSync");
   if (const auto fault = faults_->take(); fault != nullptr) throw make_error(info.Env(), fault->status, fault->op);
@@ -606,6 +611,7 @@ void NativeContext::synchronize_sync(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "close");
+  assert_joined(info.Env(), "close");
   open_ = false;
   auto wait = std::make_shared<Wait>(info.Env());
   wait->kind = Wait::Kind::kClose;
@@ -616,6 +622,7 @@ Napi::Value NativeContext::close(const Napi::CallbackInfo& info) {
 
 void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "capture");
+  assert_joined(info.Env(), "capture");
   if (backend_->has_graphs()) {
     Status status = backend_->begin_capture();
     if (!status.ok()) throw make_error(info.Env(), status, "capture");
@@ -625,6 +632,7 @@ void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeContext::end_capture(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "capture");
+  assert_joined(info.Env(), "capture");
   if (recording_ == nullptr) {
     throw make_error(info.Env(), Status::Error(Code::kCapture, "no capture is being recorded"), "capture");
   }
@@ -636,13 +644,33 @@ Napi::Value NativeContext::end_capture(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), captures_.add(recording));
 }
 
-void NativeContext::abort_capture(const Napi::CallbackInfo&) {
+void NativeContext::abort_capture(const Napi::CallbackInfo& info) {
+  assert_joined(info.Env(), "capture");
   if (recording_ != nullptr && backend_->has_graphs()) backend_->abort_capture();
   recording_ = nullptr;
 }
 
+void NativeContext::take_lane(const Napi::CallbackInfo& info) {
+  const char* op = "overlap";
+  assert_open(info.Env(), op);
+  const double lane = info.Length() > 0 && info[0].IsNumber() ? info[0].As<Napi::Number>().DoubleValue() : -1;
+  // 0 opens the lanes, 1 and 2 want them open.
+  if (!(lane == 0 || lane == 1 || lane == 2) || (lane == 0) == lanes_) {
+    throw make_error(info.Env(), Status::Error(Code::kInvalidArg, "expected a lane in its order"), op);
+  }
+  lanes_ = lane == 1;
+  Status status = backend_->take_lane(static_cast<Backend::Lane>(lane));
+  if (!status.ok()) throw make_error(info.Env(), status, op);
+  lanes_ = lane != 2;
+}
+
+void NativeContext::assert_joined(Napi::Env env, const char* op) {
+  if (lanes_) throw make_error(env, Status::Error(Code::kCapture, "not while two lanes are open"), op);
+}
+
 void NativeContext::replay(const Napi::CallbackInfo& info) {
   assert_open(info.Env(), "replay");
+  assert_joined(info.Env(), "replay");
   const std::shared_ptr<Recording>* found =
       info.Length() > 0 && info[0].IsNumber() ? captures_.find(info[0].As<Napi::Number>().DoubleValue()) : nullptr;
   if (found == nullptr) {

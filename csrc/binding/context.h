@@ -52,6 +52,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   Napi::Value end_capture(const Napi::CallbackInfo&);
   void abort_capture(const Napi::CallbackInfo&);
   void replay(const Napi::CallbackInfo&);
+  void take_lane(const Napi::CallbackInfo&);
   void release_capture(const Napi::CallbackInfo&);
   Napi::Value memory(const Napi::CallbackInfo&);
   Napi::Value paths(const Napi::CallbackInfo&);
@@ -59,6 +60,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   Napi::Value poll(const Napi::CallbackInfo&);
 
   void assert_open(Napi::Env env, const char* op);
+  void assert_joined(Napi::Env env, const char* op);
   std::shared_ptr<Buffer> buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op);
   void account(Napi::Env env, int64_t bytes);
   double add_buffer(Napi::Env env, const char* op, size_t bytes, DType dtype, int64_t elements,
@@ -85,6 +87,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   size_t pending_ = 0;
   int64_t external_ = 0;  // what the collector has been told of
   bool open_ = true;
+  bool lanes_ = false;  // two lanes are open
   bool hooked_ = false;
   napi_env env_;
 };

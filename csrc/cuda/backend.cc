@@ -144,6 +144,7 @@ CudaBackend::~CudaBackend() {
   if (notes_ != nullptr) cudaFreeHost(notes_);
   if (counters_ != nullptr) cudaFree(counters_);
   if (side_ != nullptr) cudaStreamDestroy(side_);
+  if (beside_ != nullptr) cudaStreamDestroy(beside_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
   cudaGetLastError();
 }
@@ -154,6 +155,7 @@ void CudaBackend::stop() {
   if (recording_ != nullptr) abort_capture();
   // Work that has been launched cannot be taken back, and its memory must outlive it.
   if (side_ != nullptr) cudaStreamSynchronize(side_);
+  if (beside_ != nullptr) cudaStreamSynchronize(beside_);
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
   std::deque<Waiting> abandoned;
   {
@@ -325,12 +327,7 @@ Status CudaBackend::take_fault(std::string* op) {
 Status CudaBackend::begin_capture() {
   enter();
   // The side stream comes after everything so far: it may use memory that the main stream has just given back.
-  cudaEvent_t event = nullptr;
-  MOE_RETURN_IF_ERROR(take_event(&event));
-  Status status = cuda_status(cudaEventRecord(event, stream_), "cudaEventRecord");
-  if (status.ok()) status = cuda_status(cudaStreamWaitEvent(side_, event, 0), "cudaStreamWaitEvent");
-  return_event(event);
-  MOE_RETURN_IF_ERROR(std::move(status));
+  MOE_RETURN_IF_ERROR(order(stream_, side_));
   MOE_CUDA_CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed));
   recording_ = std::make_shared<Arena>();
   memory_->set_capturing(true);
@@ -340,12 +337,38 @@ Status CudaBackend::begin_capture() {
 // Everything later on the main stream comes after what went aside.
 Status CudaBackend::leave_capture() {
   memory_->set_capturing(false);
+  return order(side_, stream_);
+}
+
+// What is enqueued on `second` from now on comes after everything on `first`.
+Status CudaBackend::order(cudaStream_t first, cudaStream_t second) {
   cudaEvent_t event = nullptr;
   MOE_RETURN_IF_ERROR(take_event(&event));
-  Status status = cuda_status(cudaEventRecord(event, side_), "cudaEventRecord");
-  if (status.ok()) status = cuda_status(cudaStreamWaitEvent(stream_, event, 0), "cudaStreamWaitEvent");
+  Status status = cuda_status(cudaEventRecord(event, first), "cudaEventRecord");
+  if (status.ok()) status = cuda_status(cudaStreamWaitEvent(second, event, 0), "cudaStreamWaitEvent");
   return_event(event);
   return status;
+}
+
+// Memory that one lane gives back may still be in use in the other: it is kept until they join.
+Status CudaBackend::take_lane(Lane lane) {
+  enter();
+  beside_now_ = false;
+  switch (lane) {
+    case Lane::kBeside:
+      if (beside_ == nullptr) MOE_CUDA_CHECK(cudaStreamCreateWithFlags(&beside_, cudaStreamNonBlocking));
+      MOE_RETURN_IF_ERROR(order(stream_, beside_));
+      memory_->hold();
+      beside_now_ = true;
+      return Status::Ok();
+    case Lane::kMain: return Status::Ok();
+    case Lane::kJoin: {
+      Status status = order(beside_, stream_);
+      memory_->let_go();
+      return status;
+    }
+  }
+  return Status::Ok();
 }
 
 Status CudaBackend::end_capture(std::shared_ptr<Graph>* out) {

@@ -36,8 +36,8 @@ class CudaBackend : public Backend {
 
   // For kernels, called inside submitted work ------------------------------------------------------------------
 
-  // Where kernels go. Ask every time: it is another one while weights are made inside a capture.
-  cudaStream_t stream() const { return aside_ ? side_ : stream_; }
+  // Where kernels go. Ask every time: it is another one while weights are made inside a capture, and in a second lane.
+  cudaStream_t stream() const { return aside_ ? side_ : beside_now_ ? beside_ : stream_; }
   int sm_count() const { return sm_count_; }
   int device() const { return device_; }
   // 10 * major + minor: 90 on Hopper.
@@ -83,6 +83,8 @@ class CudaBackend : public Backend {
   Status replay(Graph& graph) override;
   Status aside(const std::function<Status()>& work) override;
 
+  Status take_lane(Lane lane) override;
+
   size_t expert_bytes(const ExpertsLayout& layout) const override;
   MemoryInfo memory() const override;
   std::string device_name() const override { return name_; }
@@ -103,11 +105,13 @@ class CudaBackend : public Backend {
   void wait_for(cudaEvent_t event, std::function<void(Status)> done);
   void wait_in_thread();
   Status leave_capture();
+  Status order(cudaStream_t first, cudaStream_t second);
 
   int device_ = 0, sm_count_ = 0, compute_capability_ = 0;
   std::string name_;
   cudaStream_t stream_ = nullptr, side_ = nullptr;
-  bool aside_ = false;
+  cudaStream_t beside_ = nullptr;  // the second lane, made when it is first asked for
+  bool aside_ = false, beside_now_ = false;
   bool stopped_ = false;
   FaultNote *notes_ = nullptr, *notes_device_ = nullptr;
   int32_t* counters_ = nullptr;

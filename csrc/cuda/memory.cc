@@ -131,8 +131,28 @@ Status DeviceMemory::allocate(size_t bytes, Arena* arena, bool lasting, void** o
   return Status::Ok();
 }
 
+void DeviceMemory::hold() {
+  std::lock_guard lock(mutex_);
+  holding_ = true;
+}
+
+void DeviceMemory::let_go() {
+  std::lock_guard lock(mutex_);
+  holding_ = false;
+  for (const auto& [data, bytes] : held_) release_now(data, bytes);
+  held_.clear();
+}
+
 void DeviceMemory::release(void* data, size_t bytes) {
   std::lock_guard lock(mutex_);
+  if (holding_) {
+    held_.push_back({data, bytes});
+  } else {
+    release_now(data, bytes);
+  }
+}
+
+void DeviceMemory::release_now(void* data, size_t bytes) {
   if (!arena_of_.empty()) {
     if (const auto found = arena_of_.find(data); found != arena_of_.end()) {
       for (Arena::Block& block : found->second->blocks) {

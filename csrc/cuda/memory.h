@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../backend.h"
@@ -45,6 +46,9 @@ class DeviceMemory {
   void release(void* data, size_t bytes);
   // Tells which stream the pool may be used through.
   void set_capturing(bool capturing);
+  // Between the two, released blocks are not handed out again: work beside the stream may still use them.
+  void hold();
+  void let_go();
   // Gives the arena's blocks back; those that tensors still refer to become ordinary memory.
   void dissolve(Arena& arena);
   MemoryInfo info() const;
@@ -62,6 +66,7 @@ class DeviceMemory {
   cudaStream_t usable_stream() const { return capturing_ ? side_ : stream_; }
   Status take(size_t block, void** out);
   void give(void* data, size_t block);
+  void release_now(void* data, size_t bytes);
   void release_kept();
   Status out_of_memory(size_t requested) const;
 
@@ -71,6 +76,8 @@ class DeviceMemory {
 
   mutable std::mutex mutex_;
   bool capturing_ = false;
+  bool holding_ = false;
+  std::vector<std::pair<void*, size_t>> held_;  // released since hold(), with the bytes asked for
   std::vector<void*> kept_[kClasses];
   size_t kept_bytes_ = 0;
   size_t used_ = 0;

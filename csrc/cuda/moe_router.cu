@@ -80,8 +80,18 @@ __global__ void __launch_bounds__(kTensorThreads) route_tensor(MoeRouter p, floa
   const int64_t first = int64_t{blockIdx.x} * Shape::kRows, column = int64_t{blockIdx.y} * Shape::kColumns;
   const int64_t begin = blockIdx.z * depth, end = begin + depth < p.H ? begin + depth : p.H;
   float sum[2][N / 8][4] = {};
-  multiply_tensor_tile<T, WARPS_M, N>(p.hidden.as<const T>() + first * p.H, p.weight.as<const T>() + column * p.H,
-                                      p.T - first, p.E - column, p.H, begin, end, sum);
+  const int64_t from = begin + tensor_piece() * 8;
+  const auto operand = [&](const T* matrix, int64_t row, int64_t rows) {
+    const T* first_piece = matrix + row * p.H + from;
+    const int64_t left = rows - row, there = from < end ? (end - from + kTensorDepth - 1) / kTensorDepth : 0;
+    // A piece that is not there is not read, but its address has to be one.
+    return TensorOperand{[=](int r) { return there > 0 ? first_piece + r * p.H : matrix; },
+                         static_cast<int>(left < Shape::kRows + Shape::kColumns ? left : Shape::kRows + Shape::kColumns),
+                         kTensorDepth, static_cast<int>(there)};
+  };
+  multiply_tensor_tile<T, WARPS_M, N, true>(operand(p.hidden.as<const T>(), first, p.T),
+                                            operand(p.weight.as<const T>(), column, p.E),
+                                            static_cast<int>((end - begin + kTensorDepth - 1) / kTensorDepth), sum);
   const bool whole = gridDim.z == 1;
   out += blockIdx.z * p.T * p.E;
 #pragma unroll

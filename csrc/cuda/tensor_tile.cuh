@@ -2,9 +2,9 @@
 //
 // 256 threads, 8 warps in WARPS_M x (8 / WARPS_M), each with 32 rows x N columns. 64 of the inner dimension at a time
 // come through a ring of shared memory that cp.async fills; 16-byte pieces of a row are swizzled by the row, so that
-// ldmatrix meets every bank once. Products are exact in f32; tensor cores add 64 of them with a little less than f32's
-// rounding, so their sums are added up in ordinary f32 outside, in ascending order: the error stays that of f32. Bitwise
-// the same from run to run. Rows must be multiples of 8 elements.
+// ldmatrix meets every bank once. Products are exact in f32; tensor cores add them with a little less than f32's rounding,
+// so where the result must be as good as f32 (EXACT) every 64 are added up in ordinary f32 outside, in ascending order.
+// Bitwise the same from run to run. Rows must be multiples of 8 elements.
 #pragma once
 #include "floats.cuh"
 
@@ -47,29 +47,52 @@ struct TensorShape {
   }
 };
 
-// a and b: the first rows of the tile, of which rows_a and rows_b are there; K elements a row; over [begin, end) of them.
-template <class T, int WARPS_M, int N>
-__device__ void multiply_tensor_tile(const T* a, const T* b, int64_t rows_a, int64_t rows_b, int64_t K, int64_t begin,
-                                     int64_t end, float (&sum)[2][N / 8][4]) {
+// Where a thread's 16-byte pieces of one operand come from: piece(r) is that of row r < `rows` (at least one) at the first
+// step; `step` elements on is that of the next step; other rows, and step `there` and later ones, are zeros.
+template <class Piece>
+struct TensorOperand {
+  Piece piece;
+  int rows;
+  int64_t step;
+  int there;
+};
+template <class Piece>
+TensorOperand(Piece, int, int64_t, int) -> TensorOperand<Piece>;
+
+// Which of the 8 pieces of a row's 64 elements a thread loads.
+__device__ __forceinline__ int tensor_piece() { return threadIdx.x % 8; }
+
+// `steps` times 64 of the inner dimension. EXACT: every 64 are added up outside of the tensor cores, in f32.
+template <class T, int WARPS_M, int N, bool EXACT, class A, class B>
+__device__ void multiply_tensor_tile(const A& a, const B& b, int steps, float (&sum)[2][N / 8][4]) {
   using Shape = TensorShape<WARPS_M, N>;
   extern __shared__ __align__(128) char shared[];
   const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int steps = static_cast<int>((end - begin + kTensorDepth - 1) / kTensorDepth);
+  constexpr int kRowsAtOnce = kTensorThreads / 8, kLoadsA = Shape::kRows / kRowsAtOnce;
+  constexpr int kLoadsB = (Shape::kColumns + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int row = threadIdx.x / 8;
+  const T *from_a[kLoadsA], *from_b[kLoadsB];
+#pragma unroll
+  for (int i = 0; i < kLoadsA; i++) from_a[i] = a.piece(min(row + i * kRowsAtOnce, a.rows - 1));
+#pragma unroll
+  for (int i = 0; i < kLoadsB; i++) from_b[i] = b.piece(min(row + i * kRowsAtOnce, b.rows - 1));
+  // Rows of a are multiples of 8 before those of b, and all of a thread's are equal modulo 8.
+  const uint32_t place = base + row * 128 + ((tensor_piece() ^ (row & 7)) << 4);
 
   const auto load = [&](int step) {
     if (step < steps) {
-      const uint32_t stage = base + step % kTensorStages * Shape::kStageBytes;
-      const int64_t k = begin + int64_t{step} * kTensorDepth;
-      constexpr int kPieces = (Shape::kRows + Shape::kColumns) * 8;
+      const uint32_t stage = place + step % kTensorStages * Shape::kStageBytes;
 #pragma unroll
-      for (int i = threadIdx.x; i < kPieces; i += kTensorThreads) {
-        const int row = i / 8, piece = i % 8;
-        const bool of_a = row < Shape::kRows;
-        const int r = of_a ? row : row - Shape::kRows;
-        const bool there = r < (of_a ? rows_a : rows_b) && k + piece * 8 < end;
-        const T* from = of_a ? a : b;
-        copy_async(stage + row * 128 + ((piece ^ (row & 7)) << 4), there ? from + r * K + k + piece * 8 : from, there);
+      for (int i = 0; i < kLoadsA; i++) {
+        const bool there = row + i * kRowsAtOnce < a.rows && step < a.there;
+        copy_async(stage + i * kRowsAtOnce * 128, from_a[i] + (there ? step * a.step : 0), there);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoadsB; i++) {
+        if (Shape::kColumns % kRowsAtOnce != 0 && row + i * kRowsAtOnce >= Shape::kColumns) continue;
+        const bool there = row + i * kRowsAtOnce < b.rows && step < b.there;
+        copy_async(stage + (Shape::kRows + i * kRowsAtOnce) * 128, from_b[i] + (there ? step * b.step : 0), there);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -84,7 +107,15 @@ __device__ void multiply_tensor_tile(const T* a, const T* b, int64_t rows_a, int
     __syncthreads();  // the stage has arrived, and everybody has left the one that is loaded next
     load(step + kTensorStages - 1);
     const uint32_t stage = base + step % kTensorStages * Shape::kStageBytes;
-    float part[2][N / 8][4] = {};
+    float separate[2][N / 8][4];
+    float (&part)[2][N / 8][4] = EXACT ? separate : sum;
+    if constexpr (EXACT) {
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) part[m][n][0] = part[m][n][1] = part[m][n][2] = part[m][n][3] = 0;
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kTensorDepth / 16; k++) {
       uint32_t x[2][4], y[N / 16][4];
@@ -100,12 +131,14 @@ __device__ void multiply_tensor_tile(const T* a, const T* b, int64_t rows_a, int
         for (int n = 0; n < N / 8; n++) mma_16x8x16(part[m][n], x[m], y[n / 2] + n % 2 * 2, static_cast<T*>(nullptr));
       }
     }
+    if constexpr (EXACT) {
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
+      for (int m = 0; m < 2; m++) {
 #pragma unroll
-      for (int n = 0; n < N / 8; n++) {
+        for (int n = 0; n < N / 8; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[m][n][i] += part[m][n][i];
+          for (int i = 0; i < 4; i++) sum[m][n][i] += part[m][n][i];
+        }
       }
     }
   }

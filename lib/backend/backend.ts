@@ -16,6 +16,8 @@ export interface MemoryInfo {
 /** How to read a tensor: 'raw' bits, or 'values' with narrow floats widened to f32. */
 export type ReadAs = 'raw' | 'values';
 
+export type Lane = 'beside' | 'main' | 'join';
+
 /** Memory, an in-order queue, and recordings of it. Nothing but read, synchronize and close waits. */
 export interface Backend {
   readonly name: BackendName;
@@ -44,6 +46,12 @@ export interface Backend {
   abortCapture(): void;
   replay(capture: Handle): void;
   releaseCapture(capture: Handle): void;
+
+  /**
+   * 'beside': what is enqueued from now on may run beside what is enqueued after 'main'; everything after 'join' comes
+   * after both. Backends that run one thing at a time ignore it.
+   */
+  takeLane(lane: Lane): void;
 
   memory(): MemoryInfo;
   /** Which kernel each op took last. */

@@ -6,7 +6,7 @@ import type { ExpertsLayout } from '../experts.js';
 import type { Addon, NativeContext } from '../native.js';
 import type { Call } from '../op.js';
 import { type DType, dtypeRow, dtypes, type Handle, type RawArray } from '../tensor.js';
-import type { Backend, BackendName, MemoryInfo, ReadAs } from './backend.js';
+import type { Backend, BackendName, Lane, MemoryInfo, ReadAs } from './backend.js';
 
 const RECORD_FIELDS = 64;
 
@@ -99,6 +99,9 @@ export class NativeBackend implements Backend {
   }
   releaseCapture(capture: Handle): void {
     this.#context.releaseCapture(capture as number);
+  }
+  takeLane(lane: Lane): void {
+    this.#context.takeLane(lane === 'beside' ? 0 : lane === 'main' ? 1 : 2);
   }
   memory(): MemoryInfo {
     return this.#context.memory();

@@ -136,6 +136,8 @@ export class OracleBackend implements Backend {
   }
   releaseCapture(): void {}
 
+  takeLane(): void {} // it has computed at the call
+
   memory(): MemoryInfo {
     return { used: this.#used, reserved: this.#used };
   }

@@ -24,6 +24,7 @@ interface RunOptions {
   expect?: string;
   backend: 'auto' | 'cpu' | 'oracle' | 'cuda' | 'ascend';
   fuseShared: 'auto' | 'on' | 'off';
+  overlapShared?: boolean;
   dtype?: FloatDType;
   out?: string;
   json?: boolean;
@@ -82,6 +83,7 @@ export function registerRun(program: Command): void {
         .choices(['auto', 'on', 'off'])
         .default('auto'),
     )
+    .option('--overlap-shared', 'shared experts by themselves, beside the routed ones')
     .addOption(
       new Option('--dtype <dtype>', 'dtype of experts and hidden states; the router stays f32').choices([
         'f32',
@@ -137,6 +139,7 @@ async function runLayer(
     layer,
     context,
     fuseSharedExperts: options.fuseShared,
+    overlapSharedExperts: options.overlapShared ?? false,
     ...(options.dtype === undefined ? {} : { dtype: options.dtype }),
     onProgress: ({ done, total }) => bar.update(done, total),
   }).finally(() => bar.stop());

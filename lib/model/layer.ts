@@ -18,6 +18,10 @@ import type { SafetensorsReader, TensorInfo } from './safetensors.js';
 const loadOp = 'MoeLayer.load';
 /** Shared slices that the gate can append to a row. */
 const MAX_SHARED_SLOTS = 8;
+/** Rows that an overlapped layer is tried with when it is loaded. */
+const VALIDATION_TOKENS = 10;
+/** Relative norm by which two orders of the same arithmetic may differ. */
+const OVERLAP_TOLERANCE: Record<FloatDType, number> = { f32: 1e-5, f16: 2e-3, bf16: 1.6e-2 };
 /** Bytes on their way to the backend before loading waits for them to be packed. */
 const MAX_BYTES_IN_FLIGHT = 128 * 2 ** 20;
 
@@ -38,6 +42,12 @@ export interface MoeLayerOptions {
    * the reason, 'off' never.
    */
   fuseSharedExperts?: FuseSharedExperts;
+  /**
+   * Shared experts by themselves, their first product beside the routing and the routed experts (on CUDA on a second
+   * stream) instead of after them. They are then not fused. Loading compares the result on random states with the
+   * computation in one piece and fails where they differ by more than the dtype explains. Default false.
+   */
+  overlapSharedExperts?: boolean;
   /** Dtype to hold the experts in. Default: the checkpoint's. The router keeps its own. */
   dtype?: FloatDType;
   /** Cancels the load with ERR_MOE_ABORTED; everything loaded until then is given back. */
@@ -66,6 +76,8 @@ export interface MoeLayerDescription extends GateRules {
   readonly fused: boolean;
   /** Slots that the shared experts take after the routed ones; 0 when not fused. */
   readonly sharedSlots: number;
+  /** Whether the shared experts run beside the routed ones. */
+  readonly overlapped: boolean;
   /** Why the shared experts are not fused. */
   readonly unfusedReason?: string;
   readonly correctionBias: boolean;
@@ -92,7 +104,10 @@ export interface ForwardOptions {
   routerInput?: Tensor<FloatDType>;
   /** Rows at and beyond it are padding: not routed, and without meaning in the output. */
   validTokens?: number | Tensor<'i32'>;
-  /** Called after each stage has been enqueued; a caller that waits inside it measures the stage. */
+  /**
+   * Called after each stage has been enqueued; a caller that waits inside it measures the stage. Overlapped shared
+   * experts then run after the others, because nothing can be awaited in an overlap.
+   */
   onStage?: (stage: MoeLayerStage) => void;
 }
 
@@ -144,11 +159,16 @@ export class MoeLayer {
     try {
       const plan = await checkpoint.plan(resolved.layer);
       const description = describe(plan, resolved);
-      return new MoeLayer(
-        resolved.context,
-        description,
-        await new Loader(checkpoint.tensors, resolved).load(plan, description),
-      );
+      const weights = await new Loader(checkpoint.tensors, resolved).load(plan, description);
+      const layer = new MoeLayer(resolved.context, description, weights);
+      try {
+        if (description.overlapped) await layer.#validateOverlap();
+        throwIfAborted(resolved.signal);
+      } catch (error) {
+        layer.dispose();
+        throw error;
+      }
+      return layer;
     } finally {
       if (checkpoint !== source) await checkpoint.close();
     }
@@ -173,61 +193,110 @@ export class MoeLayer {
     if (this.#disposed)
       throw new MoeError('ERR_MOE_DISPOSED', 'expected a live layer but it was disposed', { op });
     checkKnown(op, options, forwardOptions);
-    const { returnRouting = false, part = 'all', routerInput = hidden, validTokens, onStage } = options;
+    const { returnRouting = false, part = 'all', onStage } = options;
     if (part !== 'all' && part !== 'routed') {
       throw invalid(op, 'part', "one of 'all', 'routed'", part);
     }
-    const { router, routerBias, correctionBias, experts, shared, sharedGate } = this.#weights;
-    const d = this.description;
-    const sharedSlots = part === 'all' ? d.sharedSlots : 0;
+    const { shared, sharedGate: expertGate } = this.#weights;
     const temporary: Tensor[] = [];
     const own = <T extends Tensor>(tensor: T): T => {
       temporary.push(tensor);
       return tensor;
     };
     try {
-      const logits = own(moeRouter({ hidden: routerInput, weight: router, bias: routerBias }));
-      onStage?.('router');
-      const { ids, weights } = moeFusedGate(
-        { logits, bias: correctionBias, validTokens },
-        {
-          topK: d.topK,
-          scoring: d.scoring,
-          selection: d.selection,
-          groups: d.groups,
-          topGroups: d.topGroups,
-          groupScore: d.groupScore,
-          renormalize: d.renormalize,
-          routedScalingFactor: d.routedScalingFactor,
-          scalePlacement: 'inWeights',
-          sharedExperts: sharedSlots,
-          zeroExperts: d.zeroExperts,
-        },
-      );
-      own(ids);
-      own(weights);
-      onStage?.('gate');
-      let output = own(
-        fusedMoe(
-          { hidden, ids, weights, experts },
-          {
-            zeroExperts: d.zeroExperts,
-            firstZeroExpert: d.experts + sharedSlots,
-            weightsOnInput: d.weightsOnInput,
-          },
-        ),
-      );
-      onStage?.('experts');
-      if (shared !== undefined && part === 'all') {
-        output = own(sharedExperts({ hidden, experts: shared, routed: output, expertGate: sharedGate }));
+      let result: RoutedOutput;
+      if (shared === undefined || part === 'routed') {
+        result = this.#routed(hidden, options, own);
+      } else if (this.description.overlapped && onStage === undefined) {
+        const [projected, routed] = this.context.overlap(
+          () => own(sharedExperts({ hidden, experts: shared }, { part: 'gateUp' })),
+          () => this.#routed(hidden, options, own),
+        );
+        const inputs = { hidden, experts: shared, projected, routed: routed.output, expertGate };
+        result = { ...routed, output: own(sharedExperts(inputs, { part: 'down' })) };
+      } else {
+        const routed = this.#routed(hidden, options, own);
+        const inputs = { hidden, experts: shared, routed: routed.output, expertGate };
+        result = { ...routed, output: own(sharedExperts(inputs)) };
         onStage?.('shared');
       }
+      const { output, ids, weights, logits } = result;
       const kept: Tensor[] = returnRouting ? [output, ids, weights, logits] : [output];
       temporary.splice(0, temporary.length, ...temporary.filter((tensor) => !kept.includes(tensor)));
-      return returnRouting ? { output, ids, weights, logits } : output;
+      return returnRouting ? result : output;
     } finally {
       for (const tensor of temporary) tensor.dispose();
     }
+  }
+
+  /** Everything but unfused shared experts. */
+  #routed(
+    hidden: Tensor<FloatDType>,
+    { part = 'all', routerInput = hidden, validTokens, onStage }: ForwardOptions,
+    own: <T extends Tensor>(tensor: T) => T,
+  ): RoutedOutput {
+    const { router, routerBias, correctionBias, experts } = this.#weights;
+    const d = this.description;
+    const sharedSlots = part === 'all' ? d.sharedSlots : 0;
+    const logits = own(moeRouter({ hidden: routerInput, weight: router, bias: routerBias }));
+    onStage?.('router');
+    const { ids, weights } = moeFusedGate(
+      { logits, bias: correctionBias, validTokens },
+      {
+        topK: d.topK,
+        scoring: d.scoring,
+        selection: d.selection,
+        groups: d.groups,
+        topGroups: d.topGroups,
+        groupScore: d.groupScore,
+        renormalize: d.renormalize,
+        routedScalingFactor: d.routedScalingFactor,
+        scalePlacement: 'inWeights',
+        sharedExperts: sharedSlots,
+        zeroExperts: d.zeroExperts,
+      },
+    );
+    own(ids);
+    own(weights);
+    onStage?.('gate');
+    const output = own(
+      fusedMoe(
+        { hidden, ids, weights, experts },
+        {
+          zeroExperts: d.zeroExperts,
+          firstZeroExpert: d.experts + sharedSlots,
+          weightsOnInput: d.weightsOnInput,
+        },
+      ),
+    );
+    onStage?.('experts');
+    return { output, ids, weights, logits };
+  }
+
+  /**
+   * Compares overlapped shared experts with the computation in one piece, on a few random states.
+   * @throws MoeError ERR_MOE_BACKEND where they differ by more than rounding.
+   */
+  async #validateOverlap(): Promise<void> {
+    const { shared, sharedGate: expertGate } = this.#weights;
+    if (shared === undefined) return;
+    const { hidden: width, dtype } = this.description;
+    const states = randomStates(VALIDATION_TOKENS * width);
+    using hidden = this.context.tensor(dtype, [VALIDATION_TOKENS, width], states);
+    using routed = this.forward(hidden, { part: 'routed' });
+    using whole = sharedExperts({ hidden, experts: shared, routed, expertGate });
+    using overlapped = this.forward(hidden);
+    const [expected, received] = await Promise.all([whole.read(), overlapped.read()]);
+    const difference = relativeDifference(expected as Float32Array, received as Float32Array);
+    const limit = OVERLAP_TOLERANCE[dtype];
+    if (difference <= limit) return;
+    throw new MoeError(
+      'ERR_MOE_BACKEND',
+      `the shared experts of ${this.description.block} beside the routed ones differ from the same in one piece by ` +
+        `${difference.toExponential(1)} of their norm, more than ${limit} that ${dtype} explains; ` +
+        'load without overlapSharedExperts',
+      { op: loadOp, arg: 'overlapSharedExperts' },
+    );
   }
 
   /** Gives the weights back once the work in flight is done. Disposing twice is harmless. */
@@ -284,9 +353,42 @@ export function fusionObstacle({ shared, intermediate, dtype, routed }: LayerPla
   return undefined;
 }
 
-type ResolvedOptions = MoeLayerOptions & Required<Pick<MoeLayerOptions, 'fuseSharedExperts'>>;
+/** Values in [-1, 1), the same every time: a linear congruential generator. */
+function randomStates(count: number): Float32Array {
+  let state = 1;
+  return Float32Array.from({ length: count }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 31 - 1;
+  });
+}
 
-const loadOptions = ['layer', 'context', 'fuseSharedExperts', 'dtype', 'signal', 'onProgress'];
+/** ||b - a|| / ||a|| of what is a number in either; weights may hold NaN, which both results then have. */
+function relativeDifference(a: Float32Array, b: Float32Array): number {
+  let difference = 0;
+  let norm = 0;
+  for (let i = 0; i < a.length; i++) {
+    if (Object.is(a[i], b[i]) || (Number.isNaN(a[i]) && Number.isNaN(b[i]))) {
+      norm += Number.isFinite(a[i]) ? a[i] ** 2 : 0;
+      continue;
+    }
+    difference += (b[i] - a[i]) ** 2;
+    norm += a[i] ** 2;
+  }
+  return difference === 0 ? 0 : Math.sqrt(difference / norm);
+}
+
+type ResolvedOptions = MoeLayerOptions &
+  Required<Pick<MoeLayerOptions, 'fuseSharedExperts' | 'overlapSharedExperts'>>;
+
+const loadOptions = [
+  'layer',
+  'context',
+  'fuseSharedExperts',
+  'overlapSharedExperts',
+  'dtype',
+  'signal',
+  'onProgress',
+];
 const forwardOptions = ['returnRouting', 'part', 'routerInput', 'validTokens', 'onStage'];
 
 const invalid = (op: string, arg: string, expected: string, received: unknown): MoeError =>
@@ -314,13 +416,20 @@ function checkKnown(op: string, options: unknown, known: readonly string[]): voi
 
 function checkLoadOptions(options: MoeLayerOptions): ResolvedOptions {
   checkKnown(loadOp, options, loadOptions);
-  const { layer, context, fuseSharedExperts = 'auto', dtype, signal, onProgress } = options;
+  const { layer, context, fuseSharedExperts = 'auto', overlapSharedExperts = false } = options;
+  const { dtype, signal, onProgress } = options;
   if (!Number.isSafeInteger(layer) || layer < 0) throw invalid(loadOp, 'layer', 'an integer >= 0', layer);
   if (!(context instanceof Context))
     throw invalid(loadOp, 'context', 'a context from createContext', context);
   const fuse = choice(['auto', 'on', 'off'], 'auto');
   if (!fuse.accepts(fuseSharedExperts))
     throw invalid(loadOp, 'fuseSharedExperts', fuse.expected, fuseSharedExperts);
+  if (typeof overlapSharedExperts !== 'boolean') {
+    throw invalid(loadOp, 'overlapSharedExperts', 'a boolean', overlapSharedExperts);
+  }
+  if (overlapSharedExperts && fuseSharedExperts === 'on') {
+    throw invalid(loadOp, 'overlapSharedExperts', "false where fuseSharedExperts is 'on'", true);
+  }
   const float = choice(['f32', 'bf16', 'f16'], 'f32');
   if (dtype !== undefined && !float.accepts(dtype)) throw invalid(loadOp, 'dtype', float.expected, dtype);
   if (signal !== undefined && !(signal instanceof AbortSignal))
@@ -329,7 +438,7 @@ function checkLoadOptions(options: MoeLayerOptions): ResolvedOptions {
     throw invalid(loadOp, 'onProgress', 'a function', onProgress);
   }
   context.assertUsable(loadOp);
-  return { ...options, fuseSharedExperts };
+  return { ...options, fuseSharedExperts, overlapSharedExperts };
 }
 
 function throwIfAborted(signal: AbortSignal | undefined): void {
@@ -338,7 +447,10 @@ function throwIfAborted(signal: AbortSignal | undefined): void {
   }
 }
 
-function describe(plan: LayerPlan, { fuseSharedExperts, dtype }: ResolvedOptions): MoeLayerDescription {
+function describe(
+  plan: LayerPlan,
+  { fuseSharedExperts, overlapSharedExperts, dtype }: ResolvedOptions,
+): MoeLayerDescription {
   const { architecture, row, shared, routed } = plan;
   const obstacle = fusionObstacle(plan);
   if (fuseSharedExperts === 'on' && obstacle !== undefined) {
@@ -348,7 +460,8 @@ function describe(plan: LayerPlan, { fuseSharedExperts, dtype }: ResolvedOptions
       { op: loadOp, arg: 'fuseSharedExperts' },
     );
   }
-  const fused = obstacle === undefined && fuseSharedExperts !== 'off';
+  const fused = obstacle === undefined && fuseSharedExperts !== 'off' && !overlapSharedExperts;
+  const wanted = overlapSharedExperts ? 'overlapSharedExperts is true' : "fuseSharedExperts is 'off'";
   return Object.freeze({
     architecture,
     layer: plan.layer,
@@ -363,7 +476,8 @@ function describe(plan: LayerPlan, { fuseSharedExperts, dtype }: ResolvedOptions
     sharedGate: shared?.gate !== undefined,
     fused,
     sharedSlots: fused ? shared!.intermediate / plan.intermediate : 0,
-    ...(fused ? {} : { unfusedReason: obstacle ?? "fuseSharedExperts is 'off'" }),
+    overlapped: overlapSharedExperts && shared !== undefined,
+    ...(fused ? {} : { unfusedReason: obstacle ?? wanted }),
     correctionBias: plan.correctionBias !== undefined,
     routerBias: plan.routerBias !== undefined,
     biases: routed[0].b2 !== undefined,

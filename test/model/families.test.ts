@@ -26,14 +26,14 @@ test('the fixtures are all there', () => {
 describe.each(backends)('%s', (backend) => {
   const context = useContext(backend);
 
-  async function runRecording(name: string, fuseSharedExperts: 'auto' | 'off', dtype: FloatDType) {
+  async function runRecording(name: string, shared: 'auto' | 'off' | 'overlapped', dtype: FloatDType) {
     const dir = join(fixtures, name);
     await using checkpoint = await openCheckpoint(dir);
     const [number] = checkpoint.moeLayers;
     using layer = await MoeLayer.load(checkpoint, {
       layer: number,
       context: context(),
-      fuseSharedExperts,
+      ...(shared === 'overlapped' ? { overlapSharedExperts: true } : { fuseSharedExperts: shared }),
       dtype,
     });
     const { block, topK, sharedSlots, recordedPart: part } = layer.description;
@@ -66,6 +66,12 @@ describe.each(backends)('%s', (backend) => {
       expect(recording.ids === null).toBe(name === 'llama4_text');
       expect(unfused.layer.fused).toBe(false);
       expect(relNorm(fused.output, unfused.output)).toBeLessThan(5e-7);
+      const overlapped = await runRecording(name, 'overlapped', 'f32');
+      expect(overlapped.layer).toMatchObject({
+        fused: false,
+        overlapped: overlapped.layer.sharedIntermediate > 0,
+      });
+      expect(relNorm(overlapped.output, unfused.output)).toBeLessThan(5e-7);
     });
 
     test.each(['bf16', 'f16'] as const)(`${name}: within tolerance in %s, routed in f32`, async (dtype) => {

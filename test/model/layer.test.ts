@@ -67,6 +67,7 @@ describe.each(backends)('%s', (backend) => {
       swiglu: {},
       dtype: 'f32',
       routerDtype: 'f32',
+      overlapped: false,
       recordedPart: 'all',
     });
     expect(Object.isFrozen(description)).toBe(true);

@@ -21,7 +21,8 @@ constexpr int kMostRows = 128;      // of an entry: an expert with more is strea
 constexpr int kTileBytes = kWeightTileElements * 2;
 constexpr int kStepBytes = 2 * kTileBytes;
 constexpr int kMostStages = 13;     // of weights
-constexpr int kRowStages = 8;       // of rows
+constexpr int kAhead = 3;           // stages of weights on their way at once: more only lengthens the queues at the memory
+constexpr int kRowStages = 12;      // of rows
 constexpr int kMostShared = 227 * 1024;
 
 struct Entry {
@@ -57,7 +58,7 @@ struct Args {
   bool weights_on_input;
   float output_scale;
   void* active;        // per entry [tiles of I][rows padded to 8][64], swizzled like weights
-  float* parts;        // [block of threads][head, tail][warp][part_rows * 16]
+  float* parts;        // [block of threads][warp][part_rows * 16]
   int part_rows;
   int32_t* counters;
   Layout layout;
@@ -117,6 +118,7 @@ MOE_BOTH int columns_for(int rows) {
 
 #ifdef MOE_STREAM_TRACE
 __device__ unsigned long long trace_times[256][16];
+__device__ int knobs[8];
 __device__ __forceinline__ void trace(int event) {
   unsigned long long now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));

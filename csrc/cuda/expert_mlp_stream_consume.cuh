@@ -21,16 +21,30 @@ __device__ __forceinline__ void with_columns(int columns, F f) {
   }
 }
 
-__device__ __forceinline__ int last_arrival(int32_t* counter, int others) {
+// Parts of cut blocks: who begins a block waits for the others and adds them up.
+__device__ __forceinline__ void announce_part(int32_t* counter) {
   __syncwarp();
-  int last = 0;
   if (threadIdx.x % 32 == 0) {
     __threadfence();
-    last = atomicAdd(counter, 1) == others;
-    if (last) *counter = 0;
-    __threadfence();
+    hopper::add_release(counter, 1);
   }
-  return __shfl_sync(0xffffffffu, last, 0);
+}
+__device__ __forceinline__ void await_parts(int32_t* counter, int parts) {
+  if (threadIdx.x % 32 == 0) {
+#ifdef MOE_STREAM_WATCHDOG
+    const long long begin = clock64();
+#endif
+    while (hopper::load_acquire(counter) != parts) {
+#ifdef MOE_STREAM_WATCHDOG
+      if (clock64() - begin > 3000000000ll) {
+        printf("block %d warp %d waits for parts: %d of %d\n", blockIdx.x, threadIdx.x / 32, *counter, parts);
+        __trap();
+      }
+#endif
+    }
+    *counter = 0;
+  }
+  __syncwarp();
 }
 
 template <class T>
@@ -66,7 +80,7 @@ struct Consumer {
       wait(barriers->weights_full + stage, parity, 3);
       wait(full + row_stage, ring.index / kRowStages & 1, 4 + product);
       if (threadIdx.x == 0 && ring.index == 0) trace(product == 0 ? 4 : 8);
-      hopper::fence_proxy_shared();  // rows of gate_up are written by ordinary copies
+      if (product == 0) hopper::fence_proxy_shared();  // rows of gate_up are written by ordinary copies
       const uint64_t x = hopper::describe(weights + stage * kStepBytes), y = hopper::describe(at);
       hopper::product_fence();
 #pragma unroll
@@ -92,23 +106,27 @@ struct Consumer {
     }
   }
 
-  // This warp's part of what block `owner` began or went on with
-  __device__ __forceinline__ float* part(int owner, bool tail) const {
-    return a.parts + ((int64_t{owner} * 2 + tail) * kConsumerWarps + warp) * a.part_rows * 16;
+  __device__ __forceinline__ float* part(int owner) const {
+    return a.parts + (int64_t{owner} * kConsumerWarps + warp) * a.part_rows * 16;
   }
 
-  // Adds up the parts of a block of rows if this is the last to come; false otherwise.
+  // For a block of rows that is cut: true with the whole sum where this span begins the block, else the part is left to
+  // who does.
   template <int N>
   __device__ __forceinline__ bool gather_sum(float (&sum)[N / 2], const Span& span, int first_step, int last_step) {
     const int first = span.owner(first_step), last = span.owner(last_step), me = static_cast<int>(blockIdx.x);
-    float4* mine = reinterpret_cast<float4*>(part(me, me == first)) + lane;
+    int32_t* counter = part_counter(a, 0, first, warp);
+    if (me != first) {
+      float4* mine = reinterpret_cast<float4*>(part(me)) + lane;
 #pragma unroll
-    for (int i = 0; i < N / 8; i++) __stcg(mine + 32 * i, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
-    if (!last_arrival(part_counter(a, 0, first, warp), last - first)) return false;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) sum[i] = 0;
-    for (int owner = first; owner <= last; owner++) {
-      const float4* from = reinterpret_cast<const float4*>(part(owner, owner == first)) + lane;
+      for (int i = 0; i < N / 8; i++) __stcg(mine + 32 * i, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+      announce_part(counter);
+      return false;
+    }
+    await_parts(counter, last - first);
+#pragma unroll (N <= 16 ? 4 : 1)
+    for (int owner = first + 1; owner <= last; owner++) {
+      const float4* from = reinterpret_cast<const float4*>(part(owner)) + lane;
 #pragma unroll
       for (int i = 0; i < N / 8; i++) {
         const float4 v = __ldcg(from + 32 * i);
@@ -233,7 +251,7 @@ struct Consumer {
     store<T, 4>(static_cast<T*>(a.output) + at, out);
   }
 
-  // Writes the output of rows h .. h + 15, or hands the sums over to whoever comes last.
+  // Writes the output of rows h .. h + 15, or leaves the sums to who does.
   __device__ __forceinline__ void finish(const Span& span, int block, bool whole, int h) {
     const float* zeros = reinterpret_cast<const float*>(memory + a.layout.zeros);
     const int length = shape.entries * shape.along_i, all = a.T * 4;
@@ -247,15 +265,23 @@ struct Consumer {
     }
     const int first = span.owner(block * length), last = span.owner(block * length + length - 1);
     const int me = static_cast<int>(blockIdx.x);
-    float4* mine = reinterpret_cast<float4*>(part(me, me == first));
-    for (int i = lane; i < all; i += 32) __stcg(mine + i, own_four(i));
-    if (!last_arrival(part_counter(a, 1, first, warp), last - first)) return;
-    if (threadIdx.x == 0) trace(10);
+    int32_t* counter = part_counter(a, 1, first, warp);
+    if (me != first) {
+      float4* mine = reinterpret_cast<float4*>(part(me));
+      for (int i = lane; i < all; i += 32) __stcg(mine + i, own_four(i));
+      return announce_part(counter);
+    }
+    await_parts(counter, last - first);
     constexpr int kEach = 4;
     for (int i = lane; i < all; i += 32 * kEach) {
       float4 sum[kEach] = {};
-      for (int owner = first; owner <= last; owner++) {
-        const float4* from = reinterpret_cast<const float4*>(part(owner, owner == first));
+#pragma unroll
+      for (int k = 0; k < kEach; k++) {
+        if (i + 32 * k < all) sum[k] = own_four(i + 32 * k);
+      }
+#pragma unroll 2
+      for (int owner = first + 1; owner <= last; owner++) {
+        const float4* from = reinterpret_cast<const float4*>(part(owner));
         float4 v[kEach] = {};
 #pragma unroll
         for (int k = 0; k < kEach; k++) {

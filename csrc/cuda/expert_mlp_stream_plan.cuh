@@ -11,11 +11,12 @@ namespace moe::mlp::stream {
 // Workspace, over the sums and the ring of rows, which are not in use yet
 struct PlanSpace {
   int warps;
+  float* weight;
   uint16_t *counters, *base, *expert, *rank;
 };
 
 MOE_BOTH int plan_warps(int choices) { return choices >= 32 * kWarps ? kWarps : (choices + 31) / 32; }
-MOE_BOTH int plan_bytes(int choices, int S) { return 2 * ((plan_warps(choices) + 1) * ((S + 8) & ~7) + 2 * choices); }
+MOE_BOTH int plan_bytes(int choices, int S) { return 2 * ((plan_warps(choices) + 1) * ((S + 8) & ~7) + 4 * choices); }
 
 __device__ __forceinline__ int expert_of(const Args& a, int choice) {
   if (a.ids == nullptr) return 0;
@@ -33,6 +34,7 @@ __device__ __forceinline__ void rank_choices(const Args& a, const PlanSpace& s, 
   for (int at = warp * each; at < min((warp + 1) * each, choices); at += 32) {
     const int choice = at + lane;
     const int e = choice < choices ? expert_of(a, choice) : a.S;
+    if (choice < choices) s.weight[choice] = a.ids == nullptr ? 1.0f : a.weights[choice];
     unsigned same = 0xffffffffu;
     for (int bit = 0; bit < width; bit++) {
       const unsigned set = __ballot_sync(0xffffffffu, e >> bit & 1);
@@ -108,7 +110,7 @@ __device__ __forceinline__ void place_rows(const Args& a, const PlanSpace& s, Pl
     int round = 0;
     for (int other = token * a.C; other < choice; other++) round += s.expert[other] == e;
     if (round > 0) atomicMax(&plan.repeats, round);
-    rows[place] = {a.ids == nullptr ? 1.0f : a.weights[choice], static_cast<uint16_t>(token), static_cast<uint16_t>(round)};
+    rows[place] = {s.weight[choice], static_cast<uint16_t>(token), static_cast<uint16_t>(round)};
   }
 }
 

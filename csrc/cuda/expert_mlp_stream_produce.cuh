@@ -12,9 +12,21 @@ struct WeightRing {
   int stages, stage = 0;
   uint32_t parity = 0;
   uint64_t policy;
+  int count = 0;  // up to kAhead
 
   __device__ __forceinline__ void put(const char* first, const char* second) {
     wait(barriers->weights_free + stage, parity ^ 1, 1);
+#ifdef MOE_STREAM_TRACE
+    const int ahead = knobs[0] > 0 && knobs[0] < stages ? knobs[0] : kAhead;
+#else
+    const int ahead = kAhead;
+#endif
+    if (count < ahead) {
+      count++;
+    } else {
+      const int before = stage - ahead;
+      wait(barriers->weights_full + (before < 0 ? before + stages : before), before < 0 ? parity ^ 1 : parity, 9);
+    }
     const uint32_t full = hopper::shared_address(barriers->weights_full + stage), to = memory + stage * kStepBytes;
     hopper::barrier_arrive_expect(full, second != nullptr ? kStepBytes : kTileBytes);
     hopper::copy_bulk(to, first, kTileBytes, full, policy);

@@ -28,30 +28,38 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, choices = a.T * a.C, pitch = (a.S + 8) & ~7;
   Entry* list = reinterpret_cast<Entry*>(memory + a.layout.list);
   PlanRow* rows = reinterpret_cast<PlanRow*>(memory + a.layout.rows);
-  PlanSpace space{plan_warps(choices), reinterpret_cast<uint16_t*>(memory + a.layout.ring)};
+  PlanSpace space{plan_warps(choices)};
+  space.counters = reinterpret_cast<uint16_t*>(memory + a.layout.ring);
   space.base = space.counters + space.warps * pitch;
-  space.expert = space.base + pitch;
+  space.weight = reinterpret_cast<float*>(space.base + pitch);
+  space.expert = reinterpret_cast<uint16_t*>(space.weight + choices);
   space.rank = space.expert + choices;
 
   if (thread == 0) trace(0);
-  if (thread == 0) {
-    for (int i = 0; i < a.layout.stages; i++) {
-      hopper::barrier_init(hopper::shared_address(barriers.weights_full + i), 1);
-      hopper::barrier_init(hopper::shared_address(barriers.weights_free + i), kConsumerWarps);
-    }
-    for (int i = 0; i < kRowStages; i++) {
-      hopper::barrier_init(hopper::shared_address(barriers.rows_full[0] + i), 32 * kGatherWarps);
-      hopper::barrier_init(hopper::shared_address(barriers.rows_full[1] + i), 1);
-      hopper::barrier_init(hopper::shared_address(barriers.rows_free[0] + i), kConsumerWarps);
-      hopper::barrier_init(hopper::shared_address(barriers.rows_free[1] + i), kConsumerWarps);
-    }
+#ifdef MOE_STREAM_TRACE
+  if (thread == 0) asm volatile("{.reg .u32 s;\nmov.u32 s, %smid;\ncvt.u64.u32 %0, s;}" : "=l"(trace_times[blockIdx.x][15]));
+#endif
+  if (thread < a.layout.stages) {
+    hopper::barrier_init(hopper::shared_address(barriers.weights_full + thread), 1);
+    hopper::barrier_init(hopper::shared_address(barriers.weights_free + thread), kConsumerWarps);
     hopper::fence_barrier_init();
-    plan.repeats = 0;
+  } else if (thread >= 32 && thread < 32 + kRowStages) {
+    const int i = thread - 32;
+    hopper::barrier_init(hopper::shared_address(barriers.rows_full[0] + i), 32 * kGatherWarps);
+    hopper::barrier_init(hopper::shared_address(barriers.rows_full[1] + i), 1);
+    hopper::barrier_init(hopper::shared_address(barriers.rows_free[0] + i), kConsumerWarps);
+    hopper::barrier_init(hopper::shared_address(barriers.rows_free[1] + i), kConsumerWarps);
+    hopper::fence_barrier_init();
   }
+  if (thread == 0) plan.repeats = 0;
   for (int i = thread; i < space.warps * pitch / 8; i += kThreads) reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
   hopper::wait_for_previous_kernel();
   if (thread == 0) trace(1);
   __syncthreads();
+  // Hidden rows into L2 while the plan is made
+  for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2; at += int64_t{gridDim.x} * kThreads * 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(a.hidden) + at));
+  }
   rank_choices(a, space, choices);
   if (a.zero > 0) add_zeros(a, reinterpret_cast<float*>(memory + a.layout.zeros));
   __syncthreads();
@@ -102,7 +110,7 @@ int part_rows(const StreamCall& call) { return std::max(static_cast<int>(call.T)
 Layout layout_of(const StreamCall& call) {
   const int choices = static_cast<int>(call.T * call.C);
   Layout l{};
-  l.ring_bytes = std::max(2 * most_columns(call) * 128, 16 * 1024);
+  l.ring_bytes = std::clamp(8 * most_columns(call) * 128, 16 * 1024, std::max(48 * 1024, 4 * most_columns(call) * 128));
   const int sums = align(call.T * 16 * 4 * kConsumerWarps, 128);
   l.ring_bytes = std::max(l.ring_bytes, align(plan_bytes(choices, static_cast<int>(call.S)) - sums, 1024));
   const int list = align(most_entries(call) * sizeof(Entry), 16), rows = align(choices * sizeof(PlanRow), 16);
@@ -158,7 +166,7 @@ bool stream_takes(const StreamCall& call) {
 }
 
 size_t stream_scratch(const StreamCall& call) {
-  const int64_t parts = int64_t{2} * call.sm_count * stream::kConsumerWarps * stream::part_rows(call) * 16 * 4;
+  const int64_t parts = int64_t{call.sm_count} * stream::kConsumerWarps * stream::part_rows(call) * 16 * 4;
   return static_cast<size_t>(stream::active_bytes(call) + parts);
 }
 

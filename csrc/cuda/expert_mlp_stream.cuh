@@ -117,7 +117,7 @@ MOE_BOTH int columns_for(int rows) {
 }
 
 #ifdef MOE_STREAM_TRACE
-__device__ unsigned long long trace_times[256][16];
+__device__ unsigned long long trace_times[256][32];
 __device__ int knobs[8];
 __device__ __forceinline__ void trace(int event) {
   unsigned long long now;
@@ -147,15 +147,18 @@ __device__ __forceinline__ void wait(const uint64_t* barrier, uint32_t parity, i
 }
 __device__ __forceinline__ void arrive(const uint64_t* barrier) { hopper::barrier_arrive(hopper::shared_address(barrier)); }
 
-// Where the next rows lie in their ring: consumers and producers walk alike.
+// Where the next rows lie in their ring, and their barriers: consumers and producers walk alike.
 struct RowRing {
-  int bytes, at = 0;
-  uint32_t index = 0;
+  int bytes, at = 0, stage = 0;
+  uint32_t parity = 0;
   __device__ __forceinline__ int take(int size) {
     if (at + size > bytes) at = 0;
     const int begin = at;
     at += size;
     return begin;
+  }
+  __device__ __forceinline__ void next() {
+    if (++stage == kRowStages) stage = 0, parity ^= 1;
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "expert_mlp_stream.cuh"
 #include "swiglu.cuh"
+#include "tensor_tile.cuh"
 
 namespace moe::mlp::stream {
 
@@ -65,44 +66,109 @@ struct Consumer {
       : a(a), shape(shape), list(list), rows(rows), barriers(barriers), memory(memory), repeats(repeats),
         warp(static_cast<int>(threadIdx.x) / 32), lane(static_cast<int>(threadIdx.x) % 32), half(warp / 4) {}
 
+  // Waits for the next step's weights and rows; where the rows are.
+  __device__ __forceinline__ int await_step(int product, RowRing& ring, int size) {
+    const int at = ring.take(size);
+#ifdef MOE_STREAM_PROFILE
+    const long long t0 = clock64();
+    wait(barriers->weights_full + stage, parity, 3);
+    const long long t1 = clock64();
+    wait(barriers->rows_full[product] + ring.stage, ring.parity, 4 + product);
+    const long long t2 = clock64();
+    if (threadIdx.x == 0) {
+      unsigned long long* t = trace_times[blockIdx.x];
+      t[16 + 4 * product] += t1 - t0, t[17 + 4 * product] += t2 - t1;
+      if (t[18 + 4 * product]++ == 0) {
+        t[19 + 4 * product] = t2;
+      } else {
+        t[24 + product] = t2 - t[19 + 4 * product];
+      }
+    }
+#else
+    wait(barriers->weights_full + stage, parity, 3);
+    wait(barriers->rows_full[product] + ring.stage, ring.parity, 4 + product);
+#endif
+    return at;
+  }
+  __device__ __forceinline__ void next_step(RowRing& ring) {
+    ring.next();
+    if (++stage == a.layout.stages) stage = 0, parity ^= 1;
+  }
+
   // sum = tile rows x the N rows in the ring, over `steps` steps
   template <int N>
   __device__ __forceinline__ void multiply(float (&sum)[N / 2], int product, RowRing& ring, int steps) {
-    const uint32_t weights = hopper::shared_address(memory) + half * kTileBytes;
-    const uint32_t ring_at = hopper::shared_address(memory) + a.layout.ring;
-    uint64_t *full = barriers->rows_full[product], *free = barriers->rows_free[product];
-    int last_stage = 0, last_row_stage = 0;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) sum[i] = 0;
+    if constexpr (N <= 32) {
+      multiply_few<N>(sum, product, ring, steps);
+    } else {
+      multiply_many<N>(sum, product, ring, steps);
+    }
+  }
+
+  // By mma.sync: less ceremony a step than wgmma, which is what counts while there are few rows
+  template <int N>
+  __device__ __forceinline__ void multiply_few(float (&sum)[N / 2], int product, RowRing& ring, int steps) {
+    constexpr int kChains = N == 8 ? 2 : 1;  // of dependent products
+    const int r = lane % 8;
+    const uint32_t weights = hopper::shared_address(memory) + half * kTileBytes + (warp % 4 * 16 + lane / 8 % 2 * 8 + r) * 128 + ((lane / 16 ^ r) << 4);
+    const uint32_t rows_at = hopper::shared_address(memory) + a.layout.ring + r * 128 + ((lane / 8 ^ r) << 4);
+    float c[kChains][N / 8][4] = {};
     for (int step = 0; step < steps; step++) {
-      const int row_stage = ring.index % kRowStages;
-      const uint32_t at = ring_at + ring.take(N * 128);
-      wait(barriers->weights_full + stage, parity, 3);
-      wait(full + row_stage, ring.index / kRowStages & 1, 4 + product);
-      if (threadIdx.x == 0 && ring.index == 0) trace(product == 0 ? 4 : 8);
+      const uint32_t y = rows_at + await_step(product, ring, N * 128), x = weights + stage * kStepBytes;
+      uint32_t left[4][4], right[N / 8][2][4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) load_matrices(left[k], x ^ (k << 5));
+#pragma unroll
+      for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) load_matrices(right[j][k], (y ^ (k << 6)) + j * 1024);
+      }
+      release(stage, ring.stage, product);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) mma_16x8x16(c[k % kChains][j], left[k], right[j][k / 2] + k % 2 * 2, static_cast<T*>(nullptr));
+      }
+      next_step(ring);
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[4 * j + i] = kChains == 1 ? c[0][j][i] : c[0][j][i] + c[kChains - 1][j][i];
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void multiply_many(float (&sum)[N / 2], int product, RowRing& ring, int steps) {
+    const uint32_t weights = hopper::shared_address(memory) + half * kTileBytes;
+    const uint32_t rows_at = hopper::shared_address(memory) + a.layout.ring;
+    int last_stage = 0, last_row_stage = 0;
+    for (int step = 0; step < steps; step++) {
+      const int at = await_step(product, ring, N * 128);
       if (product == 0) hopper::fence_proxy_shared();  // rows of gate_up are written by ordinary copies
-      const uint64_t x = hopper::describe(weights + stage * kStepBytes), y = hopper::describe(at);
+      const uint64_t x = hopper::describe(weights + stage * kStepBytes), y = hopper::describe(rows_at + at);
       hopper::product_fence();
 #pragma unroll
       for (int k = 0; k < 4; k++) hopper::product<N, T>(sum, x + 2 * k, y + 2 * k, true);
       hopper::product_commit();
       if (step > 0) {
         hopper::product_wait<1>();
-        release(last_stage, free + last_row_stage);
+        release(last_stage, last_row_stage, product);
       }
-      last_stage = stage, last_row_stage = row_stage;
-      ring.index++;
-      if (++stage == a.layout.stages) stage = 0, parity ^= 1;
+      last_stage = stage, last_row_stage = ring.stage;
+      next_step(ring);
     }
     hopper::product_wait<0>();
-    release(last_stage, free + last_row_stage);
+    release(last_stage, last_row_stage, product);
 #pragma unroll
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");  // not to be read before the wait
   }
-  __device__ __forceinline__ void release(int weights, const uint64_t* row) {
+  __device__ __forceinline__ void release(int weights, int rows, int product) {
     if (lane == 0) {
       arrive(barriers->weights_free + weights);
-      arrive(row);
+      arrive(barriers->rows_free[product] + rows);
     }
   }
 

@@ -66,23 +66,27 @@ __device__ __forceinline__ void stream_weights(const Args& a, const Shape& shape
 struct RowRoom {
   RowRing ring;
   uint64_t* free;
-  uint32_t total = 0, begin = 0, oldest = 0;
+  uint32_t total = 0, begin = 0;
+  int used = 0, oldest = 0;
+  uint32_t oldest_parity = 0;
 
   __device__ __forceinline__ void release() {
-    wait(free + oldest % kRowStages, oldest / kRowStages & 1, 2);
-    oldest++;
+    wait(free + oldest, oldest_parity, 2);
+    if (++oldest == kRowStages) oldest = 0, oldest_parity ^= 1;
+    used--;
   }
+  // For ring.stage
   __device__ __forceinline__ int take(int size) {
     const int was = ring.at, at = ring.take(size);
     if (at < was) total += ring.bytes - was;
-    const uint32_t index = ring.index++;
-    while (oldest != index) {
-      const uint32_t oldest_begin = __shfl_sync(0xffffffffu, begin, oldest % kRowStages);
-      if (total + size - oldest_begin <= static_cast<uint32_t>(ring.bytes) && index - oldest < kRowStages) break;
+    while (used > 0) {
+      const uint32_t oldest_begin = __shfl_sync(0xffffffffu, begin, oldest);
+      if (total + size - oldest_begin <= static_cast<uint32_t>(ring.bytes) && used < kRowStages) break;
       release();
     }
-    if (threadIdx.x % 32 == index % kRowStages) begin = total;
+    if (threadIdx.x % 32 == ring.stage) begin = total;
     total += size;
+    used++;
     return at;
   }
 };
@@ -91,23 +95,34 @@ struct RowRoom {
 template <class T>
 __device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape, const Entry* list, const PlanRow* rows,
                                                Barriers* barriers, char* memory, int thread) {
+  constexpr int kRowsAtOnce = 4 * kGatherWarps, kEach = (kMostRows + kRowsAtOnce - 1) / kRowsAtOnce;
   RowRoom room{{a.layout.ring_bytes}, barriers->rows_free[0]};
-  const uint32_t base = hopper::shared_address(memory);
-  const int piece = thread % 8;
+  const int piece = thread % 8, first = thread / 8;
+  const T* hidden = static_cast<const T*>(a.hidden) + piece * 8;
   for_segments(Span(shape.steps1()), shape.along_h, [&](int block, int from, int to) {
     const Entry entry = list[block / shape.blocks1];
     const int size = columns_for(entry.rows) * 128;
+    int64_t source[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int row = first + i * kRowsAtOnce;
+      source[i] = row < entry.rows ? int64_t{rows[entry.first + row].token} * a.H : -1;
+    }
     for (int step = from; step < to; step++) {
-      const uint64_t* full = barriers->rows_full[0] + room.ring.index % kRowStages;
-      const uint32_t at = base + room.take(size);
-      const int column = step * 64 + piece * 8;
-      const bool there = column < a.H;
-      const T* hidden = static_cast<const T*>(a.hidden) + (there ? column : 0);
-      for (int row = thread / 8; row < entry.rows; row += 4 * kGatherWarps) {
-        const int64_t token = rows[entry.first + row].token;
-        hopper::copy_async(at + row * 128 + ((piece ^ (row & 7)) << 4), hidden + token * a.H, there);
+      const uint32_t full = hopper::shared_address(barriers->rows_full[0] + room.ring.stage);
+      const uint32_t at = hopper::shared_address(memory) + room.take(size);
+      const int column = step * 64;
+      const bool there = column + piece * 8 < a.H;
+#pragma unroll
+      for (int i = 0; i < kEach; i++) {
+        if (i * kRowsAtOnce >= entry.rows) break;
+        const int row = first + i * kRowsAtOnce;
+        if (source[i] >= 0) {
+          hopper::copy_async(at + row * 128 + ((piece ^ (row & 7)) << 4), there ? hidden + source[i] + column : hidden, there);
+        }
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(hopper::shared_address(full)) : "memory");
+      hopper::copy_async_arrive(full);
+      room.ring.next();
     }
   });
   return room;
@@ -119,7 +134,7 @@ __device__ __forceinline__ void fetch_active(const Args& a, const Shape& shape, 
                                              char* memory, RowRoom& before) {
   const Span span(shape.steps2());
   if (span.lo == span.hi) return;
-  while (before.oldest != before.ring.index) before.release();
+  while (before.used > 0) before.release();
   int32_t* ready = ready_counter(a);
   const bool leader = threadIdx.x % 32 == 0;
   if (leader) {
@@ -148,12 +163,13 @@ __device__ __forceinline__ void fetch_active(const Args& a, const Shape& shape, 
     const int size = columns_for(entry.rows) * 128, bytes = ((entry.rows + 7) & ~7) * 128;
     const char* active = static_cast<const char*>(a.active) + int64_t{entry.first8} * shape.along_i * 128;
     for (int step = from; step < to; step++) {
-      const uint32_t full = hopper::shared_address(barriers->rows_full[1] + room.ring.index % kRowStages);
+      const uint32_t full = hopper::shared_address(barriers->rows_full[1] + room.ring.stage);
       const uint32_t at = base + room.take(size);
       if (leader) {
         hopper::barrier_arrive_expect(full, bytes);
         hopper::copy_bulk(at, active + int64_t{step} * bytes, bytes, full);
       }
+      room.ring.next();
     }
   });
 }

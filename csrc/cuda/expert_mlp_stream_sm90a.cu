@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   __syncthreads();
   // Hidden rows into L2 while the plan is made
   for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2; at += int64_t{gridDim.x} * kThreads * 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(a.hidden) + at));
+    hopper::prefetch_l2(static_cast<const char*>(a.hidden) + at);
   }
   rank_choices(a, space, choices);
   if (a.zero > 0) add_zeros(a, reinterpret_cast<float*>(memory + a.layout.zeros));

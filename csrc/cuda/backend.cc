@@ -129,9 +129,9 @@ Status CudaBackend::open(int device) {
   MOE_CUDA_CHECK(cudaHostGetDevicePointer(&mapped, notes, 0));
   notes_device_ = static_cast<FaultNote*>(mapped);
   void* counters = nullptr;
-  MOE_CUDA_CHECK(cudaMalloc(&counters, kCounters * sizeof(int32_t)));
+  MOE_CUDA_CHECK(cudaMalloc(&counters, 2 * kCounters * sizeof(int32_t)));
   counters_ = static_cast<int32_t*>(counters);
-  MOE_CUDA_CHECK(cudaMemset(counters, 0, kCounters * sizeof(int32_t)));
+  MOE_CUDA_CHECK(cudaMemset(counters, 0, 2 * kCounters * sizeof(int32_t)));
   staging_ = std::make_shared<Staging>(device);
   return DeviceMemory::open(device, stream_, side_, &memory_);
 }
@@ -359,12 +359,13 @@ Status CudaBackend::take_lane(Lane lane) {
       if (beside_ == nullptr) MOE_CUDA_CHECK(cudaStreamCreateWithFlags(&beside_, cudaStreamNonBlocking));
       MOE_RETURN_IF_ERROR(order(stream_, beside_));
       memory_->hold();
-      beside_now_ = true;
+      beside_now_ = two_lanes_ = true;
       return Status::Ok();
     case Lane::kMain: return Status::Ok();
     case Lane::kJoin: {
       Status status = order(beside_, stream_);
       memory_->let_go();
+      two_lanes_ = false;
       return status;
     }
   }

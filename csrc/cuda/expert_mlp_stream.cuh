@@ -1,11 +1,11 @@
 // What the parts of the streaming expert MLP share: its arguments, its memory, and how work is cut into spans.
 //
 // Both products are lists of steps, a step being 128 rows x 64 columns of weights (two tiles):
-//   gate_up  (entry, block of 128 packed rows = 64 activations, step along H)
+//   gate_up  (block of 128 packed rows = 64 activations, entry, step along H)
 //   down     (block of 128 rows of H, entry, step along I)
 // where an entry is an expert with the rows it was given, at most kMostRows of them. Each list is cut into one contiguous
-// span of equal length per block of threads; blocks of rows that are cut are finished by whoever comes last, who adds the
-// parts in the order of their spans.
+// span of equal length per block of threads, entries innermost, so that an entry with many rows, whose steps take longer,
+// is shared out. Blocks of rows that are cut are finished by whose span they begin in, who adds the parts in order.
 #pragma once
 #include "expert_mlp.h"
 #include "floats.cuh"

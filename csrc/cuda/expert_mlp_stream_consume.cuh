@@ -235,8 +235,7 @@ struct Consumer {
     const Span span(shape.steps1());
     RowRing ring{a.layout.ring_bytes};
     for_segments(span, shape.along_h, [&](int block, int from, int to) {
-      const int e = block / shape.blocks1;
-      const Entry entry = list[e];
+      const Entry entry = list[block % shape.entries];
       with_columns(columns_for(entry.rows), [&](auto n) {
         constexpr int N = n();
         float sum[N / 2];
@@ -247,7 +246,7 @@ struct Consumer {
           if (!gather_sum<N>(sum, span, first, first + shape.along_h - 1)) return;
         }
         if (threadIdx.x == 0) trace(6);
-        activate<N>(sum, entry, block - e * shape.blocks1);
+        activate<N>(sum, entry, block / shape.entries);
       });
     });
   }

@@ -52,8 +52,8 @@ __device__ __forceinline__ void stream_weights(const Args& a, const Shape& shape
   ring.policy = hopper::evict_first_policy();
   const char *w13 = static_cast<const char*>(a.experts.w13), *w2 = static_cast<const char*>(a.experts.w2);
   for_segments(Span(shape.steps1()), shape.along_h, [&](int block, int from, int to) {
-    const int entry = block / shape.blocks1, row = 2 * (block - entry * shape.blocks1);
-    ring.put_block(w13 + list[entry].slot * a.experts.size13 * 2, row, shape.tiles1, shape.along_h, from, to);
+    const int row = block / shape.entries, entry = block - row * shape.entries;
+    ring.put_block(w13 + list[entry].slot * a.experts.size13 * 2, 2 * row, shape.tiles1, shape.along_h, from, to);
   });
   for_segments(Span(shape.steps2()), shape.along_i, [&](int block, int from, int to) {
     const int row = block / shape.entries, entry = block - row * shape.entries;
@@ -100,7 +100,7 @@ __device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape
   const int piece = thread % 8, first = thread / 8;
   const T* hidden = static_cast<const T*>(a.hidden) + piece * 8;
   for_segments(Span(shape.steps1()), shape.along_h, [&](int block, int from, int to) {
-    const Entry entry = list[block / shape.blocks1];
+    const Entry entry = list[block % shape.entries];
     const int size = columns_for(entry.rows) * 128;
     int64_t source[kEach];
 #pragma unroll

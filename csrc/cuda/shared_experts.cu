@@ -159,7 +159,7 @@ Status shared_experts(Backend& backend, const SharedExperts& p) {
   mlp::StreamCall stream = stream_call(device, p, nullptr);
   const mlp::Path path =
       mlp::choose({p.hidden.dtype, p.experts.layout.dtype, p.T, 1, 1, p.H, p.I, device.compute_capability(),
-                   p.part == SharedPart::kWhole && mlp::stream_takes(stream)});
+                   p.part == SharedPart::kWhole && !device.two_lanes() && mlp::stream_takes(stream)});
   backend.note_path("shared_experts", mlp::name_of(path));
   float* gates = nullptr;
   MOE_RETURN_IF_ERROR(launch_gates(device, p, &gates));

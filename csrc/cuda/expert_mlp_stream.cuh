@@ -21,7 +21,11 @@ constexpr int kMostRows = 128;      // of an entry: an expert with more is strea
 constexpr int kTileBytes = kWeightTileElements * 2;
 constexpr int kStepBytes = 2 * kTileBytes;
 constexpr int kMostStages = 13;     // of weights
-constexpr int kAhead = 3;           // stages of weights on their way at once: more only lengthens the queues at the memory
+constexpr int kAhead = 4;           // stages of weights on their way at once: more only lengthens the queues at the memory
+#ifndef MOE_FEW
+#define MOE_FEW 32
+#endif
+constexpr int kFewRows = MOE_FEW;
 constexpr int kRowStages = 12;      // of rows
 constexpr int kMostShared = 227 * 1024;
 

@@ -100,7 +100,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply(float (&sum)[N / 2], int product, RowRing& ring, int steps) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) sum[i] = 0;
-    if constexpr (N <= 32) {
+    if constexpr (N <= kFewRows) {
       multiply_few<N>(sum, product, ring, steps);
     } else {
       multiply_many<N>(sum, product, ring, steps);

@@ -96,29 +96,31 @@ template <class T>
 __device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape, const Entry* list, const PlanRow* rows,
                                                Barriers* barriers, char* memory, int thread) {
   constexpr int kRowsAtOnce = 4 * kGatherWarps, kEach = (kMostRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  static_assert(kRowsAtOnce % 8 == 4);  // so that the swizzle of a thread's rows alternates between two
   RowRoom room{{a.layout.ring_bytes}, barriers->rows_free[0]};
   const int piece = thread % 8, first = thread / 8;
+  const uint32_t base = hopper::shared_address(memory) + first * 128;
+  const uint32_t even = base + ((piece ^ (first & 7)) << 4), odd = base + ((piece ^ ((first + kRowsAtOnce) & 7)) << 4);
   const T* hidden = static_cast<const T*>(a.hidden) + piece * 8;
   for_segments(Span(shape.steps1()), shape.along_h, [&](int block, int from, int to) {
     const Entry entry = list[block % shape.entries];
     const int size = columns_for(entry.rows) * 128;
-    int64_t source[kEach];
+    const T* source[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
       const int row = first + i * kRowsAtOnce;
-      source[i] = row < entry.rows ? int64_t{rows[entry.first + row].token} * a.H : -1;
+      source[i] = hidden + from * 64 + (row < entry.rows ? int64_t{rows[entry.first + row].token} * a.H : 0);
     }
     for (int step = from; step < to; step++) {
       const uint32_t full = hopper::shared_address(barriers->rows_full[0] + room.ring.stage);
-      const uint32_t at = hopper::shared_address(memory) + room.take(size);
-      const int column = step * 64;
-      const bool there = column + piece * 8 < a.H;
+      const int at = room.take(size);
+      const bool there = step * 64 + piece * 8 < a.H;
 #pragma unroll
       for (int i = 0; i < kEach; i++) {
         if (i * kRowsAtOnce >= entry.rows) break;
-        const int row = first + i * kRowsAtOnce;
-        if (source[i] >= 0) {
-          hopper::copy_async(at + row * 128 + ((piece ^ (row & 7)) << 4), there ? hidden + source[i] + column : hidden, there);
+        if (first + i * kRowsAtOnce < entry.rows) {
+          hopper::copy_async((i % 2 == 0 ? even : odd) + at + i * kRowsAtOnce * 128, there ? source[i] : hidden, there);
+          source[i] += 64;
         }
       }
       hopper::copy_async_arrive(full);

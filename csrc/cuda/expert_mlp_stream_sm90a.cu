@@ -110,7 +110,7 @@ int part_rows(const StreamCall& call) { return std::max(static_cast<int>(call.T)
 Layout layout_of(const StreamCall& call) {
   const int choices = static_cast<int>(call.T * call.C);
   Layout l{};
-  l.ring_bytes = std::clamp(8 * most_columns(call) * 128, 16 * 1024, std::max(48 * 1024, 4 * most_columns(call) * 128));
+  l.ring_bytes = std::clamp(8 * most_columns(call) * 128, 16 * 1024, 48 * 1024);
   const int sums = align(call.T * 16 * 4 * kConsumerWarps, 128);
   l.ring_bytes = std::max(l.ring_bytes, align(plan_bytes(choices, static_cast<int>(call.S)) - sums, 1024));
   const int list = align(most_entries(call) * sizeof(Entry), 16), rows = align(choices * sizeof(PlanRow), 16);

@@ -25,10 +25,7 @@ __device__ __forceinline__ void with_columns(int columns, F f) {
 // Parts of cut blocks: who begins a block waits for the others and adds them up.
 __device__ __forceinline__ void announce_part(int32_t* counter) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    __threadfence();
-    hopper::add_release(counter, 1);
-  }
+  if (threadIdx.x % 32 == 0) hopper::add_release(counter, 1);
 }
 __device__ __forceinline__ void await_parts(int32_t* counter, int parts) {
   if (threadIdx.x % 32 == 0) {
@@ -225,10 +222,7 @@ struct Consumer {
     }
     hopper::fence_proxy();  // the copy engine reads them
     __syncwarp();
-    if (lane == 0) {
-      __threadfence();
-      hopper::add_release(ready_counter(a), 1);
-    }
+    if (lane == 0) hopper::add_release(ready_counter(a), 1);
   }
 
   __device__ __forceinline__ void gate_up() {

@@ -113,14 +113,20 @@ __device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape
     }
     for (int step = from; step < to; step++) {
       const uint32_t full = hopper::shared_address(barriers->rows_full[0] + room.ring.stage);
-      const int at = room.take(size);
-      const bool there = step * 64 + piece * 8 < a.H;
+      const uint32_t at = room.take(size), even_at = even + at, odd_at = odd + at;
+      if (step * 64 + 64 <= a.H) {
 #pragma unroll
-      for (int i = 0; i < kEach; i++) {
-        if (i * kRowsAtOnce >= entry.rows) break;
-        if (first + i * kRowsAtOnce < entry.rows) {
-          hopper::copy_async((i % 2 == 0 ? even : odd) + at + i * kRowsAtOnce * 128, there ? source[i] : hidden, there);
+        for (int i = 0; i < kEach; i++) {
+          if (i * kRowsAtOnce >= entry.rows) break;
+          hopper::copy_async_if(first + i * kRowsAtOnce < entry.rows, (i % 2 == 0 ? even_at : odd_at) + i * kRowsAtOnce * 128, source[i]);
           source[i] += 64;
+        }
+      } else {  // the last step, with zeros beyond H
+        const bool there = step * 64 + piece * 8 < a.H;
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+          if (first + i * kRowsAtOnce >= entry.rows) break;
+          hopper::copy_async((i % 2 == 0 ? even_at : odd_at) + i * kRowsAtOnce * 128, there ? source[i] : hidden, there);
         }
       }
       hopper::copy_async_arrive(full);

@@ -75,6 +75,12 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
+// 16 bytes, or nothing at all.
+__device__ __forceinline__ void copy_async_if(bool wanted, uint32_t to, const void* from) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %2, 0;\n@wanted cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(to),
+               "l"(from), "r"(static_cast<int32_t>(wanted))
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>
 __device__ __forceinline__ void copy_async_wait() {

@@ -137,6 +137,10 @@ Status CudaBackend::open(int device) {
   void* mapped = nullptr;
   MOE_CUDA_CHECK(cudaHostGetDevicePointer(&mapped, notes, 0));
   notes_device_ = static_cast<FaultNote*>(mapped);
+  void* counters = nullptr;
+  MOE_CUDA_CHECK(cudaMalloc(&counters, 2 * kCounters * sizeof(int32_t)));
+  counters_ = static_cast<int32_t*>(counters);
+  MOE_CUDA_CHECK(cudaMemset(counters, 0, 2 * kCounters * sizeof(int32_t)));
   staging_ = std::make_shared<Staging>(device);
   return DeviceMemory::open(device, stream_, side_, &memory_);
 }
@@ -147,6 +151,7 @@ CudaBackend::~CudaBackend() {
   memory_.reset();
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
   if (notes_ != nullptr) cudaFreeHost(notes_);
+  if (counters_ != nullptr) cudaFree(counters_);
   if (side_ != nullptr) cudaStreamDestroy(side_);
   if (beside_ != nullptr) cudaStreamDestroy(beside_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
@@ -161,7 +166,7 @@ void CudaBackend::stop() {
   if (side_ != nullptr) cudaStreamSynchronize(side_);
   if (beside_ != nullptr) cudaStreamSynchronize(beside_);
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
-  beside_now_ = false;
+  beside_now_ = two_lanes_ = false;
   if (memory_ != nullptr) memory_->let_go();
   std::deque<Waiting> abandoned;
   {
@@ -365,13 +370,14 @@ Status CudaBackend::take_lane(Lane lane) {
       if (beside_ == nullptr) MOE_CUDA_CHECK(cudaStreamCreateWithFlags(&beside_, cudaStreamNonBlocking));
       MOE_RETURN_IF_ERROR(order(stream_, beside_));
       memory_->hold(beside_);
-      beside_now_ = true;
+      beside_now_ = two_lanes_ = true;
       return Status::Ok();
     case Lane::kMain: memory_->hold(stream_); return Status::Ok();
     case Lane::kJoin: {
       Status status = order(beside_, stream_);
       if (!status.ok()) cudaStreamSynchronize(beside_);
       memory_->let_go();
+      two_lanes_ = false;
       return status;
     }
   }

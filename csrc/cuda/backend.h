@@ -38,6 +38,8 @@ class CudaBackend : public Backend {
 
   // Where kernels go. Ask every time: it is another one while weights are made inside a capture, and in a second lane.
   cudaStream_t stream() const { return aside_ ? side_ : beside_now_ ? beside_ : stream_; }
+  // Whether two lanes run side by side: a kernel whose blocks wait for each other may then not count on the whole device.
+  bool two_lanes() const { return two_lanes_; }
   int sm_count() const { return sm_count_; }
   int device() const { return device_; }
   // Whose kernels may be taken, 10 * major + minor: 90 on Hopper, 80 wherever only PTX is used.
@@ -52,6 +54,9 @@ class CudaBackend : public Backend {
     *out = static_cast<T*>(data);
     return Status::Ok();
   }
+  // kCounters of them for each lane, zero between its kernels: a kernel that counts on them leaves them zero.
+  int32_t* counters() const { return counters_ + (beside_now_ ? kCounters : 0); }
+  static constexpr int64_t kCounters = 8192;  // mlp::kStreamCounters
   // Device pointer for raise_fault().
   FaultNote* fault_notes() const { return notes_device_; }
 
@@ -108,9 +113,10 @@ class CudaBackend : public Backend {
   std::string name_;
   cudaStream_t stream_ = nullptr, side_ = nullptr;
   cudaStream_t beside_ = nullptr;  // the second lane, made when it is first asked for
-  bool aside_ = false, beside_now_ = false;
+  bool aside_ = false, beside_now_ = false, two_lanes_ = false;
   bool stopped_ = false;
   FaultNote *notes_ = nullptr, *notes_device_ = nullptr;
+  int32_t* counters_ = nullptr;
   std::unique_ptr<DeviceMemory> memory_;
   std::shared_ptr<Staging> staging_;
   std::shared_ptr<Arena> recording_;  // while a capture is recorded

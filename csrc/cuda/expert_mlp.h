@@ -82,17 +82,19 @@ struct StreamCall {
   const float* weights;  // [T, C]
   ExpertsView experts;
   SwiGLU swiglu;
-  int32_t first_expert, zero,
-      first_zero;  // ids first_zero .. first_zero + zero - 1 add weight * hidden; others nothing
+  int32_t first_expert, zero, first_zero;  // zero experts, from first_zero on, add weight * hidden; others nothing
   bool weights_on_input;
   float output_scale;
   const float* gates;  // [T] or null
   const void* routed;  // T [T, H] or null
   void* output;        // T [T, H]
   void* scratch;       // stream_scratch() bytes of any content
+  int32_t* counters;   // kStreamCounters of them, zero before and after; one call at a time may use them
   int sm_count;
   cudaStream_t stream;
 };
+
+constexpr int64_t kStreamCounters = 8192;
 
 // Whether `stream` takes a call of this size at all (its limits), and its scratch.
 bool stream_takes(const StreamCall& call);

@@ -77,6 +77,7 @@ mlp::StreamCall stream_call(CudaBackend& device, const FusedMoe& p) {
   call.weights_on_input = p.weights_on_input;
   call.output_scale = p.output_scale;
   call.output = p.output.data;
+  call.counters = device.counters();
   call.sm_count = device.sm_count();
   call.stream = device.stream();
   return call;
@@ -200,7 +201,7 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   mlp::StreamCall stream = stream_call(device, p);
   mlp::Path path{};
   MOE_RETURN_IF_ERROR(choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, p.C, p.S, p.H, p.I,
-                                   device.compute_capability(), mlp::stream_takes(stream)},
+                                   device.compute_capability(), !device.two_lanes() && mlp::stream_takes(stream)},
                                   &path));
   if (path == mlp::Path::kStream) {
     MOE_RETURN_IF_ERROR(device.scratch(mlp::stream_scratch(stream), &stream.scratch));

@@ -75,11 +75,23 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
+// 16 bytes, or nothing at all.
+__device__ __forceinline__ void copy_async_if(bool wanted, uint32_t to, const void* from) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %2, 0;\n@wanted cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(to),
+               "l"(from), "r"(static_cast<int32_t>(wanted))
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+// One of the barrier's arrivals, when all asynchronous copies of this thread so far have come.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// The 128 bytes around `from`, into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Arrives at `barrier` once the copies that this thread has started so far are done; the barrier counts this arrival like
 // any other. Who reads what was copied through the tensor cores needs fence_proxy_shared() after waiting.

@@ -22,10 +22,7 @@ constexpr int kTileBytes = kWeightTileElements * 2;
 constexpr int kStepBytes = 2 * kTileBytes;
 constexpr int kMostStages = 13;     // of weights
 constexpr int kAhead = 4;           // stages of weights on their way at once: more only lengthens the queues at the memory
-#ifndef MOE_FEW
-#define MOE_FEW 32
-#endif
-constexpr int kFewRows = MOE_FEW;
+constexpr int kFewRows = 32;        // columns of a product up to which mma.sync takes less time than wgmma
 constexpr int kRowStages = 12;      // of rows
 constexpr int kMostShared = 227 * 1024;
 
@@ -119,18 +116,6 @@ __device__ __forceinline__ void for_segments(const Span& span, int length, F seg
 MOE_BOTH int columns_for(int rows) {
   return rows <= 32 ? (rows + 7) & ~7 : rows <= 64 ? (rows + 15) & ~15 : (rows + 31) & ~31;
 }
-
-#ifdef MOE_STREAM_TRACE
-__device__ unsigned long long trace_times[256][32];
-__device__ int knobs[8];
-__device__ __forceinline__ void trace(int event) {
-  unsigned long long now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  trace_times[blockIdx.x][event] = now;
-}
-#else
-__device__ __forceinline__ void trace(int) {}
-#endif
 
 // Waits on a barrier. With MOE_STREAM_WATCHDOG a wait of two seconds says for what and traps.
 __device__ __forceinline__ void wait(const uint64_t* barrier, uint32_t parity, int what) {

@@ -66,25 +66,8 @@ struct Consumer {
   // Waits for the next step's weights and rows; where the rows are.
   __device__ __forceinline__ int await_step(int product, RowRing& ring, int size) {
     const int at = ring.take(size);
-#ifdef MOE_STREAM_PROFILE
-    const long long t0 = clock64();
-    wait(barriers->weights_full + stage, parity, 3);
-    const long long t1 = clock64();
-    wait(barriers->rows_full[product] + ring.stage, ring.parity, 4 + product);
-    const long long t2 = clock64();
-    if (threadIdx.x == 0) {
-      unsigned long long* t = trace_times[blockIdx.x];
-      t[16 + 4 * product] += t1 - t0, t[17 + 4 * product] += t2 - t1;
-      if (t[18 + 4 * product]++ == 0) {
-        t[19 + 4 * product] = t2;
-      } else {
-        t[24 + product] = t2 - t[19 + 4 * product];
-      }
-    }
-#else
     wait(barriers->weights_full + stage, parity, 3);
     wait(barriers->rows_full[product] + ring.stage, ring.parity, 4 + product);
-#endif
     return at;
   }
   __device__ __forceinline__ void next_step(RowRing& ring) {
@@ -234,12 +217,10 @@ struct Consumer {
         constexpr int N = n();
         float sum[N / 2];
         multiply<N>(sum, 0, ring, to - from);
-        if (threadIdx.x == 0) trace(5);
         if (to - from < shape.along_h) {
           const int first = block * shape.along_h;
           if (!gather_sum<N>(sum, span, first, first + shape.along_h - 1)) return;
         }
-        if (threadIdx.x == 0) trace(6);
         activate<N>(sum, entry, block / shape.entries);
       });
     });
@@ -377,7 +358,6 @@ struct Consumer {
         constexpr int N = n();
         float sum[N / 2];
         multiply<N>(sum, 1, ring, to - from);
-        if (threadIdx.x == 0) trace(9);
         if (there) accumulate<N>(sum, entry, h, from == 0);
       });
       const int at = unit * shape.along_i + to;

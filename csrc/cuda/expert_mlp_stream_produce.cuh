@@ -16,15 +16,10 @@ struct WeightRing {
 
   __device__ __forceinline__ void put(const char* first, const char* second) {
     wait(barriers->weights_free + stage, parity ^ 1, 1);
-#ifdef MOE_STREAM_TRACE
-    const int ahead = knobs[0] > 0 && knobs[0] < stages ? knobs[0] : kAhead;
-#else
-    const int ahead = kAhead;
-#endif
-    if (count < ahead) {
+    if (count < kAhead) {
       count++;
     } else {
-      const int before = stage - ahead;
+      const int before = stage - kAhead;
       wait(barriers->weights_full + (before < 0 ? before + stages : before), before < 0 ? parity ^ 1 : parity, 9);
     }
     const uint32_t full = hopper::shared_address(barriers->weights_full + stage), to = memory + stage * kStepBytes;
@@ -161,7 +156,6 @@ __device__ __forceinline__ void fetch_active(const Args& a, const Shape& shape, 
     // The last block to know leaves the counters as they were.
     if (atomicAdd(ready + 1, 1) == span.blocks - 1) ready[0] = 0, ready[1] = 0;
   }
-  if (leader) trace(11);
   __syncwarp();
   hopper::fence_proxy();
   RowRoom room{{a.layout.ring_bytes}, barriers->rows_free[1]};

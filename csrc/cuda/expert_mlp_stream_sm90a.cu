@@ -2,14 +2,17 @@
 // the speed of memory. For few tokens.
 //
 // One block of threads per multiprocessor. Each plans for itself (expert_mlp_stream_plan.cuh), then one warp streams the
-// tiles of its span of gate_up and of down through a ring of up to 208 KB, three warps gather rows, and two warpgroups
-// multiply (wgmma: weights are M, rows are N). Activations go through scratch; while the last of them are awaited the
+// tiles of its span of gate_up and of down through a ring of up to 208 KB, three warps gather rows, and eight multiply
+// (mma.sync up to 32 rows an expert, wgmma above; weights are M, rows are N). Activations go through scratch; while the last of them are awaited the
 // weights of down are arriving already. down goes through the experts block of rows by block of rows, so that a block's
 // output is summed in shared memory, experts ascending, and rounded once.
 //
 // Order of sums: the steps of a span in order, the spans of a block in order, experts ascending, a token's repeats of one
 // expert in column order, zero experts last. It depends on the ids and the number of multiprocessors alone. NaN and
 // infinities take their course. Limits: stream_takes.
+//
+// Blocks of threads wait for each other, so all of them must be resident at once: one fits a multiprocessor, and the call
+// must have the device's multiprocessors to itself (CudaBackend::two_lanes).
 #include <algorithm>
 
 #include "expert_mlp_stream_consume.cuh"
@@ -35,10 +38,6 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   space.expert = reinterpret_cast<uint16_t*>(space.weight + choices);
   space.rank = space.expert + choices;
 
-  if (thread == 0) trace(0);
-#ifdef MOE_STREAM_TRACE
-  if (thread == 0) asm volatile("{.reg .u32 s;\nmov.u32 s, %smid;\ncvt.u64.u32 %0, s;}" : "=l"(trace_times[blockIdx.x][15]));
-#endif
   if (thread < a.layout.stages) {
     hopper::barrier_init(hopper::shared_address(barriers.weights_full + thread), 1);
     hopper::barrier_init(hopper::shared_address(barriers.weights_free + thread), kConsumerWarps);
@@ -54,7 +53,6 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   if (thread == 0) plan.repeats = 0;
   for (int i = thread; i < space.warps * pitch / 8; i += kThreads) reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
   hopper::wait_for_previous_kernel();
-  if (thread == 0) trace(1);
   __syncthreads();
   // Hidden rows into L2 while the plan is made
   for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2; at += int64_t{gridDim.x} * kThreads * 128) {
@@ -66,7 +64,6 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   list_entries(a, space, plan, list);
   __syncthreads();
   hopper::let_next_kernel_start();
-  if (thread == 0) trace(2);
 
   const Shape shape(a, plan.entries);
   if (warp == kConsumerWarps) {
@@ -85,11 +82,8 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
     return;
   }
   Consumer<T> consumer(a, shape, list, rows, &barriers, memory, repeats);
-  if (thread == 0) trace(3);
   consumer.gate_up();
-  if (thread == 0) trace(7);
   consumer.down();
-  if (thread == 0) trace(12);
 }
 
 namespace {

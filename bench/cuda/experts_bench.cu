@@ -1,14 +1,14 @@
 // The expert compute of the CUDA backend without Node: fused_moe and shared_experts through the backend itself.
 //
 //   experts_bench check [PATH...]              every shape, dtype and option against an f64 reference, each run twice
-//   experts_bench time [PATH|auto] [LAYER] [T] us, ratio to the floor and TFLOP/s of the layers of the peers' table
+//   experts_bench time [PATH|auto] [LAYER|all] [T|FROM-TO] [zipf]
+//                                              us, ratio to the floor and TFLOP/s of the layers of the peers' table
 //   experts_bench profile PATH LAYER TOKENS    one launch after a warm-up, for ncu
 //   experts_bench sanitize [PATH...]           the small cases of `check`, for compute-sanitizer
 //
 // PATH: plain, mma, wgmma, stream; a path that cannot run a call is skipped there.
-#include "experts_harness.cuh"
-
 #include "../../csrc/cuda/expert_mlp.h"
+#include "experts_harness.cuh"
 
 using namespace bench;
 
@@ -214,8 +214,8 @@ int check(const std::vector<std::string>& paths, bool small_only) {
   return failures > 0;
 }
 
-void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, int64_t only, double read_ceiling,
-                Buffer& flush, Routing routing) {
+void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, int64_t from, int64_t to,
+                double read_ceiling, Buffer& flush, Routing routing) {
   Weights weights(backend, l, 5);
   weights.drop_source();
   if (path == "auto") {
@@ -224,7 +224,7 @@ void time_layer(CudaBackend& backend, const Layer& l, const std::string& path, i
     setenv("MOE_KERNELS_CUDA_EXPERTS", path.c_str(), 1);
   }
   for (const int64_t T : {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384}) {
-    if (only > 0 && only != T) continue;
+    if (T < from || T > to) continue;
     const int rotations = T <= 256 ? 8 : T <= 4096 ? 4 : 2;
     std::vector<std::unique_ptr<Input>> inputs;
     double hit = 0;
@@ -284,15 +284,20 @@ int main(int argc, char** argv) {
     }
     return 0;
   }
+  int64_t from = 0, to = INT64_MAX;
+  if (rest.size() > 2) {
+    char* end = nullptr;
+    from = to = std::strtoll(rest[2].c_str(), &end, 10);
+    if (*end == '-') to = std::atoll(end + 1);
+  }
   const double ceiling = read_ceiling(backend, flush);
   cudaDeviceProp device;
   CHECK(cudaGetDeviceProperties(&device, 0));
   std::printf("%s, read ceiling %.2f TB/s\n", device.name, ceiling);
   for (const Layer& l : kLayers) {
     if (rest.size() > 1 && rest[1] != l.name && rest[1] != "all") continue;
-    time_layer(backend, l, path, rest.size() > 2 ? std::atoll(rest[2].c_str()) : 0, ceiling, flush, Routing::kUniform);
-    if (rest.size() > 3 && rest[3] == "zipf")
-      time_layer(backend, l, path, std::atoll(rest[2].c_str()), ceiling, flush, Routing::kZipf);
+    time_layer(backend, l, path, from, to, ceiling, flush, Routing::kUniform);
+    if (rest.size() > 3 && rest[3] == "zipf") time_layer(backend, l, path, from, to, ceiling, flush, Routing::kZipf);
   }
   return 0;
 }

@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   }
   if (thread == 0) plan.repeats = 0;
   for (int i = thread; i < space.warps * pitch / 8; i += kThreads) reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
-  hopper::wait_for_previous_kernel();
   __syncthreads();
   // Hidden rows into L2 while the plan is made
   for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2; at += int64_t{gridDim.x} * kThreads * 128) {
@@ -63,7 +62,6 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   __syncthreads();
   list_entries(a, space, plan, list);
   __syncthreads();
-  hopper::let_next_kernel_start();
 
   const Shape shape(a, plan.entries);
   if (warp == kConsumerWarps) {
@@ -132,9 +130,11 @@ cudaError_t launch(const Args& args, const StreamCall& call) {
   static const cudaError_t allowed =
       cudaFuncSetAttribute(stream_experts<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared - 1024);
   if (allowed != cudaSuccess) return allowed;
+  // Blocks wait for each other, so all of them have to run at once, whatever another context has on the device: that is
+  // what a cooperative launch promises.
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(call.sm_count);
   config.blockDim = kThreads;

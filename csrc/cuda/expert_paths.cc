@@ -1,6 +1,7 @@
 #include "expert_paths.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <iterator>
 
@@ -34,6 +35,13 @@ const char* name_of(Path path) {
   return "";
 }
 
+bool few_blocks(const Shape& s) {
+  if (s.T > 96) return false;
+  const double columns = static_cast<double>(std::min(s.C, s.S)), experts = static_cast<double>(s.S);
+  const double hit = experts * (1 - std::pow(1 - columns / experts, static_cast<double>(s.T)));
+  return hit * static_cast<double>((2 * s.I + 255) / 256) < 1.4 * s.sm_count;
+}
+
 bool choose(const Shape& shape, const char* wanted, Path* out) {
   if (wanted != nullptr && *wanted != 0) {
     const auto* named = std::find_if(std::begin(kAll), std::end(kAll),
@@ -44,8 +52,7 @@ bool choose(const Shape& shape, const char* wanted, Path* out) {
       return true;
     }
   }
-  const bool few = shape.T <= 128;
-  for (const Path path : {few ? Path::kStream : Path::kWgmma, Path::kWgmma, Path::kMma, Path::kPlain}) {
+  for (const Path path : {few_blocks(shape) ? Path::kStream : Path::kWgmma, Path::kWgmma, Path::kMma, Path::kPlain}) {
     *out = path;
     if (can_run(path, shape)) break;
   }

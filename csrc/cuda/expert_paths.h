@@ -16,13 +16,20 @@ struct Shape {
   int64_t T, C, S, H, I;   // C choices of each of T tokens among S local experts
   int compute_capability;  // 10 * major + minor
   bool streamable;         // the call is within the limits of `stream`
+  int sm_count;
 };
 
-// `stream` where few rows an expert make streaming the weights the whole cost, `wgmma` else on Hopper, `mma` on other
+// `stream` where the blocks of `wgmma` would not fill the device (few_blocks), `wgmma` else on Hopper, `mma` on other
 // devices from sm_80 on, `plain` for f32, mixed dtypes, sizes that are no multiple of 8 and more than 4,096 columns.
 // `wanted` (the value of MOE_KERNELS_CUDA_EXPERTS, or null): the path of that name wherever it can run.
 // False for a name that there is not.
 bool choose(const Shape& shape, const char* wanted, Path* out);
+
+// Whether `wgmma` has so few blocks of 256 gate and up rows, of the experts that uniform routing would hit, that the
+// last of them leave multiprocessors idle, which `stream` does not: fewer than 1.4 a multiprocessor, up to 96 tokens.
+// Measured on an H200 (experts_bench time, bench/cuda/EXPERTS.md); on its three layers the choice is the faster path up
+// to 64 tokens.
+bool few_blocks(const Shape& shape);
 
 // The paths by name, for messages.
 inline constexpr const char* kPathNames = "plain, mma, wgmma, stream";

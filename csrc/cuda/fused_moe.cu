@@ -200,9 +200,10 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   if (p.C == 0) return device.fill_zero(p.output.data, static_cast<size_t>(p.T * p.H) * size_of(p.output.dtype));
   mlp::StreamCall stream = stream_call(device, p);
   mlp::Path path{};
-  MOE_RETURN_IF_ERROR(choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, p.C, p.S, p.H, p.I,
-                                   device.compute_capability(), !device.two_lanes() && mlp::stream_takes(stream)},
-                                  &path));
+  MOE_RETURN_IF_ERROR(
+      choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, p.C, p.S, p.H, p.I, device.compute_capability(),
+                   !device.two_lanes() && mlp::stream_takes(stream), device.sm_count()},
+                  &path));
   if (path == mlp::Path::kStream) {
     MOE_RETURN_IF_ERROR(device.scratch(mlp::stream_scratch(stream), &stream.scratch));
     MOE_CUDA_CHECK(mlp::launch_stream(stream));

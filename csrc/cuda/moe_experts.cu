@@ -48,8 +48,9 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   if (p.P > INT32_MAX) return Status::Error(Code::kUnsupported, "expected a capacity below 2^31");
   CudaBackend& device = cuda(backend);
   mlp::Path path{};
-  MOE_RETURN_IF_ERROR(choose_path(
-      {p.rows.dtype, p.experts.layout.dtype, p.P, 1, p.S, p.H, p.I, device.compute_capability(), false}, &path));
+  MOE_RETURN_IF_ERROR(choose_path({p.rows.dtype, p.experts.layout.dtype, p.P, 1, p.S, p.H, p.I,
+                                   device.compute_capability(), false, device.sm_count()},
+                                  &path));
   backend.note_path("moe_experts", mlp::name_of(path));
   RowTiles tiles;
   int32_t* taken = nullptr;

@@ -106,17 +106,10 @@ __device__ __forceinline__ void keep_groups(const Args& a, uint32_t* key, uint32
   __syncwarp();
 }
 
-// By value: an array that a call can reach would lie in memory everywhere.
+// Lane r < K gets the r-th best expert, one after the other. Few registers, many instructions.
 template <int N>
-struct RowKeys {
-  uint32_t key[N];
-};
-
-// Lane r < K gets the r-th best expert, one after the other.
-template <int N>
-__device__ __noinline__ int32_t best_by_rounds(RowKeys<N> row, int K) {
+__device__ __forceinline__ int32_t best_by_rounds(uint32_t (&key)[N], int K) {
   const int lane = threadIdx.x % 32;
-  uint32_t* key = row.key;
   uint32_t mine = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) mine = max(mine, key[i]);
@@ -142,6 +135,16 @@ __device__ __noinline__ int32_t best_by_rounds(RowKeys<N> row, int K) {
     }
   }
   return chosen;
+}
+
+// The same as a function of its own. By value: an array that a call can reach would lie in memory everywhere.
+template <int N>
+struct RowKeys {
+  uint32_t key[N];
+};
+template <int N>
+__device__ __noinline__ int32_t best_by_rounds_apart(RowKeys<N> row, int K) {
+  return best_by_rounds<N>(row.key, K);
 }
 
 // Lane r < K gets the r-th best expert. The K-th of the maxima of some keys each (four per lane) bounds the K-th key from
@@ -184,7 +187,7 @@ __device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint3
     RowKeys<N> row;
 #pragma unroll
     for (int i = 0; i < N; i++) row.key[i] = key[i];
-    return best_by_rounds<N>(row, K);
+    return best_by_rounds_apart<N>(row, K);
   }
   __syncwarp();
   const uint64_t own[2] = {lane < count ? list[lane] : 0, lane + 32 < count ? list[lane + 32] : 0};
@@ -205,26 +208,43 @@ __device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint3
   return chosen;
 }
 
-// Routes token t < valid. `scratch`: row_scratch() words of this warp alone, aligned to 8 bytes.
-template <int N>
+// The keys of a row, one expert at a time: logits are read again where all of them are needed first. The same arithmetic
+// in the same order as in gate_row.
+template <int N, class Score>
+__device__ __forceinline__ void lean_keys(const Args& a, int64_t first, uint32_t (&key)[N], float& most, float& sum,
+                                          const Score& score) {
+  const int lane = threadIdx.x % 32;
+  const auto logit_at = [&](int e) {
+    return e >= a.E || (a.bias != nullptr && isnan(a.bias[e])) ? nan_value() : load_logit(a, first + e);
+  };
+  const bool by_logits = a.selection == Selection::kLogits;
+  if (!by_logits && a.scoring == Scoring::kSoftmax) {
+#pragma unroll 1
+    for (int i = 0; i < N; i++) most = fmaxf(most, logit_at(lane + 32 * i));
+    most = warp_max(most);
+    float mine = 0;
+#pragma unroll 1
+    for (int i = 0; i < N; i++) {
+      const float power = softmax_power(logit_at(lane + 32 * i), most);
+      if (!isnan(power)) mine += power;
+    }
+    sum = warp_sum(mine);
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int e = lane + 32 * i;
+    const float logit = logit_at(e), bias = e < a.E && a.bias != nullptr ? a.bias[e] : 0.0f;
+    if (a.selection == Selection::kUniform) continue;
+    key[i] = e < a.E ? rank_key(by_logits ? logit : score(logit) + bias) : 0;
+  }
+}
+
+// Routes token t < valid. `scratch`: row_scratch() words of this warp alone, aligned to 8 bytes. LEAN: by rounds, for
+// kernels that rarely need it and whose registers it must not raise.
+template <int N, bool LEAN = false>
 __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scratch, uint32_t* histogram) {
   const int lane = threadIdx.x % 32;
   const int64_t first = t * a.E;
-  // Options are asked outside of loops: a load that waits for a branch waits for every load before it.
-  float x[N], b[N] = {};
-  if (a.dtype == DType::kF32) {
-    load_row<N>(static_cast<const float*>(a.logits) + first, a.E, x);
-  } else if (a.dtype == DType::kBF16) {
-    load_row<N>(static_cast<const __nv_bfloat16*>(a.logits) + first, a.E, x);
-  } else {
-    load_row<N>(static_cast<const __half*>(a.logits) + first, a.E, x);
-  }
-  if (a.bias != nullptr) {
-    load_row<N>(a.bias, a.E, b);
-#pragma unroll
-    for (int i = 0; i < N; i++) x[i] = isnan(b[i]) ? nan_value() : x[i];
-  }
-
   // Softmax needs the whole row
   float most = -infinity(), sum = 0;
   const bool by_logits = a.selection == Selection::kLogits;
@@ -243,35 +263,58 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scr
       key[i] = lane + 32 * i < a.E ? max(hashed, 1u) : 0;
     }
   }
-  float choice[N];
-  if (by_logits) {
-#pragma unroll
-    for (int i = 0; i < N; i++) choice[i] = x[i];
-  } else if (a.scoring == Scoring::kSoftmax) {
-#pragma unroll
-    for (int i = 0; i < N; i++) most = fmaxf(most, x[i]);
-    most = warp_max(most);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      choice[i] = softmax_power(x[i], most);
-      if (!isnan(choice[i])) sum += choice[i];
-    }
-    sum = warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < N; i++) choice[i] = (sum == 0 || isnan(choice[i]) ? choice[i] : __fdiv_rn(choice[i], sum)) + b[i];
-  } else if (a.scoring == Scoring::kSigmoid) {
-#pragma unroll
-    for (int i = 0; i < N; i++) choice[i] = fast_sigmoid(x[i]) + b[i];
+  if constexpr (LEAN) {
+    lean_keys<N>(a, first, key, most, sum, score);
   } else {
+    // Options are asked outside of loops: a load that waits for a branch waits for every load before it.
+    float x[N], b[N] = {};
+    if (a.dtype == DType::kF32) {
+      load_row<N>(static_cast<const float*>(a.logits) + first, a.E, x);
+    } else if (a.dtype == DType::kBF16) {
+      load_row<N>(static_cast<const __nv_bfloat16*>(a.logits) + first, a.E, x);
+    } else {
+      load_row<N>(static_cast<const __half*>(a.logits) + first, a.E, x);
+    }
+    if (a.bias != nullptr) {
+      load_row<N>(a.bias, a.E, b);
 #pragma unroll
-    for (int i = 0; i < N; i++) choice[i] = sqrt_softplus(x[i]) + b[i];
-  }
-  if (a.selection != Selection::kUniform) {
+      for (int i = 0; i < N; i++) x[i] = isnan(b[i]) ? nan_value() : x[i];
+    }
+    float choice[N];
+    if (by_logits) {
 #pragma unroll
-    for (int i = 0; i < N; i++) key[i] = lane + 32 * i < a.E ? rank_key(choice[i]) : 0;
-    if (a.top_groups < a.groups) keep_groups<N>(a, key, scratch);
+      for (int i = 0; i < N; i++) choice[i] = x[i];
+    } else if (a.scoring == Scoring::kSoftmax) {
+#pragma unroll
+      for (int i = 0; i < N; i++) most = fmaxf(most, x[i]);
+      most = warp_max(most);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        choice[i] = softmax_power(x[i], most);
+        if (!isnan(choice[i])) sum += choice[i];
+      }
+      sum = warp_sum(sum);
+#pragma unroll
+      for (int i = 0; i < N; i++) choice[i] = (sum == 0 || isnan(choice[i]) ? choice[i] : __fdiv_rn(choice[i], sum)) + b[i];
+    } else if (a.scoring == Scoring::kSigmoid) {
+#pragma unroll
+      for (int i = 0; i < N; i++) choice[i] = fast_sigmoid(x[i]) + b[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++) choice[i] = sqrt_softplus(x[i]) + b[i];
+    }
+    if (a.selection != Selection::kUniform) {
+#pragma unroll
+      for (int i = 0; i < N; i++) key[i] = lane + 32 * i < a.E ? rank_key(choice[i]) : 0;
+    }
   }
-  int32_t chosen = best_of_row<N>(key, a.K, scratch);
+  if (a.selection != Selection::kUniform && a.top_groups < a.groups) keep_groups<N>(a, key, scratch);
+  int32_t chosen = 0;
+  if constexpr (LEAN) {
+    chosen = best_by_rounds<N>(key, a.K);
+  } else {
+    chosen = best_of_row<N>(key, a.K, scratch);
+  }
 
   // What it weighs
   const bool active = lane < a.K;
@@ -311,7 +354,7 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scr
 // The same as a function of its own, for kernels that rarely need it.
 template <int N>
 __device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, uint32_t* scratch, uint32_t* histogram) {
-  gate_row<N>(a, t, scratch, histogram);
+  gate_row<N, true>(a, t, scratch, histogram);
 }
 
 // Shared memory: histogram counters, then row_scratch() floats for every warp.

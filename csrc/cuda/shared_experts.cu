@@ -137,7 +137,7 @@ Status shared_experts(Backend& backend, const SharedExperts& p) {
   mlp::Path path{};
   MOE_RETURN_IF_ERROR(
       choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, 1, 1, p.H, p.I, device.compute_capability(),
-                   p.part == SharedPart::kWhole && !device.two_lanes() && mlp::stream_takes(stream)},
+                   p.part == SharedPart::kWhole && !device.two_lanes() && mlp::stream_takes(stream), device.sm_count()},
                   &path));
   backend.note_path("shared_experts", mlp::name_of(path));
   float* gates = nullptr;

@@ -7,8 +7,10 @@ out=$1
 shift
 mkdir -p "$out/objects"
 cpu="$root/csrc/cpu"
+cpu_objects=()
 for source in "$cpu"/*.cc "$root"/csrc/common/*.cc; do
   object="$out/objects/$(basename "$source" .cc).cpu.o"
+  cpu_objects+=("$object")
   [ "$object" -nt "$source" ] && [ "$object" -nt "$root/csrc/backend.h" ] || g++ -std=c++20 -O3 -c "$source" -o "$object"
 done
 flags=(-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo)
@@ -41,5 +43,5 @@ for what in "$@"; do
     nvcc "${flags[@]}" -Xptxas -v -c "$kernels" -o "$object" 2> "$out/objects/$what.ptxas"
   fi
   nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" "$object" \
-    "$out"/objects/*.cpu.o -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
+    "${cpu_objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 done

@@ -6,6 +6,7 @@
 #   ./run.sh test [pattern]    the op, grid, contract, misuse, state, process and CUDA suites on the cuda backend
 #   ./run.sh test-ptx [pattern]  the same on the PTX of the addon, which the driver compiles: what a GPU newer than the
 #                              addon would run. Compiling takes minutes and comes first
+#   ./run.sh test-paths        the expert ops and layers again on each way CUDA has to compute experts
 #   ./run.sh bench [table...]  ops through the package, beside floors, PyTorch and recorded peers
 #   ./run.sh sanitize          compute-sanitizer (where installed) over a reduced grid: memcheck, racecheck, initcheck, synccheck
 #   ./run.sh node ...          the node inside, in the package's folder
@@ -64,6 +65,17 @@ run_tests_ptx() {
   return $status
 }
 
+# MOE_KERNELS_CUDA_EXPERTS takes the named path wherever it can run.
+run_tests_paths() {
+  local path status=0
+  for path in plain mma wgmma stream; do
+    kind=tests-$path
+    MOE_KERNELS_CUDA_EXPERTS=$path run_tests test/ops/fused_moe test/ops/moe_experts test/ops/shared_experts \
+      test/contract/overlap test/model/families || status=1
+  done
+  return $status
+}
+
 bench_ops() { node --expose-gc dist/bench/device.js "$@" --json "$results/ops.json"; }
 
 sanitize() {
@@ -80,6 +92,7 @@ case ${1:-all} in
   doctor) doctor ;;
   test) shift; run_tests "$@"; failed=$? ;;
   test-ptx) shift; run_tests_ptx "$@"; failed=$? ;;
+  test-paths) run_tests_paths; failed=$? ;;
   bench) shift; bench_ops "$@"; failed=$? ;;
   sanitize) sanitize; failed=$? ;;
   node) shift; node "$@"; failed=$? ;;
@@ -96,6 +109,6 @@ case ${1:-all} in
     done
     sanitize
     ;;
-  *) sed -n "2,14p" "$here/run.sh" ; exit 2 ;;
+  *) sed -n "2,15p" "$here/run.sh" ; exit 2 ;;
 esac
 exit $failed

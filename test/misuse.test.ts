@@ -721,9 +721,11 @@ describe.each(backends)('on %s', (backend) => {
       const first = moeCombine({ rows, inverse: inverse(7), weights });
       const second = moeCombine({ rows, inverse: inverse(7), weights });
       expect(await rejection(() => first.read())).toMatchObject({ op: 'moe_combine' });
-      expect(await rejection(() => context.synchronize())).toMatchObject({ op: 'moe_combine' });
-      if (backend === 'cpu')
+      // A device keeps one note of an argument until a wait tells it: there the first wait has told of both.
+      if (backend === 'cpu') {
+        expect(await rejection(() => context.synchronize())).toMatchObject({ op: 'moe_combine' });
         expect(await rejection(() => second.read())).toMatchObject({ op: 'moe_combine' });
+      }
       await context.synchronize();
     }
     const input = inverse(7);

@@ -145,7 +145,8 @@ describe.each(backends)('%s', (backend) => {
     using wide = await load(fixture('glm4_moe'));
     expect(narrow.description).toMatchObject({ dtype: 'bf16', routerDtype: 'f32' });
     expect(wide.memory).toBeGreaterThan(33 * 3 * 64 * 32 * 4);
-    if (backend !== 'oracle') expect(narrow.memory).toBeLessThan(0.6 * wide.memory);
+    // Half, and what tiles of 64 pad the intermediate 32 by
+    if (backend !== 'oracle') expect(narrow.memory).toBeLessThan(0.7 * wide.memory);
   });
 
   test('a checkpoint in bf16 keeps its dtype, its bias becomes f32', async () => {

@@ -79,7 +79,8 @@ describe.each(backends.filter((backend) => backend !== 'oracle'))(
 
     it('may answer SIGTERM with exit, or with a close that has an end', async () => {
       const exits = await killed(
-        `${busy} run().read(); process.on('SIGTERM', () => process.exit(3)); console.log('busy');`,
+        `${busy} run().read(); process.on('SIGTERM', () => process.exit(3));
+      setInterval(() => {}, 1000); console.log('busy');`,
         'SIGTERM',
       );
       expect(exits).toMatchObject({ status: 3, signal: null });

@@ -46,13 +46,13 @@ export { Checkpoint, openCheckpoint } from './model/checkpoint.js';
 export {
   type ForwardOptions,
   type FuseSharedExperts,
-  type LoadProgress,
   MoeLayer,
   type MoeLayerDescription,
   type MoeLayerOptions,
   type MoeLayerStage,
   type RoutedOutput,
 } from './model/layer.js';
+export type { LoadProgress } from './model/layer_loader.js';
 export {
   type Activations,
   type Recording,

@@ -130,17 +130,19 @@ export const align257: PeerTable = {
   },
 };
 
+const expertColumns = [
+  'Triton look-up',
+  'Triton best',
+  'DeepGEMM',
+  '_grouped_mm, vLLM permute',
+  '_grouped_mm, torch permute',
+  'Triton best, fp8',
+  'DeepGEMM, fp8',
+];
+
 /** DeepSeek-V3 as one of 8 tensor-parallel ranks: hidden 7168, intermediate 256, 257 experts, 9 columns, the last one shared; bf16. */
 export const expertsV3TP8: PeerTable = {
-  columns: [
-    'Triton look-up',
-    'Triton best',
-    'DeepGEMM',
-    '_grouped_mm, vLLM permute',
-    '_grouped_mm, torch permute',
-    'Triton best, fp8',
-    'DeepGEMM, fp8',
-  ],
+  columns: expertColumns,
   rows: {
     1: [47.6, 47.6, 76.4, 91.4, 98.3, 44.4, 61.3],
     16: [315.1, 291.9, 568.4, 489.6, 514.9, 174.4, 368.7],
@@ -154,15 +156,7 @@ export const expertsV3TP8: PeerTable = {
 
 /** DeepSeek-V3 as an expert-parallel rank: hidden 7168, intermediate 2048, 9 experts, 2 columns; bf16. */
 export const expertsV3EP: PeerTable = {
-  columns: [
-    'Triton look-up',
-    'Triton best',
-    'DeepGEMM',
-    '_grouped_mm, vLLM permute',
-    '_grouped_mm, torch permute',
-    'Triton best, fp8',
-    'DeepGEMM, fp8',
-  ],
+  columns: expertColumns,
   rows: {
     1: [67.4, 60.3, 68, 106.3, 120.3, 51.3, 51.4],
     16: [206.2, 200.9, 260.1, 311.6, 329.6, 117.4, 158.7],
@@ -176,15 +170,7 @@ export const expertsV3EP: PeerTable = {
 
 /** Qwen3-30B-A3B: hidden 2048, intermediate 768, 128 experts, 8 columns; bf16. */
 export const expertsQwen3: PeerTable = {
-  columns: [
-    'Triton look-up',
-    'Triton best',
-    'DeepGEMM',
-    '_grouped_mm, vLLM permute',
-    '_grouped_mm, torch permute',
-    'Triton best, fp8',
-    'DeepGEMM, fp8',
-  ],
+  columns: expertColumns,
   rows: {
     1: [33.2, 33.2, 51, 65, 84.1, 30, 46.8],
     16: [197.7, 196.1, 369.4, 310.4, 333.6, 118.3, 237.1],

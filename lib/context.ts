@@ -1,19 +1,14 @@
-// A context: one backend, one in-order queue, the tensors on it. Ops find their backend through their tensors'
-// context, so this is the only place that makes one.
-import { availableParallelism } from 'node:os';
+// A context: one backend, one in-order queue, the tensors on it.
 import { signalOf, throwIfAborted, unlessAborted, type WaitOptions } from './abort.js';
 import type { Backend, BackendName, MemoryInfo, ReadAs, Roofline } from './backend/backend.js';
-import { NativeBackend } from './backend/native.js';
-import { OracleBackend } from './backend/oracle.js';
-import { env } from './env.js';
+import { Capture } from './capture.js';
 import { MoeError } from './errors.js';
 import { type ExpertsLayout, ExpertWeights } from './experts.js';
-import { type BackendStatus, describeStatus, loadBackend, nativeBackends, requireBackend } from './native.js';
 import type { Call } from './op.js';
-import { choice, describeValue, integer, resolveOptions } from './options.js';
+import { describeValue } from './options.js';
 import {
-  arrayLength,
-  arrayType,
+  checkData,
+  checkShape,
   constructionKey,
   type DType,
   dtypes,
@@ -23,25 +18,6 @@ import {
   Tensor,
   type TensorData,
 } from './tensor.js';
-
-/** Every backend, in the order that 'auto' tries them. */
-export const backendNames = [...nativeBackends, 'oracle'] as const;
-const MAX_THREADS = 1024;
-const isas = ['avx512', 'avx2', 'neon', 'scalar'] as const;
-
-export interface ContextOptions {
-  /** 'auto' (default) takes the first of cuda, ascend, cpu that is ready, else the pure TypeScript oracle. */
-  backend?: 'auto' | BackendName;
-  /** Which device of the backend. Default 0. */
-  device?: number;
-  /** Threads of the CPU backend. Default: the parallelism available to the process. */
-  threads?: number;
-  /**
-   * Instruction set of the CPU backend's kernels. 'auto' (default) takes the best that the processor runs; one that
-   * it does not run is refused with ERR_MOE_UNSUPPORTED. `describe().paths` says what each op took.
-   */
-  isa?: 'auto' | (typeof isas)[number];
-}
 
 export interface ContextDescription {
   readonly backend: BackendName;
@@ -53,94 +29,6 @@ export interface ContextDescription {
   readonly passedOver: readonly { readonly backend: BackendName; readonly reason: string }[];
   /** The kernel that each op took last. */
   readonly paths: Readonly<Record<string, string>>;
-}
-
-/**
- * Opens a context. Only here, and only for 'auto', may one backend stand in for another; `context.backend` and
- * `context.describe()` say which was taken and why the others were not.
- * @throws MoeError ERR_MOE_BACKEND where the backend asked for cannot be used, with everything that was tried.
- */
-export async function createContext(options: ContextOptions = {}): Promise<Context> {
-  const op = 'createContext';
-  const resolved = resolveOptions(
-    op,
-    {
-      backend: choice(['auto', ...backendNames], 'auto'),
-      device: integer({ min: 0, max: 1023, default: 0 }),
-      threads: integer({ min: 1, max: MAX_THREADS, default: () => threadsOf(op) }),
-      isa: choice(['auto', ...isas], () => isaOf(op)),
-    },
-    options,
-    { given: new Set(), dim: () => 0 },
-  ) as Required<ContextOptions>;
-  const { backend: requested } = resolved;
-  const passedOver: { backend: BackendName; reason: string }[] = [];
-  const name = requested === 'auto' ? (preferred(op) ?? firstReady(passedOver)) : requested;
-  if (name === 'oracle' && resolved.device !== 0) {
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected device: 0 (the oracle is one) but received ${resolved.device}`,
-      {
-        op,
-        arg: 'device',
-      },
-    );
-  }
-  const backend =
-    name === 'oracle' ? new OracleBackend() : new NativeBackend(name, requireBackend(name), resolved);
-  return new Context(constructionKey, backend, requested, passedOver);
-}
-
-/** The threads of a context that does not say. */
-function threadsOf(op: string): number {
-  const text = env.threads.read();
-  const threads = text === undefined ? availableParallelism() : Number(text);
-  if (Number.isInteger(threads) && threads >= 1 && threads <= MAX_THREADS) return threads;
-  throw new MoeError(
-    'ERR_MOE_INVALID_ARG',
-    `expected ${env.threads.name}: an integer from 1 to ${MAX_THREADS} but received '${text}'`,
-    { op, arg: env.threads.name },
-  );
-}
-
-/** The instruction set of a context that does not say. */
-function isaOf(op: string): 'auto' | (typeof isas)[number] {
-  const name = env.isa.read();
-  if (name === undefined || name === 'auto') return 'auto';
-  const isa = isas.find((each) => each === name);
-  if (isa !== undefined) return isa;
-  throw new MoeError(
-    'ERR_MOE_INVALID_ARG',
-    `expected ${env.isa.name}: one of auto, ${isas.join(', ')} but received '${name}'`,
-    { op, arg: env.isa.name },
-  );
-}
-
-function preferred(op: string): BackendName | undefined {
-  const name = env.backend.read();
-  if (name === undefined || name === 'auto') return undefined;
-  if (!backendNames.includes(name as BackendName)) {
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected ${env.backend.name}: one of auto, ${backendNames.join(', ')} but received '${name}'`,
-      { op, arg: env.backend.name },
-    );
-  }
-  return name as BackendName;
-}
-
-function firstReady(passedOver: { backend: BackendName; reason: string }[]): BackendName {
-  for (const backend of nativeBackends) {
-    const { status } = loadBackend(backend);
-    if (status.state === 'ready') return backend;
-    passedOver.push({ backend, reason: describeStatus(status) });
-  }
-  return 'oracle';
-}
-
-/** The state of every backend on this machine; loads the addons to find out. */
-export function backendStatuses(): BackendStatus[] {
-  return nativeBackends.map((backend) => loadBackend(backend).status);
 }
 
 let contexts = 0;
@@ -581,78 +469,4 @@ function refusePromise(op: string, arg: string, result: unknown, where: string):
     op,
     arg,
   });
-}
-
-/** A recorded sequence: `output` is what the recorded function returned; `replay()` enqueues the whole of it again. */
-export class Capture<T> {
-  readonly output: T;
-  readonly #actions: { replay(): void; dispose(): void };
-  #disposed = false;
-
-  /** @internal Captures are made by context.capture. */
-  constructor(secret: symbol, output: T, actions: { replay(): void; dispose(): void }) {
-    if (secret !== constructionKey) {
-      throw new MoeError('ERR_MOE_INVALID_ARG', 'captures are made by context.capture()', { op: 'Capture' });
-    }
-    this.output = output;
-    this.#actions = actions;
-  }
-
-  get disposed(): boolean {
-    return this.#disposed;
-  }
-
-  /** Enqueues the recorded work. The tensors of `output` hold its results from then on. */
-  replay(): void {
-    if (this.#disposed) {
-      throw new MoeError('ERR_MOE_DISPOSED', 'expected a live capture but it was disposed', { op: 'replay' });
-    }
-    this.#actions.replay();
-  }
-
-  /** Gives back the recording and every tensor made in it, once the replays in flight are done. */
-  dispose(): void {
-    if (this.#disposed) return;
-    this.#disposed = true;
-    this.#actions.dispose();
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose();
-  }
-}
-
-/** A copy of the shape, each number read once, so that nothing can answer differently later. */
-function checkShape(op: string, dtype: unknown, shape: unknown): number[] {
-  if (typeof dtype !== 'string' || !Object.hasOwn(dtypes, dtype)) {
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected dtype: one of ${Object.keys(dtypes).join(', ')} but received ${describeValue(dtype)}`,
-      { op, arg: 'dtype' },
-    );
-  }
-  const list = Array.isArray(shape);
-  const rank: unknown = list ? shape.length : 0;
-  const dims = list ? Array.from({ length: Math.min(Number(rank), 9) }, (_, axis) => shape[axis]) : [];
-  if (dims.length >= 1 && dims.length <= 8 && dims.every((dim) => Number.isSafeInteger(dim) && dim >= 0))
-    return dims;
-  throw new MoeError(
-    'ERR_MOE_INVALID_ARG',
-    `expected shape: 1 to 8 integers >= 0 but received ${list ? `[${dims.map(describeValue).join(', ')}]` : describeValue(shape)}`,
-    { op, arg: 'shape' },
-  );
-}
-
-function checkData(op: string, dtype: DType, elements: number, data: RawArray): void {
-  const { raw, values } = dtypes[dtype];
-  const types = raw === (values as unknown) ? raw.name : `${values.name} or ${raw.name}`;
-  const type = arrayType(data);
-  if ((type !== raw.name && type !== values.name) || arrayLength(data) !== elements) {
-    const received = type === undefined ? describeValue(data) : `${type}(${arrayLength(data)})`;
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected data: ${types}(${elements}) for ${dtype} but received ${received}`,
-      { op, arg: 'data' },
-    );
-  }
 }

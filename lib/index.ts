@@ -1,14 +1,9 @@
 // The table of contents of the public API.
 export type { WaitOptions } from './abort.js';
 export type { BackendName, MemoryInfo, Roofline } from './backend/backend.js';
-export {
-  backendStatuses,
-  Capture,
-  Context,
-  type ContextDescription,
-  type ContextOptions,
-  createContext,
-} from './context.js';
+export { Capture } from './capture.js';
+export { Context, type ContextDescription } from './context.js';
+export { backendStatuses, type ContextOptions, createContext } from './create_context.js';
 export { type DispatchFigures, dispatchFigures } from './eplb/dispatch_figures.js';
 export {
   type DispatchShares,

@@ -5,6 +5,7 @@ import type { WaitOptions } from './abort.js';
 import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { bf16, type FloatFormat, f8e4m3, f16 } from './float_formats.js';
+import { describeValue } from './options.js';
 
 export type RawArray = Float32Array | Uint16Array | Int32Array | BigInt64Array | Uint8Array | Int8Array;
 type RawArrayConstructor = {
@@ -74,7 +75,7 @@ export function dtypeRow(dtype: DType): DTypeRow {
   return dtypes[dtype];
 }
 
-/** The number of elements of a shape; throws where it leaves the safe integers. */
+/** The number of elements of a shape, which may be past the safe integers. */
 export function elementsOf(shape: readonly number[]): number {
   let elements = 1;
   for (const dim of shape) elements *= dim;
@@ -109,6 +110,42 @@ export function arrayType(value: unknown): string | undefined {
 /** Elements of a typed array; 0 for one whose buffer is detached or has shrunk away under it. */
 export function arrayLength(data: RawArray): number {
   return typedArrayLength.call(data);
+}
+
+/** A copy of the shape, each number read once, so that nothing can answer differently later. */
+export function checkShape(op: string, dtype: unknown, shape: unknown): number[] {
+  if (typeof dtype !== 'string' || !Object.hasOwn(dtypes, dtype)) {
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected dtype: one of ${Object.keys(dtypes).join(', ')} but received ${describeValue(dtype)}`,
+      { op, arg: 'dtype' },
+    );
+  }
+  const list = Array.isArray(shape);
+  const rank: unknown = list ? shape.length : 0;
+  const dims = list ? Array.from({ length: Math.min(Number(rank), 9) }, (_, axis) => shape[axis]) : [];
+  if (dims.length >= 1 && dims.length <= 8 && dims.every((dim) => Number.isSafeInteger(dim) && dim >= 0))
+    return dims;
+  throw new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected shape: 1 to 8 integers >= 0 but received ${list ? `[${dims.map(describeValue).join(', ')}]` : describeValue(shape)}`,
+    { op, arg: 'shape' },
+  );
+}
+
+/** Data that fills a tensor exactly, of one of the dtype's array types. */
+export function checkData(op: string, dtype: DType, elements: number, data: RawArray): void {
+  const { raw, values } = dtypes[dtype];
+  const types = raw === (values as unknown) ? raw.name : `${values.name} or ${raw.name}`;
+  const type = arrayType(data);
+  if ((type !== raw.name && type !== values.name) || arrayLength(data) !== elements) {
+    const received = type === undefined ? describeValue(data) : `${type}(${arrayLength(data)})`;
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected data: ${types}(${elements}) for ${dtype} but received ${received}`,
+      { op, arg: 'data' },
+    );
+  }
 }
 
 /** Raw bits of values, rounded to nearest even; data that is raw already is copied. */

@@ -2,7 +2,8 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Command, InvalidArgumentError, Option } from 'commander';
-import { backendNames, type Context } from '../context.js';
+import type { Context } from '../context.js';
+import { backendNames } from '../create_context.js';
 import { createContext, MoeError } from '../index.js';
 import { Checkpoint } from '../model/checkpoint.js';
 import { MoeLayer, type MoeLayerDescription, type MoeLayerStage } from '../model/layer.js';

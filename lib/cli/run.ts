@@ -14,7 +14,7 @@ import {
   readActivations,
   readRecording,
 } from '../model/recording.js';
-import { type TensorToWrite, writeSafetensors } from '../model/safetensors.js';
+import { type TensorToWrite, writeSafetensors } from '../model/safetensors_write.js';
 import type { FloatDType, Tensor, TensorData, Values } from '../tensor.js';
 import { progress } from './progress.js';
 import { countRouting, drawRouting, type Routing } from './routing.js';

@@ -12,9 +12,11 @@ import {
   type ListedExperts,
   type StackedExperts,
 } from './architectures.js';
+import { checkpointError } from './checkpoint_error.js';
+import { parseJson } from './json.js';
 import { type LayerPlan, planLayer } from './layer_plan.js';
 import { describeQuantisation } from './quantisation.js';
-import { checkpointError, parseJson, SafetensorsReader } from './safetensors.js';
+import { SafetensorsReader } from './safetensors.js';
 
 /** An open checkpoint folder. Close it when done: it holds files open. */
 export class Checkpoint {

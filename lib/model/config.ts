@@ -3,7 +3,7 @@
 // keys, so every reader lists the old and the new spelling.
 import { MoeError } from '../errors.js';
 import { describeValue } from '../options.js';
-import { checkpointError } from './safetensors.js';
+import { checkpointError } from './checkpoint_error.js';
 
 /** Spellings of the same thing across families and versions of transformers. */
 export const keys = {

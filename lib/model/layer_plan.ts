@@ -7,8 +7,9 @@ import type { SwiGLU } from '../experts.js';
 import { MAX_EXPERTS, MAX_TOP_K } from '../ops/moe_fused_gate.js';
 import type { FloatDType } from '../tensor.js';
 import type { Architecture, GateRules, ListedExperts, StackedExperts } from './architectures.js';
+import { checkpointError } from './checkpoint_error.js';
 import { keys, ModelConfig } from './config.js';
-import { checkpointError, type SafetensorsReader, type TensorInfo } from './safetensors.js';
+import type { SafetensorsReader, TensorInfo } from './safetensors.js';
 
 /** A row-major matrix inside a tensor: `rows` rows of `columns`, from row `firstRow` of its memory on. */
 export interface Matrix {

@@ -1,7 +1,8 @@
 // Recordings of what a block did elsewhere (`moe_io.safetensors`: `<block>.input`, `<block>.output`, the gate's
 // outputs), and activations in files in general: found by name, widened to f32, leading dimensions made one.
 import { decode, type Raw } from '../tensor.js';
-import { checkpointError, type HostTensor, SafetensorsReader } from './safetensors.js';
+import { checkpointError } from './checkpoint_error.js';
+import { type HostTensor, SafetensorsReader } from './safetensors.js';
 
 /** Hidden states [tokens, hidden]. */
 export interface Activations {

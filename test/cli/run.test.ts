@@ -2,7 +2,8 @@ import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, wri
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
-import { readSafetensors, writeSafetensors } from '../../lib/model/safetensors.js';
+import { readSafetensors } from '../../lib/model/safetensors.js';
+import { writeSafetensors } from '../../lib/model/safetensors_write.js';
 import { fixture, moeKernels } from './command.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'moe-kernels-run-'));

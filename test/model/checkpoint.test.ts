@@ -6,7 +6,8 @@ import { fileURLToPath } from 'node:url';
 import { afterAll, describe, expect, test } from 'vitest';
 import { architectureNames } from '../../lib/model/architectures.js';
 import { openCheckpoint } from '../../lib/model/checkpoint.js';
-import { readSafetensors, type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors.js';
+import { readSafetensors } from '../../lib/model/safetensors.js';
+import { type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors_write.js';
 import { families, type Sizes, writeCheckpoint } from './synthetic_checkpoint.js';
 
 const fixtures = fileURLToPath(new URL('../fixtures/hf', import.meta.url));

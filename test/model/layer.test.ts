@@ -9,7 +9,8 @@ import { createContext } from '../../lib/index.js';
 import { openCheckpoint } from '../../lib/model/checkpoint.js';
 import { MoeLayer, type MoeLayerOptions, type MoeLayerStage } from '../../lib/model/layer.js';
 import { readActivations, readRecording } from '../../lib/model/recording.js';
-import { readSafetensors, type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors.js';
+import { readSafetensors } from '../../lib/model/safetensors.js';
+import { type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors_write.js';
 import { backends, relNorm, useContext } from './backends.js';
 import { families, type Sizes, writeCheckpoint } from './synthetic_checkpoint.js';
 

@@ -14,12 +14,8 @@ import { fileURLToPath } from 'node:url';
 import fc from 'fast-check';
 import { afterAll, describe, expect, test } from 'vitest';
 import { MoeError } from '../../lib/errors.js';
-import {
-  openSafetensors,
-  readSafetensors,
-  type TensorToWrite,
-  writeSafetensors,
-} from '../../lib/model/safetensors.js';
+import { openSafetensors, readSafetensors } from '../../lib/model/safetensors.js';
+import { type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors_write.js';
 import { type DType, dtypes, type RawArray } from '../../lib/tensor.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'moe-safetensors-'));

@@ -2,7 +2,7 @@
 // code with the package: plain loops in f64 over the values that were written.
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors.js';
+import { type TensorToWrite, writeSafetensors } from '../../lib/model/safetensors_write.js';
 
 export interface Sizes {
   hidden: number;

@@ -39,8 +39,7 @@ std::string filter;  // only cases whose names begin like this
 float logit(Fill fill, Random& random, int64_t t, int e, int E, int group_size) {
   const float normal = static_cast<float>(random.normal());
   switch (fill) {
-    case Fill::kNormal:
-    case Fill::kAroundZero: return normal;
+    case Fill::kNormal: case Fill::kAroundZero: return normal;
     case Fill::kTies: return std::round(normal * 2) / 2;
     case Fill::kEqual: return static_cast<float>(t % 3) - 1;
     case Fill::kNaN: return random.uniform() < (t % 4 == 0 ? 0.5 : 0.02) ? std::nanf("") : normal;
@@ -452,11 +451,9 @@ void run_times() {
   time_case(timer, with, some, copy, empty);
   with.name = "256/8/4/8 +1 shared, map of 16, load", with.load = true;
   time_case(timer, with, some, copy, empty);
-  with = v3;
-  with.name = "256/8/4/8 map of 16", with.rounds = 16;
+  with = v3, with.name = "256/8/4/8 map of 16", with.rounds = 16;
   time_case(timer, with, {40000}, copy, empty);
-  with = v3;
-  with.name = "256/8/4/8 load", with.load = true;
+  with = v3, with.name = "256/8/4/8 load", with.load = true;
   time_case(timer, with, {40000}, copy, empty);
   v3.dtype = DType::kF16, v3.name = "256/8/4/8 f16", v3.forces = {0, 8};
   time_case(timer, v3, {40000}, copy, empty);

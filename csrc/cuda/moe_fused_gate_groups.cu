@@ -9,19 +9,16 @@ namespace {
 
 template <class Quad, int L, bool Sigmoid>
 cudaError_t run(const Args& a, int sms, cudaStream_t stream) {
-  constexpr int kTokens = 32 / L;  // of a warp
+  constexpr int kWarps = 4, kTokens = 32 / L * kWarps;
   const auto kernel = gate_groups<Quad, L, Sigmoid>;
-  const int warps = a.T <= int64_t{kTokens} * sms ? 1 : 4;
-  const auto bytes = [&](int of_warps) {
-    return 4 * (a.histogram + (Sigmoid ? 32 * L : 0)) + of_warps * kTokens * static_cast<int>(sizeof(GroupScratch<L>));
-  };
-  const int64_t blocks = (a.T + kTokens * warps - 1) / (kTokens * warps);
+  const int bytes = 4 * (a.histogram + (Sigmoid ? 32 * L : 0)) + kTokens * static_cast<int>(sizeof(GroupScratch<L>));
+  const int64_t blocks = (a.T + kTokens - 1) / kTokens;
   static const int resident = [&] {
     int count = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, 128, bytes(4));
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, 32 * kWarps, bytes);
     return std::max(count, 1);
   }();
-  kernel<<<static_cast<int>(std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * warps, bytes(warps), stream>>>(a);
+  kernel<<<static_cast<int>(std::min<int64_t>(blocks, int64_t{sms} * resident)), 32 * kWarps, bytes, stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -188,9 +188,7 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   };
   const bool halves = a.dtype != DType::kF32;
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
-    if (aligned(a.ids) && aligned(a.weights) && large(2, (halves ? 120 : 200) * sms)) {
-      return run_tokens_dtype(a, sms, stream);
-    }
+    if (aligned(a.ids) && aligned(a.weights) && large(2, 160 * sms)) return run_tokens_dtype(a, sms, stream);
     return run_dtype<256, Family::kGrouped, 8, 32>(a, pick(32, 8, 8), sms, stream);
   }
   if (fits && sigmoid && single && a.E == 384) return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);

@@ -36,12 +36,17 @@ build_experts() {
 }
 for what in "$@"; do
   [ "$what" = experts ] && { build_experts; continue; }
-  kernels="$root/csrc/cuda/moe_dispatch_launch.cu"
-  [ "$what" = gate ] && kernels="$root/csrc/cuda/moe_fused_gate_launch.cu"
-  object="$out/objects/$what.o"
-  if [ ! "$object" -nt "$kernels" ] || [ -n "$(find "$root/csrc/cuda" -name "moe_*.cuh" -newer "$object")" ]; then
-    nvcc "${flags[@]}" -Xptxas -v -c "$kernels" -o "$object" 2> "$out/objects/$what.ptxas"
-  fi
-  nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" "$object" \
+  kernels=(moe_dispatch_launch)
+  [ "$what" = gate ] && kernels=(moe_fused_gate_launch moe_fused_gate_groups)
+  objects=()
+  for kernel in "${kernels[@]}"; do
+    source="$root/csrc/cuda/$kernel.cu"
+    object="$out/objects/$kernel.o"
+    objects+=("$object")
+    if [ ! "$object" -nt "$source" ] || [ -n "$(find "$root/csrc/cuda" -name "moe_*.cuh" -newer "$object")" ]; then
+      nvcc "${flags[@]}" -Xptxas -v -c "$source" -o "$object" 2> "$object.ptxas"
+    fi
+  done
+  nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" "${objects[@]}" \
     "${cpu_objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 done

@@ -1,5 +1,5 @@
 // Checks the CUDA moe_fused_gate against the CPU kernel, and times it. NOTES.md has the command lines.
-//   gate_bench check [dry] | gate_bench time [dry | beginning of a name] | gate_bench sanitize | gate_bench profile [tokens]
+//   gate_bench check|time|sanitize [dry | beginning of a name] | gate_bench profile [tokens]
 #include <cmath>
 #include <memory>
 
@@ -12,8 +12,8 @@ using namespace moe;
 
 namespace {
 
-enum class Fill { kNormal, kTies, kEqual, kNaN, kInfinite, kSaturated, kSkewed, kFewFinite, kAllNaN };
-const char* const fill_names[] = {"normal", "ties", "equal", "nan", "inf", "saturated", "skewed", "few finite", "all nan"};
+enum class Fill { kNormal, kTies, kEqual, kNaN, kInfinite, kSaturated, kSkewed, kFewFinite, kAllNaN, kAroundZero };
+const char* const fill_names[] = {"normal", "ties", "equal", "nan", "inf", "saturated", "skewed", "few finite", "all nan", "around 0"};
 
 struct Case {
   std::string name;
@@ -34,11 +34,12 @@ struct Case {
 };
 
 std::unique_ptr<Backend> cpu_backend;
+std::string filter;  // only cases whose names begin like this
 
 float logit(Fill fill, Random& random, int64_t t, int e, int E, int group_size) {
   const float normal = static_cast<float>(random.normal());
   switch (fill) {
-    case Fill::kNormal: return normal;
+    case Fill::kNormal: case Fill::kAroundZero: return normal;
     case Fill::kTies: return std::round(normal * 2) / 2;
     case Fill::kEqual: return static_cast<float>(t % 3) - 1;
     case Fill::kNaN: return random.uniform() < (t % 4 == 0 ? 0.5 : 0.02) ? std::nanf("") : normal;
@@ -76,7 +77,7 @@ bool near_tie(const Case& c, const float* x, const float* bias) {
       if (c.scoring == Scoring::kSoftmax) s = std::exp(x[e] - most) / sum;
     }
     choice[e] = s + (bias != nullptr ? bias[e] : 0);
-    if (std::isnan(choice[e])) return false;
+    if (std::isnan(choice[e])) choice[e] = -INFINITY;
   }
   const auto close = [](std::vector<double>& v, int upto) {
     std::sort(v.begin(), v.end(), std::greater<>());
@@ -130,6 +131,7 @@ void check(const Case& c, int64_t T) {
     if (c.fill == Fill::kTies) bias[e] = 0.0625f;  // mixed biases would make sums of groups that differ in rounding only
     if (c.fill == Fill::kEqual) bias[e] = 0.25f;
     if (c.fill == Fill::kFewFinite) bias[e] = 0;
+    if (c.fill == Fill::kAroundZero) bias[e] -= 0.85f;  // choices of both signs
     if (c.fill == Fill::kNaN && e % 50 == 3) bias[e] = std::nanf("");
     if (c.fill == Fill::kInfinite && e % 50 == 3) bias[e] = e % 100 == 3 ? INFINITY : -INFINITY;
   }
@@ -254,6 +256,9 @@ std::vector<Case> families() {
     Case c;
     c.name = "v3", c.dtype = dtype, c.forces = v3;
     add(c);
+    c.name = "v3 best of group", c.group_score = GroupScore::kMax;
+    add(c);
+    c.group_score = GroupScore::kTop2Sum;
     if (dtype == DType::kF16) continue;
     c.name = "v3 +1 shared, load", c.shared = 1, c.load = true;
     add(c);
@@ -287,11 +292,20 @@ std::vector<Case> families() {
     c.name = std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" + std::to_string(K);
     c.E = E, c.groups = groups, c.top_groups = top_groups, c.K = K, c.scoring = scoring, c.dtype = dtype, c.bias = bias;
     if (!bias) c.group_score = GroupScore::kMax;
+    c.forces = {0, 1};
     add(c);
+    return &all.back();
   };
   general(160, 8, 3, 6, Scoring::kSoftmax, DType::kBF16, false);
   general(160, 8, 3, 6, Scoring::kSigmoid, DType::kF32, true);
   general(512, 16, 8, 10, Scoring::kSigmoid, DType::kBF16, true);
+  general(160, 8, 3, 6, Scoring::kSoftmax, DType::kF32, false)->renormalize = false;
+  general(512, 1, 1, 10, Scoring::kSoftmax, DType::kBF16, false);
+  general(96, 12, 5, 7, Scoring::kSigmoid, DType::kF16, true)->load = true;
+  general(128, 32, 8, 8, Scoring::kSigmoid, DType::kF32, true)->shared = 1;
+  general(384, 6, 2, 16, Scoring::kSoftmax, DType::kF32, false)->rounds = 3;
+  general(36, 1, 1, 4, Scoring::kSoftmax, DType::kBF16, false)->valid = 7;
+  general(128, 1, 1, 1, Scoring::kSigmoid, DType::kBF16, false)->selection = Selection::kLogits;
   general(1024, 1, 1, 32, Scoring::kSigmoid, DType::kF32, true);
   general(1024, 128, 40, 32, Scoring::kSigmoid, DType::kF16, true);
   general(60, 1, 1, 4, Scoring::kSoftmax, DType::kF16, false);
@@ -311,11 +325,12 @@ std::vector<Case> families() {
 void run_checks(bool small) {
   const std::vector<int64_t> batches = small ? std::vector<int64_t>{1, 33, 127} : std::vector<int64_t>{0, 1, 2, 31, 32, 33, 127, 511, 512, 513, 4097, 40000};
   for (const Case& family : families()) {
+    if (family.name.compare(0, filter.size(), filter) != 0) continue;
     for (const int64_t T : batches) {
       if (dry && T > 600) continue;
       check(family, T);
     }
-    for (const Fill fill : {Fill::kTies, Fill::kEqual, Fill::kNaN, Fill::kInfinite, Fill::kSaturated, Fill::kSkewed, Fill::kFewFinite, Fill::kAllNaN}) {
+    for (const Fill fill : {Fill::kTies, Fill::kEqual, Fill::kNaN, Fill::kInfinite, Fill::kSaturated, Fill::kSkewed, Fill::kFewFinite, Fill::kAllNaN, Fill::kAroundZero}) {
       Case c = family;
       c.fill = fill;
       for (const int64_t T : small ? std::vector<int64_t>{33} : std::vector<int64_t>{1, 33, 2000}) check(c, T);
@@ -344,8 +359,6 @@ __global__ void fill_normal(void* out, int dtype, size_t n, uint32_t seed, float
 struct Set {
   Buffer logits, ids, weights;
 };
-
-std::string filter;  // times only cases whose names begin like this
 
 void time_case(Timer& timer, const Case& c, const std::vector<int64_t>& batches, double copy, double empty) {
   if (c.name.compare(0, filter.size(), filter) != 0) return;
@@ -438,6 +451,10 @@ void run_times() {
   time_case(timer, with, some, copy, empty);
   with.name = "256/8/4/8 +1 shared, map of 16, load", with.load = true;
   time_case(timer, with, some, copy, empty);
+  with = v3, with.name = "256/8/4/8 map of 16", with.rounds = 16;
+  time_case(timer, with, {40000}, copy, empty);
+  with = v3, with.name = "256/8/4/8 load", with.load = true;
+  time_case(timer, with, {40000}, copy, empty);
   v3.dtype = DType::kF16, v3.name = "256/8/4/8 f16", v3.forces = {0, 8};
   time_case(timer, v3, {40000}, copy, empty);
   Case kimi;
@@ -473,11 +490,9 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.text.c_str());
     return 1;
   }
+  if (mode != "profile" && !dry && argc > 2) filter = argv[2];
   if (mode == "check" || mode == "sanitize") run_checks(mode == "sanitize");
-  if (mode == "time") {
-    filter = argc > 2 && !dry ? argv[2] : "";
-    run_times();
-  }
+  if (mode == "time") run_times();
   if (mode == "profile") run_profile(argc > 2 ? std::atoll(argv[2]) : 40000);
   return failures > 0;
 }

@@ -42,6 +42,11 @@ struct Args {
 // moe_fused_gate_launch.cu.
 cudaError_t launch(const MoeFusedGate& p, int sm_count, cudaStream_t stream, const char** path, int force = 0);
 
+// gate_groups (moe_fused_gate_groups.cu): lanes per token that it takes for this, 0 where it does not cover it, and its
+// launch. Logits and bias aligned to 16 bytes.
+int group_lanes(const Args& a);
+cudaError_t launch_groups(const Args& a, int lanes, int sms, cudaStream_t stream);
+
 #ifdef __CUDACC__
 
 inline constexpr unsigned kAll = 0xffffffffu;

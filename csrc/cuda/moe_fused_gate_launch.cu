@@ -7,6 +7,7 @@ namespace moe::gate {
 
 namespace {
 
+constexpr int kPlainBytes = 48 * 1024;      // of shared memory, without asking for more
 constexpr int kHistogramSlots = 4096;       // counted in shared memory up to here
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
@@ -26,28 +27,44 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Without load counting small blocks fill the device evenly; with it, few blocks add their counters to the load.
-constexpr int kTokenWarps = 2;
-
-template <class T, int E, int L, Family F>
-cudaError_t run_tokens(const Args& a, cudaStream_t stream) {
-  constexpr int kTokens = 32 / L;
-  const auto kernel = gate_tokens<T, E, L, F>;
-  const int warps = a.histogram > 0 ? kMostTokenWarps : kTokenWarps;
-  const int bytes = 4 * (a.histogram + (F == Family::kGrouped ? kTokenBias : 0)) + warps * kTokens * kRowStride<E>;
-  if (bytes > 48 * 1024) {
+template <class Kernel>
+cudaError_t run_warps(Kernel kernel, const Args& a, int tokens_of_warp, int warps, int bytes_of_warp,
+                      cudaStream_t stream) {
+  const int bytes = 4 * a.histogram + warps * bytes_of_warp;
+  if (bytes > kPlainBytes) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  const int64_t blocks = (a.T + kTokens * warps - 1) / (kTokens * warps);
+  const int64_t blocks = (a.T + tokens_of_warp * warps - 1) / (tokens_of_warp * warps);
   kernel<<<static_cast<int>(blocks), 32 * warps, bytes, stream>>>(a);
   return cudaGetLastError();
 }
 
-template <int E, int L, Family F>
-cudaError_t run_tokens_dtype(const Args& a, cudaStream_t stream) {
-  if (a.dtype == DType::kBF16) return run_tokens<__nv_bfloat16, E, L, F>(a, stream);
-  return run_tokens<__half, E, L, F>(a, stream);
+// One block for every multiprocessor where it can hold all warps. Beyond that small blocks fill the device evenly; with
+// load counting, larger ones, so that few add their counters to the load.
+template <class T>
+cudaError_t run_tokens(const Args& a, int sms, cudaStream_t stream) {
+  int device = 0, bytes = kPlainBytes;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int most = std::min(kMostTokenWarps, (bytes - 4 * a.histogram) / kTokenWarpBytes);
+  const int64_t all = (a.T + kTokensOfWarp - 1) / kTokensOfWarp, each = (all + sms - 1) / sms;
+  const int warps = each <= most ? static_cast<int>(each) : std::min(most, a.histogram > 0 ? 8 : 4);
+  return run_warps(gate_tokens<T>, a, kTokensOfWarp, warps, kTokenWarpBytes, stream);
+}
+
+cudaError_t run_tokens_dtype(const Args& a, int sms, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_tokens<float>(a, sms, stream);
+  if (a.dtype == DType::kBF16) return run_tokens<__nv_bfloat16>(a, sms, stream);
+  return run_tokens<__half>(a, sms, stream);
+}
+
+template <int E, bool Ragged>
+cudaError_t run_softmax(const Args& a, cudaStream_t stream) {
+  const int warps = a.histogram > 0 ? 8 : 2;  // with load counting, few blocks add their counters to the load
+  constexpr int kBytes = 32 * kRowStride<E>;
+  if (a.dtype == DType::kBF16) return run_warps(gate_softmax<__nv_bfloat16, E, Ragged>, a, 32, warps, kBytes, stream);
+  return run_warps(gate_softmax<__half, E, Ragged>, a, 32, warps, kBytes, stream);
 }
 
 template <int N>
@@ -163,27 +180,35 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
     *path = name(lanes);
     return lanes;
   };
-  // The kernel for large batches; the limits are where it was measured to win.
-  const bool narrow = fits && a.dtype != DType::kF32 && a.columns <= kTokenColumns;
+  // The kernels for large batches; the limits are where they were measured to win.
   const auto large = [&](int lanes, int64_t tokens) {
-    if (!narrow || (force == 0 ? a.T <= tokens : force != 100 + lanes)) return false;
+    if (a.columns > kTokenColumns || (force == 0 ? a.T <= tokens : force != 100 + lanes)) return false;
     *path = lanes == 1 ? "one lane per token" : "2 lanes per token";
     return true;
   };
+  const bool halves = a.dtype != DType::kF32;
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
-    if (large(2, 160 * sms)) return run_tokens_dtype<256, 2, Family::kGrouped>(a, stream);
+    if (aligned(a.ids) && aligned(a.weights) && large(2, 160 * sms)) return run_tokens_dtype(a, sms, stream);
     return run_dtype<256, Family::kGrouped, 8, 32>(a, pick(32, 8, 8), sms, stream);
   }
   if (fits && sigmoid && single && a.E == 384) return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
   if (fits && sigmoid && single && a.E == 256) return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 128) {
-    if (large(1, 24 * sms)) return run_tokens_dtype<128, 1, Family::kSoftmax>(a, stream);
+    if (halves && large(1, 24 * sms)) return run_softmax<128, false>(a, stream);
     return run_dtype<128, Family::kSoftmax, 8, 16>(a, pick(16, 8, 8), sms, stream);
   }
   if (fits && softmax && a.E == 64) {
-    if (large(1, 0)) return run_tokens_dtype<64, 1, Family::kSoftmax>(a, stream);
+    if (halves && large(1, 0)) return run_softmax<64, false>(a, stream);
     return run_dtype<64, Family::kSoftmax, 8>(a, pick(8, 8, 8), sms, stream);
+  }
+  if (fits && softmax && halves && a.E >= 32 && a.E < 64 && a.E % 4 == 0 && large(1, 0)) {
+    return run_softmax<64, true>(a, stream);
+  }
+  const int lanes = force != 1 && aligned(a.logits) && aligned(a.bias) ? group_lanes(a) : 0;
+  if (lanes > 0) {
+    *path = lanes == 8 ? "8 lanes per token, any groups" : "16 lanes per token, any groups";
+    return launch_groups(a, lanes, sms, stream);
   }
   if (force != 1 && softmax && a.K <= 8 && a.E >= 8 && a.E < 64) {
     *path = "8 lanes per token, ragged";

@@ -56,12 +56,13 @@ __device__ inline void best_of_pairs(const __half2* v, __half2& best, __half2& n
 
 // The groups that exact scores keep, a bit each, for one token by a whole warp; 0 where that is not clear.
 template <class T>
-__device__ inline uint32_t exact_groups(const Args& a, int64_t t, const float* bias) {
+__device__ inline uint32_t exact_groups(const Args& a, int64_t t) {
   const int lane = threadIdx.x % 32;
-  float c[8], best, next, all[8], fourth, fifth;
+  float c[8], bias[8] = {}, best, next, all[8], fourth, fifth;
   unpack(load_octet(static_cast<const T*>(a.logits) + t * 256 + lane * 8), c);
+  if (a.bias != nullptr) unpack(load_octet(a.bias + lane * 8), bias);
 #pragma unroll
-  for (int i = 0; i < 8; i++) c[i] = fast_sigmoid(c[i]) + bias[lane * 8 + i];
+  for (int i = 0; i < 8; i++) c[i] = fast_sigmoid(c[i]) + bias[i];
   best_of_octet(c, best, next);
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {

@@ -208,11 +208,11 @@ __device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint3
   return chosen;
 }
 
-// The keys of a row, one expert at a time: logits are read again where all of them are needed first. The same arithmetic
-// in the same order as in gate_row.
+// The keys of a row, one expert at a time and through `scratch`, so that this is code for one expert: logits are read
+// again where all of them are needed first. The same arithmetic in the same order as in gate_row.
 template <int N, class Score>
-__device__ __forceinline__ void lean_keys(const Args& a, int64_t first, uint32_t (&key)[N], float& most, float& sum,
-                                          const Score& score) {
+__device__ __forceinline__ void lean_keys(const Args& a, int64_t first, uint32_t* scratch, uint32_t (&key)[N], float& most,
+                                          float& sum, const Score& score) {
   const int lane = threadIdx.x % 32;
   const auto logit_at = [&](int e) {
     return e >= a.E || (a.bias != nullptr && isnan(a.bias[e])) ? nan_value() : load_logit(a, first + e);
@@ -230,17 +230,18 @@ __device__ __forceinline__ void lean_keys(const Args& a, int64_t first, uint32_t
     }
     sum = warp_sum(mine);
   }
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    const int e = lane + 32 * i;
-    const float logit = logit_at(e), bias = e < a.E && a.bias != nullptr ? a.bias[e] : 0.0f;
-    if (a.selection == Selection::kUniform) continue;
-    key[i] = e < a.E ? rank_key(by_logits ? logit : score(logit) + bias) : 0;
+#pragma unroll 1
+  for (int e = lane; e < a.E; e += 32) {
+    const float logit = logit_at(e), bias = a.bias != nullptr ? a.bias[e] : 0.0f;
+    scratch[e] = rank_key(by_logits ? logit : score(logit) + bias);
   }
+#pragma unroll
+  for (int i = 0; i < N; i++) key[i] = lane + 32 * i < a.E ? scratch[lane + 32 * i] : 0;
+  __syncwarp();
 }
 
-// Routes token t < valid. `scratch`: row_scratch() words of this warp alone, aligned to 8 bytes. LEAN: by rounds, for
-// kernels that rarely need it and whose registers it must not raise.
+// Routes token t < valid. `scratch`: row_scratch() words of this warp alone, aligned to 8 bytes. LEAN: with little
+// code and few registers, for kernels that rarely need it; not for Selection::kUniform.
 template <int N, bool LEAN = false>
 __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scratch, uint32_t* histogram) {
   const int lane = threadIdx.x % 32;
@@ -255,7 +256,7 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scr
     return sum == 0 || isnan(power) ? power : __fdiv_rn(power, sum);
   };
   uint32_t key[N];
-  if (a.selection == Selection::kUniform) {
+  if (!LEAN && a.selection == Selection::kUniform) {
     const uint32_t h = mix(a.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -264,7 +265,7 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scr
     }
   }
   if constexpr (LEAN) {
-    lean_keys<N>(a, first, key, most, sum, score);
+    lean_keys<N>(a, first, scratch, key, most, sum, score);
   } else {
     // Options are asked outside of loops: a load that waits for a branch waits for every load before it.
     float x[N], b[N] = {};

@@ -436,13 +436,13 @@ void run_times() {
   double copy = 0, empty = 0;
   ceilings(timer, &copy, &empty);
   std::printf("copy %.2f TB/s, empty node %.2f us; L1 is the general kernel, L8..L32 the lanes per token, L101 and L102 those of the kernel for large batches\n", copy, empty);
-  const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 40000, 131072}, some = {1, 64, 512, 4096, 40000};
+  const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072}, some = {1, 64, 512, 4096, 10000, 40000};
   Case v3;
   v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 32, 102};
   v3.dtype = DType::kBF16;
   time_case(timer, v3, full, copy, empty);
   v3.dtype = DType::kF32;
-  time_case(timer, v3, {1, 64, 512, 4096, 10000, 40000, 131072}, copy, empty);
+  time_case(timer, v3, full, copy, empty);
   v3.dtype = DType::kBF16, v3.forces = {0};
   Case with = v3;
   with.name = "256/8/4/8 +1 shared", with.shared = 1;

@@ -12,28 +12,30 @@
 
 namespace moe::gate {
 
+// What every kernel reads comes first: constants that a launch finds cold are fetched 64 bytes at a time.
 struct Args {
   const void* logits;
   const float* bias;
-  const int32_t* valid_device;
-  const int32_t* id_map;
-  unsigned long long* load;
   int32_t* ids;
   float* weights;
+  const int32_t* valid_device;
+  int64_t T, valid_host;
+  int32_t K, columns, routed;
+  float scale, shared_weight;
+  GroupScore group_score;
+  bool renormalize, extras;  // extras: ids are mapped, captured or counted, or move because of shared experts
+  DType dtype;
+  Scoring scoring;
+  Selection selection;
+  const int32_t* id_map;
+  unsigned long long* load;
   int32_t* logical_ids;
-  int64_t valid_host, T;
-  int32_t E, K, shared, routed, zero, columns;
+  int32_t E, shared, zero;
   int32_t groups, group_size, top_groups;
   uint32_t group_magic;   // e * magic >> 20 is e / group_size
   uint32_t column_magic;  // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
   uint32_t rounds;
   int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
-  float scale, shared_weight;
-  DType dtype;
-  Scoring scoring;
-  Selection selection;
-  GroupScore group_score;
-  bool renormalize;
   uint32_t seed;
 };
 

@@ -1,0 +1,267 @@
+// The kernel of moe_fused_gate for small and middle batches of 256/8/4: a warp per token. A launch that finds all of it
+// cold lasts nearly 2 us before it computes anything, so what counts is the chain of instructions from the arrival of a
+// row to its stores, and then their number.
+//
+// Layout: lane l holds experts 8 l .. 8 l + 7, so that a group of 32 lies in 4 neighbouring lanes.
+// 1. Every lane asks for its part of the row, then for the bias, and prepares its lists while they come.
+// 2. Exact choices (two special-function instructions each) stay in registers. The two best of each group, by
+//    shuffles, give the four groups; their smallest second best is the threshold: at least eight choices reach it.
+// 3. Choices that do (about 14) go to a list in shared memory, in an order that atomics decide and nothing depends on.
+//    Each finds its rank by counting who beats it; ranks below K are the choices.
+// A rank that nobody has means equal choices: they are ranked again, ties to the lower id. A token with a NaN, an
+// infinite threshold, equal groups at the cut or more than kCandidates candidates is routed by gate_row of the general
+// kernel.
+//
+// Limits: 256 experts, 8 groups, 4 kept, sigmoid; K <= 8; at most 32 columns; logits and bias aligned to 16 bytes;
+// fewer than 2^31 cells of the outputs. Order of accumulation: a tree over the slots.
+#pragma once
+#include "moe_fused_gate_lanes.cuh"
+
+namespace moe::gate {
+
+#ifdef __CUDACC__
+
+// Shared memory by address: with pointers the compiler works the address of the block's memory out anew in every
+// branch, 30 cycles each.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("" : "+r"(at));
+  return at;
+}
+__device__ __forceinline__ void put(uint32_t at, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+__device__ __forceinline__ void put4(uint32_t at, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ __forceinline__ uint32_t get(uint32_t at) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 get4(uint32_t at) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(at)
+               : "memory");
+  return x;
+}
+// A load that stays where it is written.
+__device__ __forceinline__ uint4 ask(const void* at) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(at)
+               : "memory");
+  return x;
+}
+
+// What a warp has in shared memory, in bytes from its start. Choices and experts by rank begin as -inf, which is no
+// expert; scores by rank and the count begin as 0.
+struct FewList {
+  static constexpr int kChoices = 0;                      // of candidates, padded to whole chunks of 16
+  static constexpr int kChosen = 4 * (kCandidates + 16);  // experts by rank: K, and one more that shows a tie at K
+  static constexpr int kWeights = kChosen + 48;           // scores by rank
+  static constexpr int kCount = kWeights + 48;            // of candidates, in bytes
+  static constexpr int kExperts = kCount + 16;            // of candidates
+  static constexpr int kScores = kExperts + 4 * kCandidates;  // of all experts
+  static constexpr int kBytes = kScores + 4 * 256;
+};
+static_assert(FewList::kBytes >= 4 * row_scratch(256, 8));
+
+__device__ __forceinline__ void few_clear(uint32_t list) {
+  const int lane = threadIdx.x % 32;
+  const float x = lane < FewList::kWeights / 16 ? -infinity() : 0.0f;
+  if (lane < FewList::kExperts / 16) put4(list + 16 * lane, x, x, x, x);
+}
+
+// Ranks every candidate against all and stores those that are chosen.
+template <bool Ties>
+__device__ __forceinline__ void few_rank(uint32_t list, int count, int K) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const float own = __uint_as_float(get(list + 4 * i));
+    uint32_t others = list;
+    float4 v[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = get4(others + 16 * k);
+    const uint32_t expert = get(list + FewList::kExperts + 4 * i), score = get(list + FewList::kScores + 4 * expert);
+    float rank = 0x1p23f;  // whole numbers that can be read as integers
+#pragma unroll 1
+    for (int j = 16;; j += 16) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float other[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+        float beats[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+          bool beaten = other[m] > own;
+          if (Ties) beaten = beaten || (other[m] == own && get(others + FewList::kExperts + 16 * k + 4 * m) < expert);
+          beats[m] = beaten ? 1.0f : 0.0f;
+        }
+        rank += (beats[0] + beats[1]) + (beats[2] + beats[3]);
+      }
+      if (j >= count) break;
+      others += 64;
+#pragma unroll
+      for (int k = 0; k < 4; k++) v[k] = get4(others + 16 * k);
+    }
+    const int place = __float_as_int(rank) - __float_as_int(0x1p23f);
+    if (place <= K) put(list + FewList::kChosen + 4 * place, expert);
+    if (place < K) put(list + FewList::kWeights + 4 * place, score);
+  }
+}
+
+// Rare things are functions of their own, so that the other instructions are fetched without gaps.
+__device__ __noinline__ void few_rank_ties(uint32_t list, int count, int K) {
+  __syncwarp();
+  few_rank<true>(list, count, K);
+  __syncwarp();
+}
+__device__ __noinline__ void few_pad(const Args& a, int t) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < a.columns; i += 32) write_padding(a, Rows(a, t), 0, i);
+}
+// The id of a column with everything that a call may ask for.
+__device__ __noinline__ int32_t few_extras(const Args& a, const int32_t* map, int cell, bool routed, int32_t id) {
+  if (routed && id >= a.routed) id += a.shared;
+  if (routed && a.logical_ids != nullptr) a.logical_ids[cell] = id;
+  if (map != nullptr) id = map[id];
+  if (a.load != nullptr) count_load(a, nullptr, id);
+  return id;
+}
+
+template <class T, int Warps>
+__global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ Args a) {
+  using List = FewList;
+  __shared__ __align__(16) char lists[Warps][List::kBytes];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = blockIdx.x * Warps + warp;
+  if (t >= static_cast<int>(a.T)) return;
+
+  // The row before all else: the barrier keeps the compiler from asking for anything earlier.
+  const T* row = static_cast<const T*>(a.logits) + (static_cast<int64_t>(t) * 256 + 8 * lane);
+  Octet<T> octet;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) octet.words[i] = ask(row + 16 / sizeof(T) * i);
+  __syncthreads();
+  Octet<float> biases = {};
+  if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
+  const uint32_t list = shared_address(lists[warp]);
+  few_clear(list);
+  const int32_t* map = nullptr;
+  if (a.extras && a.id_map != nullptr) {  // a row of the map is on its way to the first cache before it is needed
+    map = a.id_map + static_cast<int64_t>(static_cast<uint32_t>(t) % a.rounds) * (a.E + a.shared);
+    for (int i = 32 * lane; i < a.E + a.shared; i += 1024) {
+      int32_t ignored;
+      asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(ignored) : "l"(map + i));
+    }
+  }
+  int valid = static_cast<int>(a.valid_host);
+  if (a.valid_device != nullptr) valid = *a.valid_device;
+  if (t >= valid) {
+    few_pad(a, t);
+    return;
+  }
+  __syncwarp();
+
+  float c[8], score[8], bias[8];
+  unpack(octet, c);
+  unpack(biases, bias);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    score[i] = fast_sigmoid(c[i]);
+    c[i] = score[i] + bias[i];
+  }
+  put4(list + List::kScores + 32 * lane, score[0], score[1], score[2], score[3]);
+  put4(list + List::kScores + 32 * lane + 16, score[4], score[5], score[6], score[7]);
+
+  // Groups: kept are those that fewer than four others beat. Equal groups at the cut make them more than four, and so
+  // does a NaN, which no other beats.
+  float best, next;
+  best_of_octet(c, best, next);
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    const float other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
+    merge_best(best, next, other_best, other_next);
+  }
+  const float sum = a.group_score == GroupScore::kTop2Sum ? best + next : best;
+  float above = 0;
+#pragma unroll
+  for (int i = 1; i < 8; i++) above += __shfl_xor_sync(kAll, sum, 4 * i) > sum ? 1.0f : 0.0f;
+  const bool kept = above < 4;
+  const int groups = __popc(__ballot_sync(kAll, kept)) / 4;
+  const auto ordered_bits = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  const int32_t key = kept ? ordered_bits(__float_as_int(next)) : 0x7fffffff;
+  const float threshold = __int_as_float(ordered_bits(__reduce_min_sync(kAll, key)));
+
+  // Candidates: the sign of a difference is a bit, shifted into two masks so that the chain is short
+  const float least = kept ? threshold : infinity();
+  uint32_t under = 0, upper = 0;
+#pragma unroll
+  for (int i = 3; i >= 0; i--) {
+    under = __funnelshift_l(__float_as_uint(c[i] - least), under, 1);
+    upper = __funnelshift_l(__float_as_uint(c[i + 4] - least), upper, 1);
+  }
+  const uint32_t mask = ~(under | upper << 4) & 0xff;
+  uint32_t place = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p atom.shared.add.u32 %0, [%2], %1;\n}"
+               : "+r"(place)
+               : "r"(4 * __popc(mask)), "r"(list + List::kCount)
+               : "memory");
+  // A list that is too long may spoil scores behind it: the row is given away.
+  uint32_t at = list + min(place, static_cast<uint32_t>(4 * kCandidates));
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    uint32_t after;  // a new register each: a store must have read its address before it may change
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .b32 x;\nand.b32 x, %2, %3;\nsetp.ne.b32 p, x, 0;\n@p st.shared.f32 [%1], %4;\n"
+        "@p st.shared.b32 [%1+%6], %5;\nselp.b32 x, 4, 0, p;\nadd.u32 %0, %1, x;\n}"
+        : "=r"(after)
+        : "r"(at), "r"(mask), "r"(1 << i), "f"(c[i]), "r"(8 * lane + i), "n"(List::kExperts)
+        : "memory");
+    at = after;
+  }
+  __syncwarp();
+  const int count = get(list + List::kCount) / 4;
+  if (groups != 4 || !(fabsf(threshold) < infinity()) || count > kCandidates) {
+    __syncwarp();  // the count has been read by all
+    gate_row_apart<8>(a, t, reinterpret_cast<uint32_t*>(lists[warp]), nullptr);
+    return;
+  }
+  few_rank<false>(list, count, a.K);
+  __syncwarp();
+  int32_t id;
+  float weight;
+  float4 low, high;
+  const auto fetch = [&] {
+    id = static_cast<int32_t>(get(list + List::kChosen + 4 * lane));
+    weight = __uint_as_float(get(list + List::kWeights + 4 * lane));
+    low = get4(list + List::kWeights), high = get4(list + List::kWeights + 16);
+  };
+  fetch();
+  if (__any_sync(kAll, lane <= a.K && lane < count && id < 0)) {
+    few_rank_ties(list, count, a.K);
+    fetch();
+  }
+
+  // Columns
+  if (lane < a.columns) {
+    const bool routed = lane < a.K;
+    float total = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
+    total = a.renormalize ? fmaxf(total, 1e-37f) : 1.0f;  // where all are 0 they stay 0
+    weight *= fast_inverse(total) * a.scale;
+    if (!routed) {
+      id = a.routed + lane - a.K;
+      weight = a.shared_weight;
+    }
+    if (a.extras) id = few_extras(a, map, t * a.K + lane, routed, id);
+    const uint32_t cell = t * a.columns + lane;
+    a.ids[cell] = id;
+    a.weights[cell] = weight;
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace moe::gate

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the standalone check and timing programs of the CUDA kernels. usage: build.sh OUT [gate|dispatch|experts]...
+# Builds the standalone check and timing programs of the CUDA kernels. usage: build.sh OUT [gate|dispatch|pair|experts]...
 # Needs nvcc 13 and g++; the programs need only a driver.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -14,7 +14,7 @@ for source in "$cpu"/*.cc "$root"/csrc/common/*.cc; do
   [ "$object" -nt "$source" ] && [ "$object" -nt "$root/csrc/backend.h" ] || g++ -std=c++20 -O3 -c "$source" -o "$object"
 done
 flags=(-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo)
-[ $# -gt 0 ] || set -- gate dispatch experts
+[ $# -gt 0 ] || set -- gate dispatch pair experts
 # fused_moe and what it needs, through the backend itself.
 build_experts() {
   local objects=() source object arch
@@ -34,14 +34,21 @@ build_experts() {
   done
   nvcc -cudart static -Xcompiler -pthread -o "$out/experts_bench" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 }
+# The object file of the gate's or the dispatch's kernels.
+kernels() {
+  local source="$root/csrc/cuda/moe_$1_launch.cu" object="$out/objects/$1.o"
+  if [ ! "$object" -nt "$source" ] || [ -n "$(find "$root/csrc/cuda" \( -name "moe_$1*.cuh" -o -name programmatic.cuh \) -newer "$object")" ]; then
+    nvcc "${flags[@]}" -Xptxas -v -c "$source" -o "$object" 2> "$out/objects/$1.ptxas" || { cat "$out/objects/$1.ptxas" >&2; return 1; }
+  fi
+  echo "$object"
+}
 for what in "$@"; do
   [ "$what" = experts ] && { build_experts; continue; }
-  kernels="$root/csrc/cuda/moe_dispatch_launch.cu"
-  [ "$what" = gate ] && kernels="$root/csrc/cuda/moe_fused_gate_launch.cu"
-  object="$out/objects/$what.o"
-  if [ ! "$object" -nt "$kernels" ] || [ -n "$(find "$root/csrc/cuda" -name "moe_*.cuh" -newer "$object")" ]; then
-    nvcc "${flags[@]}" -Xptxas -v -c "$kernels" -o "$object" 2> "$out/objects/$what.ptxas"
-  fi
-  nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" "$object" \
-    "${cpu_objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
+  case $what in
+    gate) objects=("$(kernels fused_gate)") ;;
+    dispatch) objects=("$(kernels dispatch)") ;;
+    pair) objects=("$(kernels fused_gate)" "$(kernels dispatch)") ;;
+  esac
+  nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" \
+    "${objects[@]}" "${cpu_objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 done

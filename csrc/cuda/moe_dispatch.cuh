@@ -10,7 +10,7 @@
 namespace moe::dispatch {
 
 // How kernels of one dispatch follow each other; the default is what moe_dispatch uses.
-enum class Chain { kDefault, kPlain, kOverlapped, kCooperative };
+enum class Chain { kDefault, kPlain, kOverlapped, kCooperative, kCluster };
 
 // Bytes of scratch that launch() needs, of any content.
 size_t scratch_bytes(const MoeDispatch& p, int sm_count);

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
   using Pair = std::conditional_t<kGrouped, __half2, PairOf<T>>;
   using Key = std::conditional_t<kGrouped, uint64_t, uint32_t>;
 
+  let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   float* shared_bias = reinterpret_cast<float*>(shared_memory + a.histogram);

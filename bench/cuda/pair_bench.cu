@@ -1,5 +1,5 @@
-// Times moe_fused_gate and the moe_dispatch that follows it, with and without programmatic dependent launch, and compares
-// what both leave behind. NOTES.md has the command line.
+// Times moe_fused_gate and the moe_dispatch that follows it, with and without programmatic dependent launch, and
+// compares what both leave behind. NOTES.md has the command line.
 #include "../../csrc/cuda/moe_dispatch.cuh"
 #include "../../csrc/cuda/moe_fused_gate.cuh"
 #include "harness.cuh"
@@ -65,9 +65,9 @@ bool time_pair(Timer& timer, int64_t T) {
     std::vector<uint16_t> logits(T * kRouted);
     for (auto& x : logits) x = bf16_bits(static_cast<float>(random.normal()));
     for (auto& x : bias) x = static_cast<float>(random.normal() * 0.1);
-    sets.push_back({Buffer(T * kRouted * 2), Buffer(kRouted * 4), Buffer(choices * 4), Buffer(choices * 4), Buffer(P * 4),
-                    Buffer(choices * 4), Buffer(kExperts * 4), Buffer(kExperts * 4 + 4), Buffer(P / kBlock * 4),
-                    Buffer(1 << 20)});
+    sets.push_back({Buffer(T * kRouted * 2), Buffer(kRouted * 4), Buffer(choices * 4), Buffer(choices * 4),
+                    Buffer(P * 4), Buffer(choices * 4), Buffer(kExperts * 4), Buffer(kExperts * 4 + 4),
+                    Buffer(P / kBlock * 4), Buffer(1 << 20)});
     sets[i].logits.put(logits.data(), logits.size() * 2);
     sets[i].bias.put(bias.data(), bias.size() * 4);
   }
@@ -94,7 +94,8 @@ bool time_pair(Timer& timer, int64_t T) {
   const double gate = measure(true, false, dispatch::Chain::kPlain);
   const double alone = measure(false, true, dispatch::Chain::kPlain);
   std::printf("%5lld tokens: gate %.2f, dispatch %.2f, both %.2f, programmatic %.2f us, %s (%s; %s)\n",
-              static_cast<long long>(T), gate, alone, plain, early, same ? "the same" : "DIFFERENT", gate_path, dispatch_path);
+              static_cast<long long>(T), gate, alone, plain, early, same ? "the same" : "DIFFERENT", gate_path,
+              dispatch_path);
   std::fflush(stdout);
   return same;
 }

@@ -1,4 +1,4 @@
-// The kernels of moe_dispatch for few choices: every block sorts all of them, and writes its own part of the outputs, so
+// The kernels of moe_dispatch for few choices: every block sorts all of them and writes its own part of the outputs, so
 // that no block waits for another. Such a batch costs latency: a trip to memory, barriers, and instructions that nobody
 // has fetched yet, so that loops stay loops. Places are emptied while the ids are on their way and filled later by the
 // same block.
@@ -21,7 +21,7 @@ struct FewShape {
         rows((choices + 32 * kRowsAtOnce - 1) / (32 * kRowsAtOnce) * kRowsAtOnce),
         threads(((choices > pairs ? choices : pairs) + 31) / 32 * 32) {}
   __host__ __device__ uint32_t cleared() const { return sums_of(pairs) + 3 * rows * pairs; }
-  __host__ __device__ uint32_t words() const { return cleared() + 2 * pairs; }
+  __host__ __device__ uint32_t words() const { return cleared() + starts_of(pairs); }
 };
 
 #ifdef __CUDACC__
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   let_next_kernel_start();
   const int32_t id = load_id(a, choice);
   const uint32_t begin = blockIdx.x * places_of_block, end = min(begin + places_of_block, a.places);
-#pragma unroll 1
-  for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x) a.order[i] = static_cast<int32_t>(a.choices);
+  empty_places(a, begin, end);
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < shape.cleared() / 4; i += blockDim.x) {
     reinterpret_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);
@@ -94,10 +93,11 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   if (equal >> lane == 1) *counter = static_cast<uint16_t>(rank + 1);
   __syncthreads();
   const uint32_t count = has_pair ? add_rows(counters, shape.rows, pairs) : 0, low = count & 0xffff, high = count >> 16;
-  const uint32_t total = scan_pairs(pairs, sums, start, padded(a, low), padded(a, high));
+  scan_pairs(pairs, sums, start, padded(a, low), padded(a, high));
   const uint32_t at = expert != kNone ? start[expert] + *counter + rank : 0;
   if (expert != kNone && at >= begin && at < end) a.order[at] = static_cast<int32_t>(choice);
   if (!last_block) return;
+  const uint32_t total = start[2 * pairs];
   if (choice < a.choices) write_choice(a, choice, expert, at);
   if (has_pair) write_pair(a, start, low, high);
   if (threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);

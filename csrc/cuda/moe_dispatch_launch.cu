@@ -14,10 +14,13 @@ namespace moe::dispatch {
 
 namespace {
 
-constexpr uint32_t kSharedBytes = 48 * 1024, kManySharedBytes = 96 * 1024;
+constexpr uint32_t kSharedBytes = 96 * 1024;
+constexpr int kWholeMultiprocessor = 120 * 1024;  // of shared memory: more than half of what sm_90 has
 constexpr uint32_t kFewPlaces = 512;  // per block where choices are few
-constexpr uint32_t kMostRows = 32;
-constexpr uint32_t kClusterChoices = 65536;  // one cluster up to here, the whole device above
+constexpr uint32_t kClusterChoices = 36864;  // one cluster up to here, clusters on the whole device above
+constexpr uint32_t kGridCluster = 8;
+constexpr uint32_t kManyThreads = 512;  // more of them get in each other's way
+constexpr uint32_t kSortedRounds = 2;   // from here on blocks sort in shared memory
 
 struct Launch {
   uint32_t blocks, threads, bytes;
@@ -60,40 +63,61 @@ cudaError_t run(void (*kernel)(Parameters...), const Launch& launch, Attribute a
 }
 
 // The shape that sorts on `blocks` blocks, or, where their shared memory does not hold that, on as many as it takes.
-ManyShape shape_of(const MoeDispatch& p, uint32_t blocks) {
+ManyShape shape_of(const MoeDispatch& p, uint32_t blocks, uint32_t cluster) {
   const uint32_t choices = static_cast<uint32_t>(p.T * p.C);
   ManyShape m{};
   m.pairs = (static_cast<uint32_t>(p.experts) + 1) / 2;
+  m.cluster = cluster;
   const auto fits = [&](uint32_t rows, uint32_t rounds) {
-    m.rows = rows, m.rounds = rounds;
-    return 4 * ManyMemory(nullptr, m, true).size <= kManySharedBytes;
+    m.rows = rows, m.rounds = rounds, m.sorted = rounds >= kSortedRounds;
+    return 4 * ManyMemory(nullptr, m).size <= kSharedBytes;
   };
-  uint32_t rows = kMostRows, rounds = 1;
+  uint32_t rows = kManyThreads / 32, rounds = 1;
   while (rows > 1 && !fits(rows, 1)) rows /= 2;
   while (uint64_t{32} * rows * rounds * blocks < choices && rounds < kMostRounds && fits(rows, rounds + 1)) rounds++;
   // As few warps as these rounds allow.
-  m.rounds = rounds;
-  m.rows = std::min(rows, std::max(1u, (choices + 32 * rounds * blocks - 1) / (32 * rounds * blocks)));
-  m.threads = 1024;
-  m.blocks = std::max(1u, (choices + m.choices() - 1) / m.choices());
+  fits(std::min(rows, std::max(1u, (choices + 32 * rounds * blocks - 1) / (32 * rounds * blocks))), rounds);
+  m.threads = std::max(kManyThreads, (m.pairs + 31) / 32 * 32);
+  const uint32_t together = m.choices() * cluster;
+  m.blocks = std::max(1u, (choices + together - 1) / together) * cluster;
   return m;
 }
 
 template <Exchange X>
 cudaError_t run_many(const Args& a, const ManyShape& m, Attribute attribute, cudaStream_t stream) {
-  constexpr bool kInCluster = X == Exchange::kCluster;
-  const uint32_t bytes = 4 * ManyMemory(nullptr, m, kInCluster).size;
-  return run(sort_many<X>, {m.blocks, m.threads, bytes, stream}, attribute, kInCluster ? kClusterBlocks : 1, a, m);
+  return run(sort_many<X>, {m.blocks, m.threads, 4 * ManyMemory(nullptr, m).size, stream}, attribute, m.cluster, a, m);
+}
+
+// Blocks in clusters that run at once, one on a multiprocessor. A cluster keeps to one group of them, so some are left.
+uint32_t grid_blocks(int sms) {
+  static const int clusters = [&] {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = kGridCluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = kGridCluster, config.blockDim = kManyThreads;
+    config.dynamicSmemBytes = kWholeMultiprocessor;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int count = 0;
+    const auto kernel = sort_many<Exchange::kGrid>;
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeMultiprocessor);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    if (error == cudaSuccess) return count;
+    cudaGetLastError();  // none then: two kernels do it
+    return 0;
+  }();
+  return kGridCluster * static_cast<uint32_t>(std::min(clusters, sms / static_cast<int>(kGridCluster)));
 }
 
 template <class V>
 cudaError_t run_gather(const MoeDispatch& p, int sms, Attribute attribute, cudaStream_t stream) {
   const int64_t vectors = p.H * static_cast<int64_t>(size_of(p.rows.dtype)) / static_cast<int64_t>(sizeof(V));
-  const int64_t items = p.T * ((vectors + 127) / 128) + (p.P + 31) / 32;
+  const int64_t items = (p.T + (p.P + 31) / 32) * ((vectors + 127) / 128);
   const int64_t blocks = std::clamp<int64_t>((items + 7) / 8, 1, int64_t{sms} * 64);
-  return run(gather<V>, {static_cast<uint32_t>(blocks), 256, 0, stream}, attribute, 1, static_cast<const V*>(p.hidden.data),
-             static_cast<V*>(p.rows.data), p.inverse.as<const int32_t>(), p.order.as<const int32_t>(), p.T,
-             static_cast<int>(p.C), vectors, p.P);
+  return run(gather<V>, {static_cast<uint32_t>(blocks), 256, 0, stream}, attribute, 1,
+             static_cast<const V*>(p.hidden.data), static_cast<V*>(p.rows.data), p.inverse.as<const int32_t>(),
+             p.order.as<const int32_t>(), p.T, static_cast<int>(p.C), vectors, p.P);
 }
 
 Args pack(const MoeDispatch& p, void* scratch) {
@@ -129,40 +153,41 @@ Choice choose(const MoeDispatch& p, int sms, Chain chain) {
   if (choices <= kTinyChoices) return {Kind::kTiny, {}};
   if (choices <= kFewChoices && 4 * FewShape(choices, experts).words() <= kSharedBytes) return {Kind::kFew, {}};
   if (chain == Chain::kCluster || (chain == Chain::kDefault && choices <= kClusterChoices)) {
-    ManyShape m = shape_of(p, kClusterBlocks);
-    if (m.blocks <= kClusterBlocks) {
-      m.blocks = kClusterBlocks;
-      return {Kind::kCluster, m};
-    }
+    const ManyShape m = shape_of(p, kClusterBlocks, kClusterBlocks);
+    if (m.blocks == kClusterBlocks && 4 * ManyMemory(nullptr, m).size <= kSharedBytes) return {Kind::kCluster, m};
   }
-  const ManyShape m = shape_of(p, static_cast<uint32_t>(sms));
-  const bool together = m.blocks <= static_cast<uint32_t>(sms);
-  return {together && (chain == Chain::kDefault || chain == Chain::kCooperative || chain == Chain::kCluster) ? Kind::kGrid : Kind::kTwoKernels, m};
+  if (chain != Chain::kPlain && chain != Chain::kOverlapped) {
+    const uint32_t blocks = grid_blocks(sms);
+    const ManyShape m = shape_of(p, blocks, kGridCluster);
+    if (m.blocks <= blocks && 4 * ManyMemory(nullptr, m).size <= kSharedBytes) return {Kind::kGrid, m};
+  }
+  return {Kind::kTwoKernels, shape_of(p, static_cast<uint32_t>(sms), 1)};
 }
 
 }  // namespace
 
-size_t scratch_bytes(const MoeDispatch& p, int sms) {
-  const Kind kind = choose(p, sms, Chain::kPlain).kind;
-  if (kind == Kind::kTiny || kind == Kind::kFew) return 0;
+size_t scratch_bytes(const MoeDispatch& p, int sms, Chain chain) {
+  const auto [kind, m] = choose(p, sms, chain);
+  if (kind == Kind::kTiny || kind == Kind::kFew || kind == Kind::kCluster) return 0;
   if (kind == Kind::kManyExperts) return size_t{4} * p.experts;
-  return size_t{4} * shape_of(p, static_cast<uint32_t>(sms)).blocks * ((p.experts + 1) / 2);
+  return size_t{8} * (m.blocks / m.cluster) * m.pairs;
 }
 
 cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t stream, const char** path, Chain chain) {
   const Args a = pack(p, scratch);
   const auto [kind, shape] = choose(p, sms, chain);
-  const Attribute early = chain == Chain::kPlain ? Attribute::kNone : Attribute::kProgrammatic;
+  const bool programmatic = chain != Chain::kPlain;
+  const Attribute early = programmatic ? Attribute::kProgrammatic : Attribute::kNone;
   cudaError_t error = cudaSuccess;
   switch (kind) {
     case Kind::kTiny: {
-      *path = "a warp sorts all";
+      *path = programmatic ? "one warp, programmatic" : "one warp";
       const uint32_t blocks = std::max((a.places + kTinyPlaces - 1) / kTinyPlaces, a.experts / 32 + 1);
       error = run(sort_tiny, {blocks, 32, 0, stream}, early, 1, a);
       break;
     }
     case Kind::kFew: {
-      *path = "every block sorts all";
+      *path = programmatic ? "every block sorts all, programmatic" : "every block sorts all";
       const FewShape few(a.choices, a.experts);
       // Blocks that run at once: with very large blocks of places more of them would sort in vain.
       const uint32_t blocks = std::clamp((a.places + kFewPlaces - 1) / kFewPlaces, 1u, 2 * static_cast<uint32_t>(sms));
@@ -171,7 +196,7 @@ cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t st
       break;
     }
     case Kind::kCluster:
-      *path = "one cluster";
+      *path = programmatic ? "one cluster, programmatic" : "one cluster";
       error = run_many<Exchange::kCluster>(a, shape, early, stream);
       break;
     case Kind::kGrid:
@@ -179,12 +204,12 @@ cudaError_t launch(const MoeDispatch& p, int sms, void* scratch, cudaStream_t st
       error = run_many<Exchange::kGrid>(a, shape, Attribute::kCooperative, stream);
       break;
     case Kind::kTwoKernels:
-      *path = "count and place";
+      *path = programmatic ? "count and place, programmatic" : "count and place";
       error = run_many<Exchange::kCount>(a, shape, early, stream);
       if (error == cudaSuccess) error = run_many<Exchange::kPlace>(a, shape, early, stream);
       break;
     case Kind::kManyExperts:
-      *path = "one block";
+      *path = programmatic ? "one block, programmatic" : "one block";
       error = run(sort_many_experts, {1, 1024, 0, stream}, early, 1, a, static_cast<uint32_t*>(scratch));
       break;
   }

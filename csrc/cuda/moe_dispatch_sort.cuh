@@ -21,11 +21,12 @@ struct Args {
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr uint32_t kNone = 0xffffffffu;  // in place of a local expert
-constexpr uint32_t kManyExperts = 2048;  // more do not fit the counters of these kernels
+constexpr uint32_t kManyExperts = 1024;  // masks and counters of more do not fit
 constexpr uint32_t kRowsAtOnce = 8;
 
-// Sums of 64 experts each, as many as two vectors of 4 have at a time.
-__host__ __device__ constexpr uint32_t sums_of(uint32_t pairs) { return (pairs + 255) / 256 * 8; }
+// Words of shared memory for the sums of 64 experts each, and for what scan_pairs makes of the pairs.
+__host__ __device__ constexpr uint32_t sums_of(uint32_t pairs) { return (pairs + 127) / 128 * 4; }
+__host__ __device__ constexpr uint32_t starts_of(uint32_t pairs) { return (2 * pairs + 4) / 4 * 4; }
 
 #ifdef __CUDACC__
 
@@ -47,8 +48,8 @@ __device__ __forceinline__ uint32_t local_expert(const Args& a, int32_t id) {
   return id >= 0 && expert < a.experts ? expert : kNone;
 }
 
-// The lanes that have the same local expert; masks[experts] are the warp's own and 0. An atomic costs less than half of a
-// ballot per bit, and a quarter of match_any.
+// The lanes that have the same local expert; masks[experts] are the warp's own and 0. With 32 warps an atomic takes 60%
+// of the time of a ballot per bit, and 40% of match_any.
 __device__ __forceinline__ unsigned equal_lanes(uint32_t* masks, uint32_t expert) {
   if (expert != kNone) atomicOr(masks + expert, 1u << threadIdx.x % 32);
   __syncwarp();
@@ -63,6 +64,21 @@ __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
     if (lane >= lanes) value += other;
   }
   return value;
+}
+
+// Makes places [begin, end) empty, by a block.
+__device__ __forceinline__ void empty_places(const Args& a, uint32_t begin, uint32_t end) {
+  const int32_t empty = static_cast<int32_t>(a.choices);
+  if (reinterpret_cast<uintptr_t>(a.order + begin) % 16 == 0) {
+    const uint32_t vectors = begin < end ? (end - begin) / 4 : 0;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+      reinterpret_cast<int4*>(a.order + begin)[i] = make_int4(empty, empty, empty, empty);
+    }
+    begin += 4 * vectors;
+  }
+#pragma unroll 1
+  for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x) a.order[i] = empty;
 }
 
 // Counters [rows][pairs] of this thread's pair become exclusive prefixes over the rows; returns the sum.
@@ -83,31 +99,32 @@ __device__ __forceinline__ uint32_t add_rows(uint32_t* counters, uint32_t rows, 
   return sum;
 }
 
-// A thread has the sizes of a pair of experts, 0 beyond the pairs: start[] becomes where they begin. Returns the total.
-// sums[sums_of(pairs)] were 0.
-__device__ __forceinline__ uint32_t scan_pairs(uint32_t pairs, uint32_t* sums, uint32_t* start, uint32_t low, uint32_t high) {
+// A thread has the sizes of a pair of experts, 0 beyond the pairs: start[] becomes where they begin, and after the last
+// pair the total. Only the warps of the pairs work, for integer instructions are what a full block runs short of.
+__device__ __forceinline__ void scan_pairs(uint32_t pairs, uint32_t* sums, uint32_t* start, uint32_t low,
+                                           uint32_t high) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool works = warp * 32 < pairs;
   uint32_t before = 0;
-  if (warp * 32 < pairs) {
+  if (works) {
     const uint32_t after = inclusive_sum(low + high);
     before = after - low - high;
     if (lane == 31) sums[warp] = after;
   }
   __syncthreads();
-  uint32_t total = 0;
+  if (works) {
 #pragma unroll 1
-  for (uint32_t k = 0; k < sums_of(pairs); k += 8) {
-    const uint4 x = *reinterpret_cast<const uint4*>(sums + k), y = *reinterpret_cast<const uint4*>(sums + k + 4);
-    const uint32_t eight[] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-#pragma unroll
-    for (uint32_t i = 0; i < 8; i++) {
-      if (k + i < warp) before += eight[i];
-      total += eight[i];
+    for (uint32_t k = 0; k < warp; k += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(sums + k);
+      before += four.x;
+      if (k + 1 < warp) before += four.y;
+      if (k + 2 < warp) before += four.z;
+      if (k + 3 < warp) before += four.w;
     }
+    if (threadIdx.x < pairs) reinterpret_cast<uint2*>(start)[threadIdx.x] = make_uint2(before, before + low);
+    if (threadIdx.x == pairs - 1) start[2 * pairs] = before + low + high;
   }
-  if (threadIdx.x < pairs) reinterpret_cast<uint2*>(start)[threadIdx.x] = make_uint2(before, before + low);
   __syncthreads();
-  return total;
 }
 
 // Writes where a choice went, `at` only where it has a local expert. The first place of every used block has a choice,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the standalone check and timing programs of the CUDA kernels. usage: build.sh OUT [gate|dispatch|experts]...
+# Builds the standalone check and timing programs of the CUDA kernels. usage: build.sh OUT [gate|dispatch|pair|experts]...
 # Needs nvcc 13 and g++; the programs need only a driver.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -14,7 +14,7 @@ for source in "$cpu"/*.cc "$root"/csrc/common/*.cc; do
   [ "$object" -nt "$source" ] && [ "$object" -nt "$root/csrc/backend.h" ] || g++ -std=c++20 -O3 -c "$source" -o "$object"
 done
 flags=(-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo)
-[ $# -gt 0 ] || set -- gate dispatch experts
+[ $# -gt 0 ] || set -- gate dispatch pair experts
 # fused_moe and what it needs, through the backend itself.
 build_experts() {
   local objects=() source object arch
@@ -34,19 +34,21 @@ build_experts() {
   done
   nvcc -cudart static -Xcompiler -pthread -o "$out/experts_bench" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 }
+# The object file of one source of kernels.
+kernels() {
+  local source="$root/csrc/cuda/$1.cu" object="$out/objects/$1.o"
+  if [ ! "$object" -nt "$source" ] || [ -n "$(find "$root/csrc/cuda" \( -name "moe_*.cuh" -o -name programmatic.cuh \) -newer "$object")" ]; then
+    nvcc "${flags[@]}" -Xptxas -v -c "$source" -o "$object" 2> "$object.ptxas" || { cat "$object.ptxas" >&2; return 1; }
+  fi
+  echo "$object"
+}
 for what in "$@"; do
   [ "$what" = experts ] && { build_experts; continue; }
-  kernels=(moe_dispatch_launch)
-  [ "$what" = gate ] && kernels=(moe_fused_gate_launch moe_fused_gate_groups)
-  objects=()
-  for kernel in "${kernels[@]}"; do
-    source="$root/csrc/cuda/$kernel.cu"
-    object="$out/objects/$kernel.o"
-    objects+=("$object")
-    if [ ! "$object" -nt "$source" ] || [ -n "$(find "$root/csrc/cuda" -name "moe_*.cuh" -newer "$object")" ]; then
-      nvcc "${flags[@]}" -Xptxas -v -c "$source" -o "$object" 2> "$object.ptxas"
-    fi
-  done
-  nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" "${objects[@]}" \
-    "${cpu_objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
+  case $what in
+    gate) objects=("$(kernels moe_fused_gate_launch)" "$(kernels moe_fused_gate_groups)") ;;
+    dispatch) objects=("$(kernels moe_dispatch_launch)") ;;
+    pair) objects=("$(kernels moe_fused_gate_launch)" "$(kernels moe_fused_gate_groups)" "$(kernels moe_dispatch_launch)") ;;
+  esac
+  nvcc "${flags[@]}" -cudart static -Xcompiler -pthread -o "$out/${what}_bench" "$root/bench/cuda/${what}_bench.cu" \
+    "${objects[@]}" "${cpu_objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 done

@@ -1,4 +1,4 @@
-// moe_dispatch: the launch shell. The kernels are in moe_dispatch_launch.cu.
+// moe_dispatch: the launch shell. moe_dispatch_launch.cu says which kernels sort what.
 #include "backend.h"
 #include "check.h"
 #include "moe_dispatch.cuh"
@@ -8,10 +8,10 @@ namespace moe {
 Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   CudaBackend& device = cuda(backend);
   void* scratch = nullptr;
-  const size_t bytes = dispatch::scratch_bytes(p, device.sm_count());
+  const auto chain = device.compute_capability() >= 90 ? dispatch::Chain::kDefault : dispatch::Chain::kPlain;
+  const size_t bytes = dispatch::scratch_bytes(p, device.sm_count(), chain);
   if (bytes > 0) MOE_RETURN_IF_ERROR(device.scratch(bytes, &scratch));
   const char* path = "";
-  const auto chain = device.compute_capability() >= 90 ? dispatch::Chain::kDefault : dispatch::Chain::kPlain;
   MOE_CUDA_CHECK(dispatch::launch(p, device.sm_count(), scratch, device.stream(), &path, chain));
   backend.note_path("moe_dispatch", path);
   return Status::Ok();

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../ops.h"
+#include "programmatic.cuh"
 
 namespace moe::gate {
 

@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ A
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) octet.words[i] = ask(row + 16 / sizeof(T) * i);
   __syncthreads();
+  let_next_kernel_start();
   Octet<float> biases = {};
   if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
   const uint32_t list = shared_address(lists[warp]);

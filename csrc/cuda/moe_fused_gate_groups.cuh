@@ -73,6 +73,7 @@ __device__ inline V over_lanes(V x, const Op& op) {
 template <class Quad, int L, bool Sigmoid>
 __global__ void __launch_bounds__(128, 4) gate_groups(const __grid_constant__ Args a) {
   constexpr int J = 8, kTokens = 32 / L, kOwn = 16 / L;
+  let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   float* shared_bias = reinterpret_cast<float*>(shared_memory + a.histogram);

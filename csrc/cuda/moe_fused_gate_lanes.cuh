@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
   constexpr bool kBiasInShared = kBiased && !kBiasInRegisters;
   static_assert(E % (8 * L) == 0 && (F != Family::kGrouped || E == 256) && (!Ragged || F == Family::kSoftmax));
 
+  let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   float* shared_bias = reinterpret_cast<float*>(shared_memory + a.histogram);

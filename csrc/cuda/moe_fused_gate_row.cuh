@@ -361,6 +361,7 @@ __device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, uint32_t* 
 // Shared memory: histogram counters, then row_scratch() floats for every warp.
 template <int N>
 __global__ void __launch_bounds__(128, N <= 8 ? 6 : N <= 16 ? 4 : 3) gate_rows(const __grid_constant__ Args a) {
+  let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
   constexpr int kFirst = 12;       // and how many at once
   using Pair = PairOf<T>;
 
+  let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -114,6 +114,7 @@ template <class T>
 __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __grid_constant__ Args a) {
   constexpr int E = 256, kTokens = kTokensOfWarp, kAhead = 4;  // kAhead: rows under way
 
+  let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

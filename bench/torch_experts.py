@@ -95,6 +95,22 @@ def matmul_flops(timer, size=8192):
     return 2 * size**3 / (1e-6 * timer.microseconds([lambda: a @ b] * 4))
 
 
+def times(timer, name, tokens_of=TOKENS):
+    """(tokens, launches, us) of a layer of SHAPES; raises where torch._grouped_mm is missing or wrong."""
+    hidden, intermediate, experts, shared, top_k = SHAPES[name]
+    error = relative_error(16, hidden, intermediate, experts, shared, top_k, "cuda")
+    if not error < 1e-2:
+        raise ValueError(f"torch._grouped_mm is off by {error:.2g}")
+    w13, w2 = packed(hidden, intermediate, experts + shared, "cuda")
+    for tokens in tokens_of:
+        count = 8 if tokens <= 256 else 4
+        sets = []
+        for _ in range(count):
+            x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+            sets.append((x, *route(tokens, experts, shared, top_k, "cuda")))
+        yield tokens, count, timer.microseconds([lambda given=given: layer(*given, w13, w2) for given in sets])
+
+
 def main():
     if "--check" in sys.argv:
         return check()
@@ -106,21 +122,11 @@ def main():
         say(**about(), matmulFlopsPerSecond=matmul_flops(timer))
         if not hasattr(torch, "_grouped_mm"):
             return say(skipped="this PyTorch has no torch._grouped_mm")
-        for name, (hidden, intermediate, experts, shared, top_k) in SHAPES.items():
+        for name in SHAPES:
             try:
-                error = relative_error(16, hidden, intermediate, experts, shared, top_k, "cuda")
-                if not error < 1e-2:
-                    say(skipped=f"{name}: torch._grouped_mm is off by {error:.2g}")
-                    continue
-                w13, w2 = packed(hidden, intermediate, experts + shared, "cuda")
-                for tokens in TOKENS:
-                    count = 8 if tokens <= 256 else 4
-                    sets = []
-                    for _ in range(count):
-                        x = torch.randn(tokens, hidden, device="cuda").bfloat16()
-                        sets.append((x, *route(tokens, experts, shared, top_k, "cuda")))
-                    us = timer.microseconds([lambda given=given: layer(*given, w13, w2) for given in sets])
-                    say(work=f"experts {name}", tokens=tokens, implementation="torch._grouped_mm", launches=count, microseconds=us)
+                for tokens, count, us in times(timer, name):
+                    say(work=f"experts {name}", tokens=tokens, implementation="torch._grouped_mm", launches=count,
+                        microseconds=us)
             except Exception as error:
                 reason = str(error).strip().split("\n")[0][:200]
                 say(skipped=f"{name}: {type(error).__name__}: {reason}")

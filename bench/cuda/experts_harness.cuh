@@ -30,6 +30,25 @@ struct Layer {
   SwiGLU swiglu = {};
 };
 
+// Of the peers' table.
+inline const Layer kLayers[] = {
+    {"V3-TP8", 7168, 256, 257, 9, 1},
+    {"V3-EP", 7168, 2048, 9, 2},
+    {"Qwen3", 2048, 768, 128, 8},
+};
+
+inline std::unique_ptr<Backend> open() {
+  std::unique_ptr<Backend> backend;
+  OK(create_backend(ContextOptions{}, &backend));
+  return backend;
+}
+
+inline std::string path_taken(Backend& backend, const char* op) {
+  const auto paths = backend.paths();
+  const auto found = paths.find(op);
+  return found == paths.end() ? "-" : found->second;
+}
+
 enum class Routing { kUniform, kZipf, kOneTakesAll };
 
 // A stateless generator: value i of stream `seed`, about normal.
@@ -241,33 +260,47 @@ inline double to_double(DType dtype, const void* data, size_t i) {
   return static_cast<double>(__half2float(static_cast<const __half*>(data)[i]));
 }
 
-// Microseconds of one of `rotations` launches in a graph, cold L2, median of 11.
-inline double time_graph(CudaBackend& backend, Buffer& flush, int rotations, const std::function<void(int)>& launch) {
-  launch(0);
-  OK(backend.wait());
-  std::shared_ptr<Graph> graph;
-  OK(backend.begin_capture());
-  for (int i = 0; i < rotations; i++) launch(i);
-  OK(backend.end_capture(&graph));
+// Microseconds of one of `rotations` launches in a graph, cold L2, median of 11. Several functions take turns, replay
+// by replay, so that they meet the same clocks.
+inline std::vector<double> time_graphs(CudaBackend& backend, Buffer& flush, int rotations,
+                                       const std::vector<std::function<void(int)>>& launches) {
+  std::vector<std::shared_ptr<Graph>> graphs(launches.size());
+  for (size_t which = 0; which < launches.size(); which++) {
+    launches[which](0);
+    OK(backend.wait());
+    OK(backend.begin_capture());
+    for (int i = 0; i < rotations; i++) launches[which](i);
+    OK(backend.end_capture(&graphs[which]));
+  }
   cudaEvent_t begin, end;
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 13; i++) {
-    read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(flush.data), flush.bytes / 16,
-                                                       static_cast<uint32_t*>(flush.data));
-    spin_kernel<<<1, 1, 0, backend.stream()>>>(200000);
-    CHECK(cudaEventRecord(begin, backend.stream()));
-    OK(backend.replay(*graph));
-    CHECK(cudaEventRecord(end, backend.stream()));
-    CHECK(cudaStreamSynchronize(backend.stream()));
-    float ms = 0;
-    CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) times.push_back(ms);
+  std::vector<std::vector<float>> times(launches.size());
+  for (int round = 0; round < 13; round++) {
+    for (size_t which = 0; which < launches.size(); which++) {
+      read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(flush.data), flush.bytes / 16,
+                                                         static_cast<uint32_t*>(flush.data));
+      spin_kernel<<<1, 1, 0, backend.stream()>>>(200000);
+      CHECK(cudaEventRecord(begin, backend.stream()));
+      OK(backend.replay(*graphs[which]));
+      CHECK(cudaEventRecord(end, backend.stream()));
+      CHECK(cudaStreamSynchronize(backend.stream()));
+      float ms = 0;
+      CHECK(cudaEventElapsedTime(&ms, begin, end));
+      if (round >= 2) times[which].push_back(ms);
+    }
   }
   cudaEventDestroy(begin), cudaEventDestroy(end);
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2] * 1000.0 / rotations;
+  std::vector<double> medians;
+  for (auto& of_one : times) {
+    std::sort(of_one.begin(), of_one.end());
+    medians.push_back(of_one[of_one.size() / 2] * 1000.0 / rotations);
+  }
+  return medians;
+}
+
+inline double time_graph(CudaBackend& backend, Buffer& flush, int rotations, const std::function<void(int)>& launch) {
+  return time_graphs(backend, flush, rotations, {launch})[0];
 }
 
 }  // namespace bench

@@ -55,6 +55,7 @@ struct GroupedCall {
   RowSource source;
   RowWeights weights;
   const RowTile* tiles;  // on the device, like the rest; the tiles of an expert lie together, experts ascending
+  int64_t slots;         // experts that rows may belong to
   int tile_rows;         // rows of a tile at most, as expert_paths.h chose
   const int32_t* tile_count;
   int64_t most_tiles;  // an upper bound of *tile_count known to the host
@@ -63,12 +64,14 @@ struct GroupedCall {
   void* projected;     // not null: gate_up only, T [rows, 2I] (gate half, then up half), biases included, no activation
   bool activated;      // `active` holds the activations already: down only
   Finish finish;
-  int32_t* counters;  // `wgmma`: wgmma_counters(most_tiles) of them, zero before, any value after
+  int32_t* counters;  // `wgmma`: wgmma_counters() of them, zero before, any value after
+  float* parts;       // `wgmma`: wgmma_part_floats() of them, of any content
   int sm_count;
   cudaStream_t stream;
 };
 
-int64_t wgmma_counters(int64_t most_tiles);
+int64_t wgmma_counters(int64_t most_tiles, int sm_count);
+int64_t wgmma_part_floats(int64_t rows, int sm_count);
 cudaError_t launch_mma(const GroupedCall& call);
 cudaError_t launch_wgmma(const GroupedCall& call);
 

@@ -1,73 +1,100 @@
 // The expert MLP on Hopper for more rows than a few: one persistent kernel for both products.
 //
-// A work item is a tile of at most 176 rows of one expert times a block of 256 weight rows, along all of K. First come
-// all items of gate_up, then those of down, which wait until their row tile has been through all blocks of gate_up; as
-// every block takes items in this order, what is waited for is always under way. Items are handed out by an atomic
-// counter.
+// A work item is a tile of at most 176 rows of one expert times a block of 256 weight rows, along all of K or, where
+// blocks are few, a part of it (expert_items.h). First come all items of gate_up, then those of down, which wait until
+// their row tile has been through all blocks of gate_up. Items are handed out in this order by an atomic counter, to
+// blocks of threads that run, so what is waited for is always under way.
 //
 // Warpgroup 0 loads: one thread the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16
 // bytes at a time into the same swizzle. Warpgroups 1 and 2 multiply, 128 weight rows each (weights are M, tokens N, so
 // that N fits the tile to 16 rows), and write out; the loads for the next item go on meanwhile. A stage is 64 along K.
 //
-// Order of accumulation: K ascending by 16, in f32.
+// The kernel starts while the one before it still runs, and then waits for it (programmatic.cuh); meanwhile it brings
+// the input into the L2 cache.
+//
+// Order of accumulation: K ascending by 16, in f32; parts of K in a binary tree.
+#include <algorithm>
+
 #include "expert_mlp_wgmma_epilogue_sm90a.cuh"
+#include "expert_mlp_wgmma_parts_sm90a.cuh"
+#include "launch_early.cuh"
 
 namespace moe::mlp {
 namespace wgmma {
 
 using namespace hopper;
 
-__device__ __forceinline__ Item item_of(const Params& p, int32_t index, int32_t tiles) {
-  const int32_t gate_up = p.gate_up ? tiles * p.product[0].blocks : 0;
+// Quick, because no weights are asked for meanwhile.
+__device__ __forceinline__ Item item_of(const Params& p, int32_t index, const Blocks& gate_up, const Blocks& down) {
   Item item{};
-  item.product = index >= gate_up;
-  if (item.product == 1) index -= gate_up;
-  item.none = item.product == 1 && (!p.down || index >= tiles * p.product[1].blocks);
+  item.product = index >= gate_up.items;
+  if (item.product == 1) index -= gate_up.items;
+  item.none = item.product == 1 && index >= down.items;
   if (item.none) return item;
-  const int32_t blocks = item.product == 0 ? p.product[0].blocks : p.product[1].blocks;
-  item.tile = index / blocks;
-  item.block = index - item.tile * blocks;
+  const Product& product = p.product[item.product];
+  const Piece piece = piece_of(item.product == 0 ? gate_up : down, index, product.steps);
+  item.tile = static_cast<int32_t>(quotient(piece.block, product.blocks));
+  item.block = piece.block - item.tile * product.blocks.value;
   item.rows = p.tiles[item.tile];
+  item.k = piece.first, item.steps = piece.steps, item.parts = piece.parts, item.slot = piece.slot;
   return item;
 }
 
-// Items go from the thread that loads weights to all other warps, which call receive(n) for n = 0, 1, ...
+// Items go from the thread that loads weights to all other warps, which take item n = 0, 1, ... by await_item(n),
+// item_at(n) as often as they like, and release_item(n).
 __device__ __forceinline__ void send(Shared shared, int n, const Item& item) {
   barrier_wait(shared.item_empty(n), n / kItems % 2 ^ 1);
   store_shared(shared.item(n), {item.product, item.block, item.tile, item.none});
-  store_shared(shared.item(n) + 16, {item.rows.expert, item.rows.first, item.rows.rows, 0});
+  store_shared(shared.item(n) + 16, {item.rows.expert, item.rows.first, item.rows.rows, item.k});
+  store_shared(shared.item(n) + 32, {item.steps, item.parts, item.slot, 0});
   barrier_arrive(shared.item_full(n));
 }
-
-__device__ __forceinline__ Item receive(Shared shared, int n) {
+__device__ __forceinline__ void await_item(Shared shared, int n) {
   barrier_wait(shared.item_full(n), n / kItems % 2);
-  const int4 a = load_shared(shared.item(n)), b = load_shared(shared.item(n) + 16);
+}
+__device__ __forceinline__ Item item_at(Shared shared, int n) {
+  const uint32_t at = shared.item(n);
+  const int4 a = load_shared(at), b = load_shared(at + 16), c = load_shared(at + 32);
+  return {a.x, a.y, a.z, a.w != 0, {b.x, b.y, b.z}, b.w, c.x, c.y, c.z};
+}
+__device__ __forceinline__ void release_item(Shared shared, int n) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_empty(n));
-  return {a.x, a.y, a.z, a.w != 0, {b.x, b.y, b.z}};
 }
 
 // One thread: the weights, and the items.
 __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
   const int32_t tiles = *p.tile_count;
   Stage stage;
-  Item item = item_of(p, blockIdx.x, tiles);
+  const auto cut = [&](const Product& product) {
+    return blocks_of(tiles * static_cast<int32_t>(product.blocks.value), gridDim.x, product.steps);
+  };
+  const Blocks gate_up = p.gate_up ? cut(p.product[0]) : Blocks{}, down = p.down ? cut(p.product[1]) : Blocks{};
+  const uint64_t once = evict_first_policy();
+  Item item = item_of(p, atomicAdd(p.next, 1), gate_up, down);
   for (int n = 0;; n++) {
     send(shared, n, item);
-    if (item.none) return;
-    const int32_t next = static_cast<int32_t>(gridDim.x) + atomicAdd(p.next, 1);
+    if (item.none) return let_next_kernel_start();
+    const int32_t next = atomicAdd(p.next, 1);
     const Product& product = p.product[item.product];
-    const int steps = product.steps;
-    const int present = min(kBlockTiles, product.weight_tiles - item.block * kBlockTiles);
-    const int64_t tile_run = int64_t{steps} * kTileBytes;
-    const char* from = product.weights + item.rows.expert * product.slot_bytes + item.block * kBlockTiles * tile_run;
+    const int steps = item.steps, present = min(kBlockTiles, product.weight_tiles - item.block * kBlockTiles);
+    const int64_t tile_run = int64_t{product.steps} * kTileBytes;
+    const char* from = product.weights + item.rows.expert * product.slot_bytes + item.block * kBlockTiles * tile_run +
+                       int64_t{item.k} * kTileBytes;
     for (int k = 0; k < steps; k++, from += kTileBytes) {
       // Late enough for `next` to be known, early enough for the tile to come.
-      if (k == max(steps - 3, 0)) item = item_of(p, next, tiles);
+      if (k == max(steps - 3, 0)) item = item_of(p, next, gate_up, down);
       barrier_wait(shared.empty(stage.index), stage.parity ^ 1);
       const uint32_t full = shared.full(stage.index), to = shared.weights(stage.index);
       barrier_arrive_expect(full, present * kTileBytes);
-      for (int j = 0; j < present; j++) copy_bulk(to + j * kTileBytes, from + j * tile_run, kTileBytes, full);
+      for (int j = 0; j < present; j++) {
+        const char* tile = from + j * tile_run;
+        if (p.weights_once) {
+          copy_bulk(to + j * kTileBytes, tile, kTileBytes, full, once);
+        } else {
+          copy_bulk(to + j * kTileBytes, tile, kTileBytes, full);
+        }
+      }
       stage.advance();
     }
   }
@@ -84,23 +111,34 @@ __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int 
   const uint32_t place = first * kRowBytes + (piece ^ (first % 8)) * 16;
   Stage stage;
   for (int n = 0;; n++) {
-    const Item item = receive(shared, n);
+    await_item(shared, n);
+    const Item item = item_at(shared, n);
+    release_item(shared, n);
     if (item.none) return;
     const Product& product = p.product[item.product];
     if (item.product == 1 && p.gate_up) {
-      while (load_acquire(p.done + item.tile) < kConsumers * p.product[0].blocks) __nanosleep(64);
+      const int32_t written = kConsumers * static_cast<int32_t>(p.product[0].blocks.value);
+      while (load_acquire(p.done + item.tile) < written) __nanosleep(64);
     }
-    // What a warp has of rows beyond the tile is the last row once more.
+    // What a warp has of rows beyond the tile is the last row once more. All loads before the first use: one wait.
     const int warp_row = thread / 32 * 4, passes = (item.rows.rows - warp_row + kAtOnce - 1) / kAtOnce;
+    int32_t row[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; i++) row[i] = item.rows.first + min(first + i * kAtOnce, item.rows.rows - 1);
+    if (product.order != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kPasses; i++) row[i] = product.order[row[i]];
+#pragma unroll
+      for (int i = 0; i < kPasses; i++) row[i] = quotient(row[i], product.columns);
+    }
     const char* from[kPasses];
 #pragma unroll
     for (int i = 0; i < kPasses; i++) {
-      int32_t row = item.rows.first + min(first + i * kAtOnce, item.rows.rows - 1);
-      if (i < passes && product.order != nullptr) row = product.order[row] / product.columns;
-      from[i] = product.in + (static_cast<uint32_t>(row) * uint64_t{product.in_stride} + piece) * 16;
+      from[i] = product.in + (static_cast<uint32_t>(row[i]) * uint64_t{product.in_stride} + item.k * 8 + piece) * 16;
     }
-    const int steps = product.steps;
-    const int last = (product.in_pieces - piece + 7) / 8;  // this lane's pieces of K lie in the steps before it
+    const int steps = item.steps;
+    // This lane's pieces of K lie in the steps before it.
+    const int last = static_cast<int>(product.in_pieces - piece + 7) / 8 - item.k;
 #pragma unroll 1
     for (int k = 0; k < steps; k += kUnrolled) {
 #pragma unroll
@@ -125,11 +163,10 @@ __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int 
 
 // A consumer warpgroup's part of one item.
 template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void multiply(const Params& p, const Item& item, Shared shared, Stage& stage, int group,
+__device__ __forceinline__ void multiply(const Params& p, Shared shared, int n, int steps, Stage& stage, int group,
                                          int thread) {
   // Zero instead of skipped by the first product: ptxas would make copies, and the sums leave no registers for any.
   float sum[2][N / 2] = {};
-  const int steps = p.product[item.product].steps;
   int before = 0;
   const auto release = [&] {
     if (thread % 32 == 0) barrier_arrive(shared.empty(before));
@@ -155,17 +192,22 @@ __device__ __forceinline__ void multiply(const Params& p, const Item& item, Shar
   product_wait<0>();
   product_done(sum[0]);
   product_done(sum[1]);
+  const Item item = item_at(shared, n);  // not before: the sums leave few registers
+  release_item(shared, n);
   // What this warpgroup has multiplied of the last stage's weights becomes its staging area.
   named_barrier(1 + group, 128);
-  const uint32_t staging = shared.weights(before) + group * (2 * kTileBytes);
-  if (item.product == 0) {
-    write_active<N, T, GENERAL>(p, item, sum, staging, group, thread);
-    named_barrier(1 + group, 128);
-    if (thread == 0 && p.down) add_release(p.done + item.tile, 1);
-  } else {
-    write_out<N, T, GENERAL>(p, item, sum, staging, group, thread);
+  if (item.parts == 1 || add_parts(p, item, sum, shared.word(group), group, thread)) {
+    const uint32_t staging = shared.weights(before) + group * (2 * kTileBytes);
+    if (item.product == 0) {
+      write_active<N, T, GENERAL>(p, item, sum, staging, group, thread);
+      named_barrier(1 + group, 128);
+      // In front of release(): behind it this takes longer, among the copies that the stage is then filled by.
+      if (thread == 0 && p.down) add_release(p.done + item.tile, 1);
+    } else {
+      write_out<N, T, GENERAL>(p, item, sum, staging, group, thread);
+    }
+    fence_proxy_shared();
   }
-  fence_proxy_shared();
   __syncwarp();
   release();
 }
@@ -184,7 +226,12 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
       barrier_init(shared.item_empty(n), kGatherWarps + 4 * kConsumers);
     }
     fence_barrier_init();
+    const int64_t slice = (p.source_bytes / 16 + gridDim.x - 1) / gridDim.x * 16, at = slice * blockIdx.x;
+    if (at < p.source_bytes) {
+      prefetch_l2(p.product[0].in + at, static_cast<uint32_t>(min(slice, p.source_bytes - at)));
+    }
   }
+  wait_for_previous_kernel();
   __syncthreads();
   if (threadIdx.x < 128) {
     fewer_registers<kProducerRegisters>();
@@ -198,11 +245,12 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
     Stage stage;
     for (int n = 0;; n++) {
-      const Item item = receive(shared, n);
+      await_item(shared, n);
+      const Item item = item_at(shared, n);
       if (item.none) return;
-#define MOE_ROWS(N)                                                 \
-  case N:                                                           \
-    multiply<N, T, GENERAL>(p, item, shared, stage, group, thread); \
+#define MOE_ROWS(N)                                                          \
+  case N:                                                                    \
+    multiply<N, T, GENERAL>(p, shared, n, item.steps, stage, group, thread); \
     break;
       // Few sizes in the general kernel, for the sake of what it takes to compile.
       if constexpr (GENERAL) {
@@ -220,15 +268,20 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
   }
 }
 
+// Of one warpgroup's part of a block, for a tile of that many rows at most.
+int64_t part_floats(int64_t rows) {
+  return std::min<int64_t>((rows + 31) / 32 * 32, kMaxRows) * (kBlockTiles / kConsumers) * kWeightTile;
+}
+
 // `size` and `in_stride` in elements.
 Product product_of(int64_t M, int64_t K, const void* weights, int64_t size, const RowSource& in, int64_t in_stride) {
   const int64_t tiles = weight_tiles(M);
   Product p{};
   p.weights = static_cast<const char*>(weights), p.slot_bytes = size * 2;
   p.weight_tiles = static_cast<int32_t>(tiles);
-  p.blocks = static_cast<int32_t>((tiles + kBlockTiles - 1) / kBlockTiles);
+  p.blocks = divisor(static_cast<uint32_t>((tiles + kBlockTiles - 1) / kBlockTiles));
   p.steps = static_cast<int32_t>(weight_tiles(K));
-  p.in = static_cast<const char*>(in.rows), p.order = in.order, p.columns = in.columns;
+  p.in = static_cast<const char*>(in.rows), p.order = in.order, p.columns = divisor(in.columns);
   p.in_stride = static_cast<uint32_t>(in_stride / 8), p.in_pieces = static_cast<uint32_t>(K / 8);
   return p;
 }
@@ -238,13 +291,18 @@ cudaError_t launch(const Params& p, int sm_count, cudaStream_t stream) {
   const auto kernel = expert_mlp<T, GENERAL>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<sm_count, kThreads, kSharedBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_early(true, kernel, sm_count, kThreads, kSharedBytes, stream, p);
 }
 
 }  // namespace wgmma
 
-int64_t wgmma_counters(int64_t most_tiles) { return 1 + most_tiles; }
+int64_t wgmma_counters(int64_t most_tiles, int sm_count) {
+  return 1 + most_tiles + 2 * sm_count * wgmma::kConsumers;
+}
+
+int64_t wgmma_part_floats(int64_t rows, int sm_count) {
+  return 2 * sm_count * wgmma::kConsumers * wgmma::part_floats(rows);
+}
 
 cudaError_t launch_wgmma(const GroupedCall& call) {
   using namespace wgmma;
@@ -258,8 +316,13 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
   p.gate_up = !call.activated;
   p.down = call.projected == nullptr;
   p.H = static_cast<int32_t>(H), p.I = static_cast<int32_t>(I);
+  const int64_t source = (call.source.order != nullptr ? call.rows / call.source.columns : call.rows) * H * 2;
+  p.source_bytes = p.gate_up && source <= kMostAhead ? source : 0;
+  p.weights_once = call.rows <= kFewRows * call.slots;
   p.tiles = call.tiles, p.tile_count = call.tile_count;
-  p.next = call.counters, p.done = call.counters + 1;
+  p.next = call.counters, p.done = p.next + 1, p.arrived = p.done + call.most_tiles;
+  p.parts = call.parts;
+  p.part_floats = part_floats(call.rows);
   p.b13 = call.experts.b13, p.b2 = call.experts.b2;
   p.swiglu = call.swiglu, p.weights = call.weights;
   p.active = call.active, p.projected = call.projected, p.finish = call.finish;

@@ -1,5 +1,6 @@
 // The persistent kernel of `wgmma`: what its parts share. See expert_mlp_wgmma_sm90a.cu for how it works.
 #pragma once
+#include "expert_items.h"
 #include "expert_mlp.h"
 #include "hopper.cuh"
 
@@ -18,17 +19,21 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGatherWarps = 3;
 constexpr int kProducerRegisters = 64, kConsumerRegisters = 216;
 
+constexpr int64_t kMostAhead = int64_t{16} << 20;  // bytes of input that are brought into the L2 cache early
+constexpr int kFewRows = 128;  // of an expert on average, up to which weights leave the L2 cache first
+
 constexpr int kItems = 2;  // places of work items in shared memory
 
 // One of the two products: out [rows, M] = in [rows, K] weights^T [M, K].
 struct Product {
   const char* weights;
   int64_t slot_bytes;
-  int32_t weight_tiles, blocks;  // of 64 and of 256 weight rows
-  int32_t steps;                 // of 64 along K
+  int32_t weight_tiles;  // of 64 weight rows
+  Divisor blocks;        // of 256 weight rows
+  int32_t steps;         // of 64 along K
   const char* in;
   const int32_t* order;  // rows of `in`: order[row] / columns; null: row
-  int32_t columns;
+  Divisor columns;
   uint32_t in_stride, in_pieces;  // 16-byte pieces from row to row, and of K
 };
 
@@ -36,10 +41,15 @@ struct Params {
   Product product[2];  // gate_up, down
   bool gate_up, down;
   int32_t H, I;
+  int64_t source_bytes;  // of gate_up's input, where it is to be brought into the L2 cache early, else 0
+  bool weights_once;     // nearly all weights are read once: they leave the L2 cache first
   const RowTile* tiles;
   const int32_t* tile_count;
-  int32_t* next;  // work items taken, but for the first one of each block
-  int32_t* done;  // by tile: consumer warpgroups that have written their part of `active`
+  int32_t* next;     // work items taken
+  int32_t* done;     // by row tile: how often a consumer warpgroup has written its half of a block of `active`
+  int32_t* arrived;  // [2][gridDim.x][kConsumers]: parts of a cut block that are there
+  float* parts;      // [2][gridDim.x][kConsumers][part_floats]: their sums
+  int64_t part_floats;
   const float *b13, *b2;
   SwiGLU swiglu;
   RowWeights weights;
@@ -47,17 +57,20 @@ struct Params {
   Finish finish;
 };
 
-// A row tile and a block of weight rows.
+// A row tile and a block of weight rows, along `steps` of K from `k` on.
 struct Item {
   int32_t product, block, tile;
   bool none;  // no more work
   RowTile rows;
+  int32_t k, steps;
+  int32_t parts, slot;  // of a cut block: how many, and this one's place among all parts of the product
 };
 
 // Shared memory: stages, then this.
 struct Control {
-  int4 items[kItems][2];
+  int4 items[kItems][3];
   uint64_t full[kStages], empty[kStages], item_full[kItems], item_empty[kItems];
+  int32_t word[kConsumers];  // for add_parts
 };
 constexpr int kSharedBytes = kStages * kStageBytes + sizeof(Control) + 1024;  // stages are aligned to 1024
 
@@ -69,9 +82,10 @@ struct Shared {
   __device__ uint32_t rows(int s) const { return weights(s) + kWeightBytes; }
   __device__ uint32_t full(int s) const { return control(offsetof(Control, full)) + 8 * s; }
   __device__ uint32_t empty(int s) const { return control(offsetof(Control, empty)) + 8 * s; }
-  __device__ uint32_t item(int n) const { return control(offsetof(Control, items)) + 32 * (n % kItems); }
+  __device__ uint32_t item(int n) const { return control(offsetof(Control, items)) + 48 * (n % kItems); }
   __device__ uint32_t item_full(int n) const { return control(offsetof(Control, item_full)) + 8 * (n % kItems); }
   __device__ uint32_t item_empty(int n) const { return control(offsetof(Control, item_empty)) + 8 * (n % kItems); }
+  __device__ uint32_t word(int group) const { return control(offsetof(Control, word)) + 4 * group; }
 
  private:
   __device__ uint32_t control(size_t offset) const {

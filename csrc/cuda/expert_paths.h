@@ -25,10 +25,9 @@ struct Shape {
 // False for a name that there is not.
 bool choose(const Shape& shape, const char* wanted, Path* out);
 
-// Whether `wgmma` has so few blocks of 256 gate and up rows, of the experts that uniform routing would hit, that the
-// last of them leave multiprocessors idle, which `stream` does not: fewer than 1.4 a multiprocessor, up to 96 tokens.
-// Measured on an H200 (experts_bench time, bench/cuda/EXPERTS.md); on its three layers the choice is the faster path up
-// to 64 tokens.
+// Whether `wgmma` has so few blocks of 256 gate and up rows, of the experts that uniform routing would hit, that
+// `stream` is quicker: fewer than 1.35 a multiprocessor, up to 32 tokens. From `experts_bench paths` on an H200, which
+// times both beside this rule (bench/cuda/EXPERTS.md).
 bool few_blocks(const Shape& shape);
 
 // The paths by name, for messages.

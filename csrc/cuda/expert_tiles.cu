@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "launch_early.cuh"
+
 namespace moe {
 
 namespace {
@@ -26,6 +28,8 @@ __global__ void __launch_bounds__(kThreads)
     cut(const int32_t* counts, const int32_t* offsets, int experts, int P, RowTiles out, FaultNote* notes) {
   __shared__ int of_warp[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   clear_counters(out);
   int before = 0;  // tiles of experts before this round
   for (int first = 0; first < experts; first += kThreads) {
@@ -64,6 +68,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) cut_whole(int rows, RowTiles out) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   clear_counters(out);
   const int even = even_rows(rows, out.tile_rows), count = (rows + even - 1) / even;
   for (int i = threadIdx.x; i < count; i += kThreads) {
@@ -87,17 +93,21 @@ Status choose_path(const mlp::Shape& shape, mlp::Path* out) {
 Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out) {
   out->tile_rows = mlp::tile_rows(path, rows, experts);
   out->most = most_tiles(rows, experts, out->tile_rows);
-  out->counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(out->most) : 0;
+  out->counted = path == mlp::Path::kWgmma ? mlp::wgmma_counters(out->most, device.sm_count()) : 0;
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(std::max<int64_t>(out->most, 1)), &out->tiles));
-  if (out->counted > 0) MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(out->counted), &out->counters));
+  if (path == mlp::Path::kWgmma) {
+    MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(out->counted), &out->counters));
+    const int64_t floats = mlp::wgmma_part_floats(rows, device.sm_count());
+    MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(floats), &out->parts));
+  }
   return device.scratch(1, &out->count);
 }
 
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
-                 const RowTiles& tiles) {
-  cut<<<1, kThreads, 0, device.stream()>>>(counts, offsets, static_cast<int>(experts), static_cast<int>(rows), tiles,
-                                           device.fault_notes());
-  MOE_CUDA_LAUNCHED("cut_tiles");
+                 const RowTiles& tiles, bool early) {
+  MOE_CUDA_CHECK(launch_early(early && device.compute_capability() >= 90, cut, 1, kThreads, 0, device.stream(), counts,
+                              offsets, static_cast<int>(experts), static_cast<int>(rows), tiles,
+                              device.fault_notes()));
   return Status::Ok();
 }
 
@@ -120,7 +130,8 @@ Status launch_grouped(CudaBackend& device, mlp::Path path, const Experts& expert
   call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
   call.tile_rows = tiles.tile_rows;
   call.rows = rows;
-  call.counters = tiles.counters;
+  call.slots = experts.layout.S;
+  call.counters = tiles.counters, call.parts = tiles.parts;
   call.sm_count = device.sm_count();
   call.stream = device.stream();
   if (path == mlp::Path::kWgmma) {

@@ -11,6 +11,7 @@ struct RowTiles {
   mlp::RowTile* tiles = nullptr;
   int32_t* count = nullptr;
   int32_t* counters = nullptr;  // `counted` of them that cutting sets to 0, for the kernels that follow
+  float* parts = nullptr;       // of sums, for `wgmma`
   int64_t most = 0, counted = 0;
   int tile_rows = 0;
 };
@@ -29,10 +30,10 @@ Status choose_path(const mlp::Shape& shape, mlp::Path* out);
 // Scratch for the tiles of `rows` rows, of the size that suits the path.
 Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out);
 
-// An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Bad counts and
-// offsets are dropped and noted.
+// An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Bad counts
+// and offsets are dropped and noted. `early`: directly behind another kernel of the op, which it may overlap.
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
-                 const RowTiles& tiles);
+                 const RowTiles& tiles, bool early);
 
 // One expert that has rows 0 .. rows - 1.
 Status whole_tiles(CudaBackend& device, int64_t rows, const RowTiles& tiles);

@@ -130,7 +130,7 @@ Status fused_moe_grouped(Backend& backend, const FusedMoe& p, mlp::Path path) {
     const FusedMoe piece = piece_of(p, first, std::min(tokens, p.T - first));
     const int64_t places = piece.T * C;
     MOE_RETURN_IF_ERROR(sort_choices(backend, piece, sorted));
-    MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, tiles));
+    MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, tiles, true));
     mlp::GroupedCall call{};
     call.source = {piece.hidden.data, sorted.order, static_cast<int32_t>(C)};
     if (p.weights_on_input) call.weights = {sorted.order, piece.weights.as<const float>(), places};
@@ -169,7 +169,7 @@ Status fused_moe_plain(Backend& backend, const FusedMoe& p) {
       const FusedMoe piece = piece_of(p, first, std::min(tokens, p.T - first));
       const int64_t places = piece.T * C;
       MOE_RETURN_IF_ERROR(sort_choices(backend, piece, sorted));
-      MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, tiles));
+      MOE_RETURN_IF_ERROR(cut_tiles(device, sorted.counts, sorted.offsets, S, places, tiles, true));
       mlp::RowWeights weights{};
       if (p.weights_on_input) weights = {sorted.order, piece.weights.as<const float>(), places};
       const mlp::RowSource source = {piece.hidden.data, sorted.order, static_cast<int32_t>(C)};

@@ -86,6 +86,10 @@ template <int GROUPS>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+// `bytes` (a multiple of 16, the address too) into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 // The 128 bytes around `from`, into the L2 cache.
 __device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
@@ -109,6 +113,11 @@ __device__ __forceinline__ void fewer_registers() {
 // Other blocks' memory: a release of everything written before, and its acquire.
 __device__ __forceinline__ void add_release(int32_t* counter, int32_t n) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(n) : "memory");
+}
+__device__ __forceinline__ int32_t add_acquire_release(int32_t* counter, int32_t n) {
+  int32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(n) : "memory");
+  return before;
 }
 __device__ __forceinline__ int32_t load_acquire(const int32_t* counter) {
   int32_t value;
@@ -146,6 +155,15 @@ __device__ __forceinline__ int4 load_shared(uint32_t address) {
 }
 __device__ __forceinline__ void store_shared(uint32_t address, int4 v) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ int32_t load_shared_word(uint32_t address) {
+  int32_t v;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, int32_t v) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 // Matrices of 8 x 8 elements of 16 bits, transposed on the way: lane l holds elements (l / 4, 2 (l % 4)) and the next of

@@ -55,7 +55,8 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   RowTiles tiles;
   int32_t* taken = nullptr;
   MOE_RETURN_IF_ERROR(scratch_tiles(device, path, p.P, p.S, &tiles));
-  MOE_RETURN_IF_ERROR(cut_tiles(device, p.counts.as<const int32_t>(), p.offsets.as<const int32_t>(), p.S, p.P, tiles));
+  MOE_RETURN_IF_ERROR(
+      cut_tiles(device, p.counts.as<const int32_t>(), p.offsets.as<const int32_t>(), p.S, p.P, tiles, false));
   mlp::RowWeights weights{};
   if (p.order) weights = {p.order.as<const int32_t>(), p.weights.as<const float>(), p.T * p.C};
   MOE_RETURN_IF_ERROR(device.scratch(static_cast<size_t>(p.P), &taken));

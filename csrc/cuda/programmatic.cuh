@@ -1,10 +1,10 @@
-// Programmatic dependent launch: a kernel that is launched with the attribute starts when all blocks of the kernel
-// before it in the stream have called let_next_kernel_start() or ended, so that its own start overlaps with their end.
+// Programmatic dependent launch: a kernel that is launched with the attribute starts when all blocks of the kernel before
+// it in the stream have called let_next_kernel_start() or ended, so that its own start overlaps with that kernel's end.
 //
-// Such a kernel writes nothing, and reads nothing that the kernel before it may write, before it has called
-// wait_for_previous_kernel(): that returns when the kernel before is over and its writes are seen. It calls
-// let_next_kernel_start() after its own wait, so that whatever was written before it began may be read by the next
-// kernel at once. Where every kernel keeps to this the order of the stream holds, whatever stands next to each other.
+// It must call wait_for_previous_kernel() before it writes anything, or reads what that kernel or one before it may have
+// written: the call returns when that kernel is over and its writes are seen. Where every kernel keeps to this the order
+// of the stream holds, whatever kernels stand next to each other. Two kernels of one op may agree on more: where the first
+// lets the second start only after its own wait, the second may at once read what was there before the first began.
 // Without the attribute both calls do nothing.
 #pragma once
 

@@ -1,0 +1,156 @@
+// What experts_bench times: layers of fused_moe beside their floors, the paths beside each other at the borders of
+// expert_paths.cc, and a shared expert as a slot, after the others and beside them.
+#pragma once
+#include "experts_harness.cuh"
+
+namespace bench {
+
+// Of reads alone, in TB/s.
+inline double read_ceiling(CudaBackend& backend, Buffer& flush) {
+  Buffer data(size_t{4} << 30);
+  CHECK(cudaMemset(data.data, 1, data.bytes));
+  const double us = time_graph(backend, flush, 2, [&](int) {
+    read_kernel<<<132 * 8, 512, 0, backend.stream()>>>(static_cast<const uint4*>(data.data), data.bytes / 16,
+                                                       static_cast<uint32_t*>(flush.data));
+  });
+  return static_cast<double>(data.bytes) / us * 1e-6;
+}
+
+// Launches of a graph, which take inputs of their own.
+inline int launches_for(int64_t tokens) { return tokens <= 256 ? 8 : tokens <= 4096 ? 4 : 2; }
+
+inline std::vector<std::unique_ptr<Input>> inputs_of(const Layer& l, int64_t tokens, Routing routing) {
+  std::vector<std::unique_ptr<Input>> inputs;
+  for (int i = 0; i < launches_for(tokens); i++) {
+    inputs.push_back(std::make_unique<Input>(l, tokens, routing, 100 + i));
+  }
+  return inputs;
+}
+
+inline void wish_path(const char* path) {
+  if (path == nullptr) {
+    unsetenv("MOE_KERNELS_CUDA_EXPERTS");
+  } else {
+    setenv("MOE_KERNELS_CUDA_EXPERTS", path, 1);
+  }
+}
+
+// `path` null: as chosen.
+inline void time_layer(CudaBackend& backend, const Layer& l, const char* path, int64_t from, int64_t to,
+                       double read_ceiling, Buffer& flush, Routing routing) {
+  Weights weights(backend, l, 5);
+  weights.drop_source();
+  wish_path(path);
+  for (const int64_t T : {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384}) {
+    if (T < from || T > to) continue;
+    const auto inputs = inputs_of(l, T, routing);
+    double hit = 0;
+    for (const auto& in : inputs) hit += static_cast<double>(in->hit) / static_cast<double>(inputs.size());
+    const double us = time_graph(backend, flush, static_cast<int>(inputs.size()),
+                                 [&](int i) { OK(enqueue<FusedMoe>(backend, call_of(weights, *inputs[i]))); });
+    const std::string taken = path_taken(backend, "fused_moe");
+    if (path != nullptr && taken != path) continue;
+    const double weight_bytes = hit * 3.0 * l.H * l.I * 2, row_bytes = 2.0 * T * l.H * 2;
+    const double flop = 6.0 * T * l.C * l.H * l.I;
+    const double floor = std::max((weight_bytes + row_bytes) / read_ceiling * 1e-6, flop / 788e12 * 1e6);
+    // What the rows between the second product and the sum add: written once, read once.
+    const double rows_floor = floor + 2.0 * T * l.C * l.H * 2 / read_ceiling * 1e-6;
+    std::printf(
+        "%-7s %-4s %-7s %6lld tokens  hit %5.1f  %9.1f us  floor %8.1f  ratio %5.2f  with rows %8.1f  %6.1f TFLOP/s  "
+        "%5.0f GB/s\n",
+        l.name, routing == Routing::kZipf ? "zipf" : "", taken.c_str(), (long long)T, hit, us, floor, us / floor,
+        rows_floor, flop / us * 1e-6, weight_bytes / us * 1e-3);
+    std::fflush(stdout);
+  }
+}
+
+// `stream` and `wgmma` in turn up to 128 tokens, beside what expert_paths.cc says of the layer.
+inline void time_paths(CudaBackend& backend, const Layer& l, Buffer& flush) {
+  Weights weights(backend, l, 5);
+  weights.drop_source();
+  const mlp::Path paths[] = {mlp::Path::kStream, mlp::Path::kWgmma};
+  int64_t measured = 0, worst_at = 0;
+  double worst = 0;
+  const auto in_table = [&](int64_t tokens) {
+    mlp::Path path{};
+    mlp::choose({l.dtype, l.dtype, tokens, l.C, l.S, l.H, l.I, backend.compute_capability(), true, backend.sm_count()},
+                nullptr, &path);
+    return path;
+  };
+  for (const int64_t T : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128}) {
+    const auto inputs = inputs_of(l, T, Routing::kUniform);
+    std::vector<std::function<void(int)>> launches;
+    bool both = true;
+    for (const mlp::Path path : paths) {
+      launches.push_back([&, path](int i) {
+        wish_path(name_of(path));
+        OK(enqueue<FusedMoe>(backend, call_of(weights, *inputs[i])));
+        both = both && path_taken(backend, "fused_moe") == name_of(path);
+      });
+    }
+    const std::vector<double> us = time_graphs(backend, flush, static_cast<int>(inputs.size()), launches);
+    if (!both) break;
+    const mlp::Path chosen = in_table(T);
+    if (us[0] <= us[1]) measured = T;
+    const double loss = us[chosen == paths[1]] / std::min(us[0], us[1]) - 1;
+    if (loss > worst) worst = loss, worst_at = T;
+    std::printf("%-14s %4lld tokens  stream %7.1f us  wgmma %7.1f us  chosen: %-6s%s\n", l.name, (long long)T, us[0],
+                us[1], name_of(chosen), loss > 0 ? "  slower" : "");
+  }
+  int64_t table = 0;
+  for (int64_t T = 1; T <= 1024; T++) {
+    if (in_table(T) == mlp::Path::kStream) table = T;
+  }
+  std::printf("%-14s stream is quicker up to %lld tokens, chosen up to %lld; the choice loses %.1f%% at most (%lld)\n",
+              l.name, (long long)measured, (long long)table, 100 * worst, (long long)worst_at);
+  std::fflush(stdout);
+}
+
+// A shared expert, in turn: as a slot of fused_moe; after it by shared_experts; beside it as an overlapped MoeLayer
+// does it, whose second half adds the routed experts.
+inline void time_shared(CudaBackend& backend, const Layer& l, Buffer& flush) {
+  Layer routed = l, shared = l;
+  routed.S -= l.shared, routed.C -= l.shared, routed.shared = 0;
+  shared.S = shared.C = 1, shared.shared = 0, shared.I = l.shared * l.I;
+  Weights all(backend, l, 5), others(backend, routed, 5), own(backend, shared, 6);
+  for (Weights* weights : {&all, &others, &own}) weights->drop_source();
+  wish_path(nullptr);
+  for (const int64_t T : {1, 16, 64, 256, 1024, 4096}) {
+    const auto inputs = inputs_of(l, T, Routing::kUniform), routings = inputs_of(routed, T, Routing::kUniform);
+    Buffer projected(static_cast<size_t>(T * 2 * shared.I) * size_of(l.dtype));
+    const auto part = [&](int i, SharedPart which) {
+      const int64_t states = T * l.H;
+      SharedExperts p{};
+      p.T = T, p.H = l.H, p.S = 1, p.I = shared.I;
+      p.part = which;
+      p.hidden = {routings[i]->hidden.data, l.dtype, states};
+      p.experts = own.experts;
+      const Tensor halves = {projected.data, l.dtype, T * 2 * shared.I};
+      if (which == SharedPart::kGateUp) p.projected = halves;
+      if (which == SharedPart::kDown) p.projected_in = halves;
+      if (which != SharedPart::kGateUp) {
+        p.routed = {routings[i]->output.data, l.dtype, states};
+        p.output = {inputs[i]->output.data, l.dtype, states};
+      }
+      OK(enqueue<SharedExperts>(backend, p));
+    };
+    const auto route = [&](int i) { OK(enqueue<FusedMoe>(backend, call_of(others, *routings[i]))); };
+    const std::vector<double> us = time_graphs(
+        backend, flush, static_cast<int>(inputs.size()),
+        {[&](int i) { OK(enqueue<FusedMoe>(backend, call_of(all, *inputs[i]))); },
+         [&](int i) { route(i), part(i, SharedPart::kWhole); },
+         [&](int i) {
+           OK(backend.take_lane(Backend::Lane::kBeside));
+           part(i, SharedPart::kGateUp);
+           OK(backend.take_lane(Backend::Lane::kMain));
+           route(i);
+           OK(backend.take_lane(Backend::Lane::kJoin));
+           part(i, SharedPart::kDown);
+         }});
+    std::printf("%-14s %6lld tokens  a slot %8.1f us  after %8.1f us  beside %8.1f us\n", l.name, (long long)T, us[0],
+                us[1], us[2]);
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace bench

@@ -11,11 +11,14 @@
 // expert in column order, zero experts last. It depends on the ids and the number of multiprocessors alone. NaN and
 // infinities take their course. Limits: stream_takes.
 //
+// Up to four tokens and 32 choices another kernel does the same (expert_mlp_stream_few_sm90a.cu).
+//
 // Blocks of threads wait for each other, so all of them must be resident at once: one fits a multiprocessor, and the call
 // must have the device's multiprocessors to itself (CudaBackend::two_lanes).
 #include <algorithm>
 
 #include "expert_mlp_stream_consume.cuh"
+#include "expert_mlp_stream_few.h"
 #include "expert_mlp_stream_plan.cuh"
 #include "expert_mlp_stream_produce.cuh"
 
@@ -160,11 +163,13 @@ bool stream_takes(const StreamCall& call) {
 }
 
 size_t stream_scratch(const StreamCall& call) {
+  if (few_takes(call)) return few_scratch(call);
   const int64_t parts = int64_t{call.sm_count} * stream::kConsumerWarps * stream::part_rows(call) * 16 * 4;
   return static_cast<size_t>(stream::active_bytes(call) + parts);
 }
 
 cudaError_t launch_stream(const StreamCall& call) {
+  if (few_takes(call)) return launch_few(call);
   stream::Args args{};
   args.hidden = call.hidden, args.routed = call.routed, args.ids = call.ids, args.weights = call.weights, args.gates = call.gates;
   args.output = call.output, args.experts = call.experts, args.swiglu = call.swiglu;

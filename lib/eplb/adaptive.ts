@@ -2,9 +2,9 @@
 // 1. Earlier windows are scenarios beside this one, weighted by how well the past predicted so far.
 // 2. A layer whose devices are balanced but for sampling noise stays as it is, unless moves were said to be free.
 // 3. Without a budget every other layer gets a full plan: this window balanced, the scenarios as far as that allows.
-// 4. With a budget every layer is searched from the placement in use, largest PAR gain per expert moved first, until
-//    a move gains less than `worthwhile`; the budget is spent over all layers where it gains most per move, and on
-//    full plans where it reaches so far.
+// 4. With a budget every layer is searched from the placement in use, largest PAR gain per expert moved first
+//    (course.ts); the budget is spent over all layers where it gains most per move, and on full plans where it
+//    reaches so far.
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
 import { changeEvidence, deviceNoise, evidenceNeeded, surplusEvidence } from './chance.js';

@@ -89,7 +89,7 @@ const option = (name: string): string | undefined => {
   const at = process.argv.indexOf(`--${name}`);
   return at < 0 ? undefined : process.argv[at + 1];
 };
-const only = option('shapes')?.split(',') ?? ['32x9', '16x17', '8x36', '64x5', '32x9 shared'];
+const only = option('shapes')?.split(',') ?? ['32x9', '16x17', '8x36', '64x5', '64x4', '32x9 shared'];
 const machine = {
   cpu: cpus()[0]!.model,
   node: process.version,
@@ -126,36 +126,56 @@ for (const shape of only) {
   }
 }
 
-// What moves buy, at every shape
-for (const [shape, ofTraces] of atShape) {
+/** adaptive on a trace with a budget; the first plan, before serving, has none. */
+async function within(shape: string, trace: string, maxMoves?: number): Promise<PolicyFigures> {
   const [devices, slots] = shape.split('x').map(Number) as [number, number];
-  for (const [name, peers] of ofTraces) {
-    const flashlb = peers.find((row) => row.name === 'flashlb')!;
-    const publicOnes = peers.filter(({ name: peer }) => !['adaptive', 'rebuild'].includes(peer));
-    for (const part of [0, 1 / 8, 1 / 4, 1 / 2, 1, Number.POSITIVE_INFINITY]) {
-      const maxMoves = part === Number.POSITIVE_INFINITY ? undefined : Math.floor(flashlb.moves * part);
-      const [row] = await simulate(traces[name]!, {
-        devices,
-        slots,
-        window,
-        policies: ['adaptive'],
-        ...(maxMoves === undefined ? {} : { maxMoves }),
-      });
-      const within = publicOnes.filter(({ moves }) => moves <= (maxMoves ?? Number.POSITIVE_INFINITY));
+  const budget = maxMoves === undefined ? {} : { maxMoves };
+  const [row] = await simulate(traces[trace]!, { devices, slots, window, policies: ['adaptive'], ...budget });
+  return row!;
+}
+
+const publicOnes = ['deepseek', 'greedy', 'swift', 'flashlb'];
+for (const [shape, ofTraces] of atShape)
+  for (const [trace, figures] of ofTraces) {
+    const flashlb = figures.find((row) => row.name === 'flashlb')!;
+    const budgets: [string, number | undefined][] = [0, 1 / 8, 1 / 4, 1 / 2].map((part) => {
+      const moves = Math.floor(flashlb.moves * part);
+      return [String(moves), moves];
+    });
+    for (const [budget, maxMoves] of [
+      ...budgets,
+      ['none', undefined] as const,
+      ['free', Number.POSITIVE_INFINITY] as const,
+    ]) {
+      const row = await within(shape, trace, maxMoves);
       record('What moves buy: adaptive with parts of the moves of flashlb as its budget', {
         shape,
-        trace: name,
-        budget: maxMoves === undefined ? 'unlimited' : String(maxMoves),
-        moves: row!.moves,
-        same: row!.parSame,
-        next_step: row!.parStepNext,
+        trace,
+        budget,
+        moves: row.moves,
+        same: row.parSame,
+        next_step: row.parStepNext,
         flashlb: flashlb.parStepNext,
-        best_within: Math.min(...within.map(({ parStepNext }) => parStepNext)),
-        ms: row!.ms,
+        ms: row.ms,
       });
     }
   }
-}
+
+for (const [shape, ofTraces] of atShape)
+  for (const [trace, figures] of ofTraces)
+    for (const peer of figures.filter(({ name }) => publicOnes.includes(name))) {
+      const row = await within(shape, trace, Math.floor(peer.moves));
+      record('Every public planner, and adaptive with its moves as a budget', {
+        shape,
+        trace,
+        planner: peer.name,
+        moves: peer.moves,
+        next_step: peer.parStepNext,
+        our_moves: row.moves,
+        ours: row.parStepNext,
+        percent: 100 * (row.parStepNext / peer.parStepNext - 1),
+      });
+    }
 
 if (only.includes('32x9')) weightedDispatch();
 

@@ -14,3 +14,9 @@ export function integerOption(name: string, least: number): (text: string) => nu
     return value;
   };
 }
+
+/** The same for a budget of moves: an integer >= 0, or Infinity for `unlimited`. */
+export function movesOption(name: string): (text: string) => number {
+  const integer = integerOption(name, 0);
+  return (text) => (text.trim() === 'unlimited' ? Number.POSITIVE_INFINITY : integer(text));
+}

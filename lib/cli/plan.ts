@@ -16,7 +16,7 @@ import type { Placement } from '../placement/placement.js';
 import { planReport } from '../report/plan_report.js';
 import { writeReport } from '../report/report_file.js';
 import { aboutFile } from './about_file.js';
-import { integerOption } from './integer_option.js';
+import { integerOption, movesOption } from './integer_option.js';
 import { progress } from './progress.js';
 
 const formats: readonly ExpertMapFormat[] = ['vllm-ascend', 'sglang', 'vllm'];
@@ -80,8 +80,8 @@ export function registerPlan(program: Command): void {
     .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
     .option(
       '--max-moves <n>',
-      'most expert weights to move, all layers together',
-      integerOption('--max-moves', 0),
+      'most expert weights to move, all layers together; unlimited: moves are free (default: what it takes, none for noise)',
+      movesOption('--max-moves'),
     )
     .option(
       '--max-moves-per-layer <n>',

@@ -9,7 +9,7 @@ import { MoeError } from '../errors.js';
 import { writeReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
 import { aboutFile } from './about_file.js';
-import { integerOption } from './integer_option.js';
+import { integerOption, movesOption } from './integer_option.js';
 import { progress } from './progress.js';
 
 interface SimulateFlags {
@@ -52,8 +52,8 @@ export function registerSimulate(program: Command): void {
     .option('--policies <names>', `comma-separated, of ${[...policies.keys()].join(', ')} (default: all)`)
     .option(
       '--max-moves <n>',
-      'most expert weights to move per plan, after the first',
-      integerOption('--max-moves', 0),
+      'most expert weights to move per plan, after the first; unlimited: moves are free (default: what it takes)',
+      movesOption('--max-moves'),
     )
     .option(
       '--max-moves-per-layer <n>',

@@ -1,31 +1,33 @@
 // The project's own planner, the default.
 // 1. Earlier windows are scenarios beside this one, weighted by how well the past predicted so far.
-// 2. A layer whose devices are balanced but for sampling noise stays as it is.
+// 2. A layer whose devices are balanced but for sampling noise stays as it is, unless moves were said to be free.
 // 3. Without a budget every other layer gets a full plan: this window balanced, the scenarios as far as that allows.
-// 4. With a budget every layer is searched from the placement in use, largest PAR gain per expert moved first, until
-//    a move gains less than `worthwhile`; the budget is spent over all layers where it gains most per move, and on
-//    full plans where it reaches so far.
+// 4. With a budget every layer is searched from the placement in use, largest PAR gain per expert moved first
+//    (course.ts); the budget is spent over all layers where it gains most per move, and on full plans where it
+//    reaches so far.
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
-import { exceedsNoise, noiseGain } from './chance.js';
+import { changeEvidence, deviceNoise, evidenceNeeded, surplusEvidence } from './chance.js';
+import { choose, drawCourses, leastOf } from './course.js';
 import { pastDecay } from './forecast.js';
-import { propose } from './improve.js';
-import { type Change, LayerState } from './layer_state.js';
+import { LayerState } from './layer_state.js';
 import type { PlanProblem, Policy } from './policy.js';
-import { buildLayer, windowTarget } from './rebuild.js';
+import { type Aim, buildLayer, windowTarget } from './rebuild.js';
 import { type PastWindow, type Scenarios, scenariosOf } from './scenario.js';
 
-/** PAR that one expert moved must gain in its layer. */
-const worthwhile = 1e-4;
-/** A layer is left alone unless it gains this much PAR, and more than a search on nothing but noise would. */
-const leastGain = 0.002;
-/** A full plan finds this much more in noise than a search from the placement in use does. */
+/** A full plan finds this much more in noise than a search from the placement in use does; among single steps more. */
 const fullSearch = 1.25;
+const fineSearch = 3;
+/** A difference of window peaks that is none. */
+const barely = 1e-4;
+/** How far above the optimum of the window a small layer may stay for the sake of earlier windows. */
+const leewayOfReplans = 0.01;
 const windowsKept = 4;
-const mostChanges = 64;
 /** Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. */
 const leastDecay = 0.3;
 const leastWeight = 0.02;
+
+type Shape = Pick<PlanProblem, 'devices' | 'slots'>;
 
 interface Memory {
   /** Totals of the windows seen, oldest first, f64[layers * experts] each. */
@@ -67,11 +69,21 @@ function placementOf({ devices, slots, experts, rows }: LayerState, order?: read
 /**
  * What a full plan aims at. How far from balanced the window's own sum may stay: nothing to speak of when it has many
  * tokens, much when single steps are so few tokens that its sampling error is large, because balancing such a sum
- * exactly would fit what will not come again. Thirty times the variance of a device's mean load.
+ * exactly would fit what will not come again. Thirty times the variance of a device's mean load. Where nothing is to
+ * be spared for what may come, `thisWindow`, it is balanced all the same.
  */
-function targetOf({ noise, uncertainty, fine }: Scenarios, devices: number, slots: number): number {
+function aimOf(
+  { noise, uncertainty, fine, earlier }: Scenarios,
+  { devices, slots }: Shape,
+  thisWindow: boolean,
+): Aim {
+  const target = windowTarget(slots);
+  if (thisWindow) return { target, leeway: 0 };
   const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
-  return windowTarget(slots) + (fine ? 30 * variance * uncertainty : 0);
+  return {
+    target: target + (fine ? 30 * variance * uncertainty : 0),
+    leeway: earlier > 0 ? leewayOfReplans : 0,
+  };
 }
 
 /** A layer in the placement in use, its devices in canonical order. */
@@ -79,6 +91,10 @@ interface Layer {
   order: number[];
   start: Int32Array;
   state: LayerState;
+  /** f64[devices]: how a device's load varies from step to step. */
+  noise: Float64Array;
+  /** How surely its loads are not those of the window before; 0 where there is none. */
+  change: number;
 }
 
 /** A full plan of a layer, and what it moves and gains in the layer's own state. */
@@ -86,81 +102,37 @@ interface FullPlan {
   rows: Int32Array;
   moves: number;
   gain: number;
-  /** False where all it would gain can be chance. */
-  needed: boolean;
+  /** How surely the layer needs it: from 1 on chance does not explain what it would gain. */
+  evidence: number;
+  /** True where the placement in use leaves the window less balanced than the plan. */
+  uneven: boolean;
 }
 
 /** The state must be at the start, and is left at the rows planned. */
-function fullPlan({ start, state }: Layer): FullPlan {
+function fullPlan(layer: Layer, aim: Aim): FullPlan {
+  const { start, state } = layer;
   const { devices, slots, scenarios } = state;
-  const built = buildLayer(scenarios, devices, slots, targetOf(scenarios, devices, slots));
+  const built = buildLayer(scenarios, devices, slots, aim);
   const rows = Int32Array.from(matchRows(rowsOf(built.rows, slots), rowsOf(start, slots)).flat());
   const before = state.value;
-  const chance = Math.max(leastGain, noiseGain(state));
-  const exceeds = exceedsNoise(state, built.windowPeak);
+  const chance = leastOf(state, layer.noise);
+  const surplus = surplusEvidence(state, layer.noise, built.windowPeak);
+  const uneven = state.windowPeak > Math.max(built.windowPeak, windowTarget(slots)) + barely;
   state.set(rows);
   const gain = before - state.value;
-  return { rows, moves: state.moves, gain, needed: exceeds || gain >= fullSearch * chance };
+  const evidence = Math.max(surplus, gain / (chance * (scenarios.fine ? fineSearch : fullSearch)));
+  return { rows, moves: state.moves, gain, evidence, uneven };
+}
+
+/** Which layers need their full plans. */
+function needed(layers: readonly Layer[], plans: readonly FullPlan[], movesAreFree: boolean): boolean[] {
+  if (movesAreFree) return plans.map(({ evidence, uneven }) => evidence >= 1 || uneven);
+  const bar = evidenceNeeded(layers.map(({ change }) => change));
+  return plans.map(({ evidence, gain }) => evidence >= 1 || (evidence >= bar && gain > 0));
 }
 
 const rowsOf = (flat: Int32Array, slots: number): Int32Array[] =>
   Array.from({ length: flat.length / slots }, (_, row) => flat.subarray(row * slots, (row + 1) * slots));
-
-/** The changes of one layer in the order they would be taken, and what has been moved and gained after each. */
-interface Course {
-  changes: Change[];
-  moves: number[];
-  gains: number[];
-}
-
-function courseOf(state: LayerState): Course {
-  const start = state.value;
-  const chance = Math.max(leastGain, noiseGain(state));
-  const course: Course = { changes: [], moves: [], gains: [] };
-  while (course.changes.length < mostChanges) {
-    const proposal = propose(state, worthwhile);
-    if (proposal === undefined) break;
-    state.apply(proposal.change);
-    course.changes.push(proposal.change);
-    course.moves.push(state.moves);
-    course.gains.push(start - state.value);
-  }
-  return (course.gains.at(-1) ?? 0) >= chance ? course : { changes: [], moves: [], gains: [] };
-}
-
-/** How many changes of each course to take: over all layers the best gain per move first, within the budget. */
-function choose(
-  courses: readonly Pick<Course, 'moves' | 'gains'>[],
-  maxMoves: number,
-  maxMovesPerLayer: number,
-): Int32Array {
-  const taken = new Int32Array(courses.length);
-  let left = maxMoves;
-  for (;;) {
-    let best = -1;
-    let upTo = 0;
-    let bestRate = 0;
-    for (const [layer, { moves, gains }] of courses.entries()) {
-      const from = taken[layer]!;
-      const movesBefore = from > 0 ? moves[from - 1]! : 0;
-      const gainsBefore = from > 0 ? gains[from - 1]! : 0;
-      for (let end = from; end < moves.length; end++) {
-        const added = moves[end]! - movesBefore;
-        if (added > left || moves[end]! > maxMovesPerLayer) continue;
-        const rate = (gains[end]! - gainsBefore) / Math.max(0.5, added);
-        if (rate > bestRate) {
-          bestRate = rate;
-          best = layer;
-          upTo = end + 1;
-        }
-      }
-    }
-    if (best < 0) return taken;
-    const { moves } = courses[best]!;
-    left -= moves[upTo - 1]! - (taken[best]! > 0 ? moves[taken[best]! - 1]! : 0);
-    taken[best] = upTo;
-  }
-}
 
 /** Plans within a budget; rows are left in the layers' states. */
 function planWithin(
@@ -169,38 +141,32 @@ function planWithin(
   maxMovesPerLayer: number,
   layerDone: () => void,
 ): void {
-  const courses = layers.map(({ state }) => {
-    const course = courseOf(state);
-    layerDone();
-    return course;
-  });
-  const wanted = courses.reduce((sum, { moves }) => sum + (moves.at(-1) ?? 0), 0);
-  const full: FullPlan[] = [];
-  if (wanted < maxMoves)
-    for (const layer of layers) {
+  const courses = drawCourses(layers, maxMoves, maxMovesPerLayer, layerDone);
+  const wanted = courses.reduce((sum, course) => sum + (course.certain ? course.moved : 0), 0);
+  const full: (FullPlan | undefined)[] = layers.map(() => undefined);
+  if (wanted < maxMoves) {
+    const plans = layers.map((layer) => {
       layer.state.set(layer.start);
-      full.push(fullPlan(layer));
+      return fullPlan(layer, aimOf(layer.state.scenarios, layer.state, false));
+    });
+    for (const [index, need] of needed(layers, plans, false).entries()) if (need) full[index] = plans[index];
+    const all = full.reduce((sum, plan) => sum + (plan?.moves ?? 0), 0);
+    if (all <= maxMoves && full.every((plan) => plan === undefined || plan.moves <= maxMovesPerLayer)) {
+      for (const [index, { state, start }] of layers.entries()) state.set(full[index]?.rows ?? start);
+      return;
     }
-  const all = full.reduce((sum, { moves, needed }) => sum + (needed ? moves : 0), 0);
-  if (
-    full.length > 0 &&
-    all <= maxMoves &&
-    full.every(({ moves, needed }) => !needed || moves <= maxMovesPerLayer)
-  ) {
-    for (const [index, { state, start }] of layers.entries())
-      state.set(full[index]!.needed ? full[index]!.rows : start);
-    return;
   }
-  const steps = courses.map(({ moves, gains }, index) => {
-    const { needed = false, moves: most = 0, gain = 0 } = full[index] ?? {};
-    return needed && gain > (gains.at(-1) ?? 0)
-      ? { moves: [...moves, most], gains: [...gains, gain] }
+  const steps = courses.map((course, index) => {
+    const { moves, gains } = course.certain ? course : { moves: [], gains: [] };
+    const plan = full[index];
+    return plan !== undefined && plan.gain > (gains.at(-1) ?? 0)
+      ? { moves: [...moves, plan.moves], gains: [...gains, plan.gain] }
       : { moves, gains };
   });
   const taken = choose(steps, maxMoves, maxMovesPerLayer);
   for (const [index, { state, start }] of layers.entries()) {
-    const { changes } = courses[index]!;
-    if (taken[index]! > changes.length) state.set(full[index]!.rows);
+    const { changes, certain } = courses[index]!;
+    if (taken[index]! > (certain ? changes.length : 0)) state.set(full[index]!.rows);
     else {
       state.set(start);
       for (const change of changes.slice(0, taken[index])) state.apply(change);
@@ -213,7 +179,7 @@ export const adaptive: Policy = {
   summary: 'the default: a full plan, or with a budget the moves that pay most; nothing for noise',
   keepsBudget: true,
   plan(problem, layerDone) {
-    const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer } = problem;
+    const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer, movesAreFree } = problem;
     const totals = totalsOf(problem);
     const history = (problem.memory as Memory | undefined)?.windows ?? [];
     const memory: Memory = { windows: [...history, totals].slice(-windowsKept) };
@@ -221,7 +187,7 @@ export const adaptive: Policy = {
     if (first && unlimited) {
       const placements = current.map((_, layer) => {
         const scenarios = scenariosOf(loads, layer, devices, []);
-        const state = buildLayer(scenarios, devices, slots, targetOf(scenarios, devices, slots));
+        const state = buildLayer(scenarios, devices, slots, aimOf(scenarios, problem, movesAreFree));
         layerDone();
         return placementOf(state);
       });
@@ -237,13 +203,20 @@ export const adaptive: Policy = {
       const start = canonicalRows(placement, order);
       const state = new LayerState(scenariosOf(loads, layer, devices, past), devices, slots);
       state.start(start);
-      if (unlimited) {
-        if (!fullPlan({ order, start, state }).needed) state.set(start);
-        layerDone();
-      }
-      return { order, start, state };
+      const noise = deviceNoise(state, loads, layer);
+      const before = history.at(-1)?.subarray(layer * loads.experts, (layer + 1) * loads.experts);
+      const change = before === undefined ? 0 : changeEvidence(state, noise, before);
+      return { order, start, state, noise, change };
     });
-    if (!unlimited) planWithin(layers, maxMoves, maxMovesPerLayer, layerDone);
+    if (unlimited) {
+      const plans = layers.map((layer) => {
+        const plan = fullPlan(layer, aimOf(layer.state.scenarios, problem, movesAreFree));
+        layerDone();
+        return plan;
+      });
+      for (const [index, need] of needed(layers, plans, movesAreFree).entries())
+        if (!need) layers[index]!.state.set(layers[index]!.start);
+    } else planWithin(layers, maxMoves, maxMovesPerLayer, layerDone);
     const placements = layers.map(({ order, state }, layer) =>
       state.moves === 0 ? current[layer]! : placementOf(state, order),
     );

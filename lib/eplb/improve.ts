@@ -1,12 +1,15 @@
-// Which single change gains most per expert moved: an exchange between the hottest device and one of the coldest, or
-// a further replica of one of its experts in place of a less needed one there. The cost is convex, so its slope
+// Which single change gains most per expert moved: an exchange between one of the costliest devices and any other, or
+// a further replica of one of its experts in place of a less needed one elsewhere. The cost is convex, so its slope
 // bounds what a change can gain; only changes whose bound beats the best so far are worked out.
 import type { Change, LayerState } from './layer_state.js';
 
-/** How many of the coldest devices are looked at as partners of the hottest. */
-const coldest = 12;
 /** How many of the costliest devices are tried. */
-const costliest = 4;
+const costliest = 8;
+/** Partners of a costly device: so many of the coldest devices, and so many that hold the lightest experts. */
+const coldest = 8;
+const lightest = 8;
+/** A change counts as at least this part of a transfer: changes that need none are near free, not infinitely good. */
+const leastTransfers = 0.5;
 
 export interface Proposal {
   change: Change;
@@ -21,16 +24,28 @@ interface Best {
   transfers: number;
 }
 
+/** The device to relieve: f64[experts] what its cost falls by, to first order, when a replica of an expert leaves. */
+interface Hot {
+  device: number;
+  relief: Float64Array;
+}
+
 /**
  * The change with the largest gain per transfer among those that relieve the costliest device. Where none gains
  * `least`, as on a device that one hot expert fills, the next costliest devices are tried; undefined if none gains it.
  */
 export function propose(state: LayerState, least: number): Proposal | undefined {
   const order = state.byCost();
-  const partners = order.slice(-Math.min(coldest, state.devices - 1)).reverse();
-  for (const hot of order.slice(0, costliest)) {
+  const coldestFirst = order.toReversed();
+  const slope = new Float64Array(state.blocks);
+  for (const device of order.slice(0, costliest)) {
     const best: Best = { change: undefined, rate: 0, transfers: 1 };
-    const others = partners.filter((device) => device !== hot);
+    const noiseSlope = state.slopeOf(device, slope);
+    const relief = new Float64Array(state.experts);
+    for (let expert = 0; expert < state.experts; expert++)
+      relief[expert] = state.slopeFor(expert, slope, noiseSlope);
+    const hot = { device, relief };
+    const others = partnersOf(state, hot, coldestFirst);
     proposeExchange(state, hot, others, best);
     proposeReplica(state, hot, others, best);
     const gain = state.gainOf(best.rate * best.transfers) / best.transfers;
@@ -39,33 +54,59 @@ export function propose(state: LayerState, least: number): Proposal | undefined 
   return undefined;
 }
 
-function proposeExchange(state: LayerState, hot: number, partners: readonly number[], best: Best): void {
+/** The coldest devices have most room; where one hot expert fills a device, what it needs is a lighter companion. */
+function partnersOf(
+  { rows, slots }: LayerState,
+  { device, relief }: Hot,
+  coldestFirst: readonly number[],
+): number[] {
+  const others = coldestFirst.filter((other) => other !== device);
+  const lightestOn = (other: number): number => {
+    let least = Number.POSITIVE_INFINITY;
+    for (let slot = other * slots; slot < (other + 1) * slots; slot++)
+      least = Math.min(least, relief[rows[slot]!]!);
+    return least;
+  };
+  const rest = others.slice(coldest).map((other) => ({ other, least: lightestOn(other) }));
+  rest.sort((one, two) => one.least - two.least || one.other - two.other);
+  return [...others.slice(0, coldest), ...rest.slice(0, lightest).map(({ other }) => other)];
+}
+
+function proposeExchange(
+  state: LayerState,
+  { device: hot, relief }: Hot,
+  others: readonly number[],
+  best: Best,
+): void {
   const { slots, experts, rows, holds, cost, blocks } = state;
   const first = hot * slots;
   const slope = new Float64Array(blocks);
-  const otherSlope = new Float64Array(blocks);
-  const hotSlope = new Float64Array(slots);
-  const partnerSlope = new Float64Array(slots);
-  const noiseHot = state.slopeOf(hot, slope);
-  for (let index = 0; index < slots; index++)
-    hotSlope[index] = state.slopeFor(rows[first + index]!, slope, noiseHot);
-  for (const other of partners) {
-    const noiseOther = state.slopeOf(other, otherSlope);
+  const arrives = new Float64Array(slots);
+  let most = 0;
+  for (let slotA = first; slotA < first + slots; slotA++) most = Math.max(most, relief[rows[slotA]!]!);
+  for (const other of others) {
+    const noiseSlope = state.slopeOf(other, slope);
     const both = cost[hot]! + cost[other]!;
-    for (let index = 0; index < slots; index++)
-      partnerSlope[index] = state.slopeFor(rows[first + index]!, otherSlope, noiseOther);
+    let mostNet = 0;
+    for (let index = 0; index < slots; index++) {
+      const a = rows[first + index]!;
+      arrives[index] = state.slopeFor(a, slope, noiseSlope);
+      mostNet = Math.max(mostNet, relief[a]! - arrives[index]!);
+    }
     for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
       const b = rows[slotB]!;
-      if (holds[hot * experts + b]) continue;
-      const leavesHot = state.slopeFor(b, slope, noiseHot);
-      const leavesOther = state.slopeFor(b, otherSlope, noiseOther);
+      if (most - relief[b]! <= best.rate * leastTransfers || holds[hot * experts + b]) continue;
+      const leaves = state.slopeFor(b, slope, noiseSlope);
+      if (mostNet - relief[b]! + leaves <= best.rate * leastTransfers) continue;
       for (let index = 0; index < slots; index++) {
-        const bound = Math.min(cost[hot]!, hotSlope[index]! - leavesHot) - partnerSlope[index]! + leavesOther;
-        if (bound <= best.rate * 0.5) continue;
         const a = rows[first + index]!;
-        if (holds[other * experts + a]) continue;
-        const transfers = Math.max(0.5, state.transfers(hot, a, b) + state.transfers(other, b, a));
+        const bound = Math.min(cost[hot]!, relief[a]! - relief[b]!) - arrives[index]! + leaves;
+        if (bound <= best.rate * leastTransfers || holds[other * experts + a]) continue;
+        const transfers = Math.max(leastTransfers, state.transfers(hot, a, b) + state.transfers(other, b, a));
         if (bound <= best.rate * transfers) continue;
+        const least =
+          state.leastCost(hot, relief[b]! - relief[a]!) + state.leastCost(other, arrives[index]! - leaves);
+        if (both - least <= best.rate * transfers) continue;
         const rate = (both - state.exchangeCost(hot, a, other, b)) / transfers;
         if (rate > best.rate) {
           best.rate = rate;
@@ -77,44 +118,50 @@ function proposeExchange(state: LayerState, hot: number, partners: readonly numb
   }
 }
 
-/** A further replica of an expert of the hot device, in place of a replica of a less needed one on a partner. */
-function proposeReplica(state: LayerState, hot: number, partners: readonly number[], best: Best): void {
-  const { slots, devices, experts, rows, holds, replicas, meanShare } = state;
+/** A further replica of an expert of the hot device, in place of a replica of a less needed one elsewhere. */
+function proposeReplica(
+  state: LayerState,
+  { device: hot }: Hot,
+  others: readonly number[],
+  best: Best,
+): void {
+  const { slots, devices, experts, rows, holds, replicas, meanShare, cost, blocks } = state;
   const { mean } = state.scenarios;
-  const ripples = new Map<number, number>();
+  const spare = others.map((device) => {
+    const own: number[] = [];
+    for (let slot = device * slots; slot < (device + 1) * slots; slot++)
+      if (replicas[rows[slot]!]! > 1) own.push(slot);
+    return own;
+  });
+  const slope = new Float64Array(blocks);
+  const ripples = new Float64Array(experts).fill(Number.NaN);
   for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
     const a = rows[slotA]!;
     const count = replicas[a]!;
     if (count >= devices) continue;
-    const relief = rippleOf(state, a, 1);
-    if (-relief <= best.rate * 0.5) continue;
-    for (const device of partners) {
-      if (holds[device * experts + a]) continue;
-      for (let slotB = device * slots; slotB < (device + 1) * slots; slotB++) {
+    const relief = -rippleOf(state, a, 1);
+    if (relief <= best.rate * leastTransfers) continue;
+    const part = 1 / (count + 1);
+    for (let partner = 0; partner < others.length; partner++) {
+      const device = others[partner]!;
+      if (spare[partner]!.length === 0 || holds[device * experts + a]) continue;
+      const noiseSlope = state.slopeOf(device, slope);
+      // The new share is smaller than today's by count / (count + 1), its noise by the square of that
+      const arrives = (count * part) ** 2 * state.slopeFor(a, slope, noiseSlope);
+      for (const slotB of spare[partner]!) {
         const old = rows[slotB]!;
         const oldCount = replicas[old]!;
-        if (oldCount < 2 || mean[old]! / (oldCount - 1) > meanShare[a]! * 1.5) continue;
-        const transfers = Math.max(0.5, state.transfers(device, old, a));
-        if (-relief <= best.rate * transfers) continue;
-        let ripple = ripples.get(old);
-        if (ripple === undefined) {
-          ripple = rippleOf(state, old, -1);
-          ripples.set(old, ripple);
-        }
-        // `ripple` counts this device as a holder; it stops being one
+        if (mean[old]! / (oldCount - 1) > meanShare[a]! * 1.5) continue;
+        const transfers = Math.max(leastTransfers, state.transfers(device, old, a));
+        const least = state.leastCost(device, arrives - state.slopeFor(old, slope, noiseSlope));
+        if (relief + cost[device]! - least <= best.rate * transfers) continue;
+        if (Number.isNaN(ripples[old])) ripples[old] = rippleOf(state, old, -1);
+        // The ripple counts this device as a holder; it stops being one
         const up = 1 / (oldCount - 1) - 1 / oldCount;
         const upNoise = 1 / (oldCount - 1) ** 2 - 1 / oldCount ** 2;
         const here = state.costWith(device, old, up, upNoise, old, 0, 0);
-        const after = state.costWith(
-          device,
-          old,
-          -1 / oldCount,
-          -1 / oldCount ** 2,
-          a,
-          1 / (count + 1),
-          1 / (count + 1) ** 2,
-        );
-        const rate = -(relief + ripple - here + after) / transfers;
+        const after = state.costWith(device, old, -1 / oldCount, -1 / oldCount ** 2, a, part, part ** 2);
+        const rate = (relief - ripples[old]! + here - after) / transfers;
         if (rate > best.rate) {
           best.rate = rate;
           best.transfers = transfers;

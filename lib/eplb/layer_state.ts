@@ -82,17 +82,25 @@ export class LayerState {
     const noise = this.#noise.reduce((sum, value) => sum + value, 0) / this.devices;
     const variance = noise + this.#spread() + 1e-9;
     const scale = peakDeviates(this.devices) / Math.sqrt(variance);
-    this.#squarings = Math.max(3, Math.min(6, Math.round(Math.log2(scale))));
+    this.#squarings = Math.max(3, Math.min(6, Math.floor(Math.log2(scale))));
     this.#costs();
   }
 
   /** Other rows on the same scale, moves still counted from where it started. */
   set(rows: ArrayLike<number>): void {
     this.#place(rows);
-    this.#moves = 0;
-    for (let index = 0; index < this.holds.length; index++)
-      if (this.holds[index]! > this.#before[index]!) this.#moves++;
+    this.#moves = this.#received();
     this.#costs();
+  }
+
+  /** Slots whose expert the device did not hold at the start. */
+  #received(): number {
+    const { experts, devices, slots, rows } = this;
+    let count = 0;
+    for (let device = 0; device < devices; device++)
+      for (let slot = device * slots; slot < (device + 1) * slots; slot++)
+        if (this.#before[device * experts + rows[slot]!] === 0) count++;
+    return count;
   }
 
   #place(rows: ArrayLike<number>): void {
@@ -290,6 +298,18 @@ export class LayerState {
     for (let block = 0; block < blocks; block++)
       sum += slope[block]! * (share[rowA + block]! - share[rowB + block]!);
     return sum;
+  }
+
+  /**
+   * The least that a device's cost can become when it changes by `firstOrder` to first order: (1 + x)^p is convex, so
+   * that scenarios in which it changes unevenly only cost more.
+   */
+  leastCost(device: number, firstOrder: number): number {
+    const cost = this.cost[device]!;
+    if (cost === 0) return 0;
+    let ratio = Math.max(0, 1 + firstOrder / (this.power * cost));
+    for (let step = 0; step < this.#squarings; step++) ratio *= ratio;
+    return cost * ratio;
   }
 
   #setShare(expert: number): void {

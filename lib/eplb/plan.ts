@@ -32,7 +32,10 @@ export interface PlanRequest {
   /** Expert groups and nodes for hierarchical planners; default 1. */
   groups?: number;
   nodes?: number;
-  /** Most expert weights to move, all layers together; default unlimited. */
+  /**
+   * Most expert weights to move, all layers together. Default: as many as it takes, but none that chance alone could
+   * ask for. Infinity: moves are free, and every layer is balanced for this very window, sampling noise included.
+   */
   maxMoves?: number;
   /** Most expert weights to move in one layer; default unlimited. */
   maxMovesPerLayer?: number;
@@ -177,6 +180,8 @@ export function checkRequest(request: PlanRequest): {
     nodes,
     maxMoves,
     maxMovesPerLayer,
+    movesAreFree:
+      request.maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY,
     seed,
     memory: request.memory,
   };

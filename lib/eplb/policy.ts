@@ -22,6 +22,8 @@ export interface PlanProblem {
   /** Most moves of all layers together, and of one layer; Infinity without a budget. */
   maxMoves: number;
   maxMovesPerLayer: number;
+  /** True when the caller said that moves cost nothing; without a budget or a word, needless ones are spared. */
+  movesAreFree: boolean;
   seed: number;
   /** What the policy returned as memory after the previous window; undefined at first. */
   memory: unknown;

@@ -157,9 +157,11 @@ function refine(state: LayerState, cap: number, { slope, otherSlope }: Slopes): 
         const b = rows[slotB]!;
         if (holds[hot * experts + b]) continue;
         // The costs are convex: their slopes bound the gain
-        const bound =
-          state.slopeAlong(a, b, slope, noiseHot) - state.slopeAlong(a, b, otherSlope, noiseOther);
-        if (bound <= relief) continue;
+        const leaves = state.slopeAlong(a, b, slope, noiseHot);
+        const arrives = state.slopeAlong(a, b, otherSlope, noiseOther);
+        if (leaves - arrives <= relief) continue;
+        const least = state.leastCost(hot, -leaves) + state.leastCost(other, arrives);
+        if (cost[hot]! + cost[other]! - least <= relief) continue;
         const gain = cost[hot]! + cost[other]! - state.exchangeCost(hot, a, other, b);
         if (gain > relief) {
           relief = gain;

@@ -22,12 +22,21 @@ const acceptable = 0.001;
  */
 export const windowTarget = (slots: number): number => (slots < 8 ? 1.002 : 1.0008);
 
-/** The state of one layer after a full plan: packed for the scenarios, the window's own peak polished to `target`. */
+/** What a full plan is to reach: a peak of the window, and how far above the least one it may stay. */
+export interface Aim {
+  target: number;
+  leeway: number;
+}
+
+/**
+ * The state of one layer after a full plan: packed for the scenarios, the window's own peak polished to `target`.
+ * Small layers get the optimum of the window, or rows within `leeway` of it that are better in the scenarios.
+ */
 export function buildLayer(
   scenarios: Scenarios,
   devices: number,
   slots: number,
-  target = windowTarget(slots),
+  { target, leeway }: Aim = { target: windowTarget(slots), leeway: 0 },
 ): LayerState {
   const state = pack(scenarios, devices, slots, target);
   if (state.windowPeak > target + acceptable && scenarios.blocks > 1) {
@@ -35,8 +44,15 @@ export function buildLayer(
     const flat = pack(windowOnly(scenarios), devices, slots, target);
     if (flat.windowPeak < state.windowPeak) state.start(flat.rows);
   }
-  if (isSmall(scenarios.experts, devices, slots))
-    state.start(exactRows(scenarios.window, devices, slots, state.rows));
+  if (isSmall(scenarios.experts, devices, slots)) {
+    const { rows, value, windowPeak } = {
+      rows: state.rows.slice(),
+      value: state.value,
+      windowPeak: state.windowPeak,
+    };
+    state.set(exactRows(scenarios.window, devices, slots, rows));
+    if (state.value > value && windowPeak <= state.windowPeak * (1 + leeway)) state.set(rows);
+  }
   return state;
 }
 

@@ -19,7 +19,7 @@ export function recordedCounts(root: unknown, file: string): RecordedCounts {
   if (!(root instanceof Map) || !(root.has('logical_count') || root.has('records')))
     throw bad(`expected a recorder dump with logical_count or records but received ${fields(root)}`);
   const logical = root.get('logical_count');
-  if (logical instanceof TorchTensor) return logical;
+  if (logical instanceof TorchTensor) return withoutEmptySteps(logical);
   if (logical !== undefined)
     throw bad(`expected logical_count to be a tensor but received ${fields(logical)}`);
 
@@ -90,4 +90,18 @@ export function recordedCounts(root: unknown, file: string): RecordedCounts {
   const data = new Float64Array(steps.length * layers * experts);
   for (const [step, counts] of steps.entries()) data.set(counts, step * layers * experts);
   return { shape: [steps.length, layers, experts], data };
+}
+
+/** Rows of a recorder's buffer that no pass has filled yet, and passes without a token, are no steps. */
+function withoutEmptySteps({ shape, data }: RecordedCounts): RecordedCounts {
+  if (shape.length !== 3) return { shape, data };
+  const [steps, layers, experts] = shape as [number, number, number];
+  const all = Float64Array.from(data);
+  const rows = Array.from({ length: steps }, (_, step) =>
+    all.subarray(step * layers * experts, (step + 1) * layers * experts),
+  );
+  const used = rows.filter((row) => row.some((count) => count !== 0));
+  const kept = new Float64Array(used.length * layers * experts);
+  for (const [step, row] of used.entries()) kept.set(row, step * layers * experts);
+  return used.length > 0 ? { shape: [used.length, layers, experts], data: kept } : { shape, data };
 }

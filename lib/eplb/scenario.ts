@@ -6,8 +6,9 @@ import type { Loads } from './loads.js';
 
 export interface Scenarios {
   experts: number;
-  /** Number of scenarios. */
+  /** Number of scenarios, and how many of them, the last ones, are earlier windows. */
   blocks: number;
+  earlier: number;
   /** f64[experts, blocks]: load of an expert, in units of the mean device load. */
   loads: Float64Array;
   /** f64[blocks], sums to 1. */
@@ -26,12 +27,14 @@ export interface Scenarios {
   structure: number;
   /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
   uncertainty: number;
+  /** Steps of the window that had any load. */
+  steps: number;
 }
 
 const mostBlocks = 8;
 /** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
 const fineBlocks = 24;
-const structured = 1.5;
+const structured = 1.2;
 /** Variance of a device's load from step to step, in units of the mean load squared, above which that matters. */
 const uneven = 0.1;
 
@@ -51,13 +54,22 @@ export function scenariosOf(
   devices: number,
   past: readonly PastWindow[],
 ): Scenarios {
+  const scenarios = recentOf(loads, layer, devices, past.length);
+  if (past.length > 0 && scenarios.steps > 0) joinEarlier(scenarios, past, layer, devices);
+  return scenarios;
+}
+
+/** The window alone, with room for `earlier` windows after its own scenarios. */
+function recentOf(loads: Loads, layer: number, devices: number, earlier: number): Scenarios {
   const coarse = coarseBlocks(loads.steps);
   const fine = Math.min(fineBlocks, loads.steps);
-  const scenarios = cut(loads, layer, devices, past, coarse);
+  const scenarios = cut(loads, layer, devices, coarse, earlier);
   const variance = scenarios.noise.reduce((sum, value) => sum + value, 0) / devices;
   if (fine <= coarse || variance < uneven || dispersionOf(loads, layer, coarse) < structured)
     return scenarios;
-  return { ...cut(loads, layer, devices, past, fine), fine: true };
+  const finer = cut(loads, layer, devices, fine, earlier);
+  finer.fine = true;
+  return finer;
 }
 
 /** Variance of the steps' shares around their block's, over that of Poisson counts. */
@@ -94,15 +106,9 @@ function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, 
   return poisson > 0 ? observed / poisson : 1;
 }
 
-function cut(
-  loads: Loads,
-  layer: number,
-  devices: number,
-  past: readonly PastWindow[],
-  recent: number,
-): Scenarios {
+function cut(loads: Loads, layer: number, devices: number, recent: number, earlier: number): Scenarios {
   const { experts, steps, layers, counts } = loads;
-  const blocks = recent + past.length;
+  const blocks = recent + earlier;
   const x = new Float64Array(experts * blocks);
   const window = new Float64Array(experts);
   const noise = new Float64Array(experts);
@@ -149,6 +155,7 @@ function cut(
     return {
       experts,
       blocks,
+      earlier,
       loads: x,
       weights: even,
       mean: window.slice(),
@@ -158,6 +165,7 @@ function cut(
       fine: false,
       structure: 0,
       uncertainty: 1,
+      steps: 0,
     };
   }
   poissonRate /= stepsUsed;
@@ -214,45 +222,10 @@ function cut(
   for (let block = 0; block < recent; block++)
     if (used[block]! > 0) uncertainty += weights[block]! ** 2 / used[block]!;
 
-  // Earlier windows as further scenarios, all windows shrunk towards their mean by what noise explains
-  let pastWeight = 0;
-  for (const [index, { totals, weight }] of past.entries()) {
-    let sum = 0;
-    for (let expert = 0; expert < experts; expert++) sum += totals[layer * experts + expert]!;
-    const block = recent + index;
-    weights[block] = sum > 0 ? weight : 0;
-    pastWeight += weights[block]!;
-    for (let expert = 0; expert < experts; expert++)
-      x[expert * blocks + block] =
-        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
-  }
-  if (pastWeight > 0) {
-    for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
-    let apart = 0;
-    let byNoise = 0;
-    const pooled = new Float64Array(experts);
-    for (let expert = 0; expert < experts; expert++) {
-      const row = expert * blocks;
-      for (let block = recent; block < blocks; block++) {
-        pooled[expert]! += weights[block]! * x[row + block]!;
-        apart += weights[block]! * (x[row + block]! - mean[expert]!) ** 2;
-        byNoise += (weights[block]! * 2 * noise[expert]!) / stepsUsed;
-      }
-      pooled[expert]! += mean[expert]! / (1 + pastWeight);
-    }
-    const real = apart > 0 ? Math.max(0, 1 - byNoise / apart) : 0;
-    for (let expert = 0; expert < experts; expert++) {
-      const row = expert * blocks;
-      const shift = (1 - real) * (pooled[expert]! - mean[expert]!);
-      for (let block = 0; block < recent; block++) x[row + block]! += shift;
-      for (let block = recent; block < blocks; block++)
-        x[row + block] = pooled[expert]! + real * (x[row + block]! - pooled[expert]!);
-      mean[expert] = pooled[expert]!;
-    }
-  }
   return {
     experts,
     blocks,
+    earlier,
     loads: x,
     weights,
     mean,
@@ -262,7 +235,52 @@ function cut(
     fine: false,
     structure: kept,
     uncertainty,
+    steps: stepsUsed,
   };
+}
+
+/** Earlier windows as scenarios after the recent ones; all windows are shrunk towards their mean by what noise explains. */
+function joinEarlier(
+  { experts, blocks, earlier, loads: x, weights, mean, noise, steps }: Scenarios,
+  past: readonly PastWindow[],
+  layer: number,
+  devices: number,
+): void {
+  const recent = blocks - earlier;
+  let pastWeight = 0;
+  for (let block = recent; block < blocks; block++) {
+    const { totals, weight } = past[block - recent]!;
+    let sum = 0;
+    for (let expert = 0; expert < experts; expert++) sum += totals[layer * experts + expert]!;
+    weights[block] = sum > 0 ? weight : 0;
+    pastWeight += weights[block]!;
+    for (let expert = 0; expert < experts; expert++)
+      x[expert * blocks + block] =
+        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
+  }
+  if (pastWeight === 0) return;
+  for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
+  let apart = 0;
+  let byNoise = 0;
+  const pooled = new Float64Array(experts);
+  for (let expert = 0; expert < experts; expert++) {
+    const row = expert * blocks;
+    for (let block = recent; block < blocks; block++) {
+      pooled[expert]! += weights[block]! * x[row + block]!;
+      apart += weights[block]! * (x[row + block]! - mean[expert]!) ** 2;
+      byNoise += (weights[block]! * 2 * noise[expert]!) / steps;
+    }
+    pooled[expert]! += mean[expert]! / (1 + pastWeight);
+  }
+  const real = apart > 0 ? Math.max(0, 1 - byNoise / apart) : 0;
+  for (let expert = 0; expert < experts; expert++) {
+    const row = expert * blocks;
+    const shift = (1 - real) * (pooled[expert]! - mean[expert]!);
+    for (let block = 0; block < recent; block++) x[row + block]! += shift;
+    for (let block = recent; block < blocks; block++)
+      x[row + block] = pooled[expert]! + real * (x[row + block]! - pooled[expert]!);
+    mean[expert] = pooled[expert]!;
+  }
 }
 
 /** A decay is taken only if its error is this part of the next slower one's: bursts that end look like drift. */

@@ -80,7 +80,7 @@ export async function simulate(trace: Loads, options: SimulateOptions): Promise<
       };
       if (index === 0 && rest.current === undefined && !budgetFirst) {
         // The first plan is made before serving starts
-        delete request.maxMoves;
+        if (request.maxMoves !== Number.POSITIVE_INFINITY) delete request.maxMoves;
         delete request.maxMovesPerLayer;
       }
       const plan = await planner(request);

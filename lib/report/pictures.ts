@@ -95,6 +95,13 @@ export function deviceLoadPicture(
   };
 }
 
+/** An axis of whole numbers that ends where they end. */
+const counted = {
+  type: 'quantitative',
+  axis: { tickMinStep: 1, format: 'd' },
+  scale: { zero: false, nice: false },
+} as const;
+
 /** PAR of every layer, before and after. */
 export function parByLayerPicture(
   rows: readonly { layer: number; when: 'before' | 'after'; par: number }[],
@@ -104,7 +111,7 @@ export function parByLayerPicture(
     data: { values: rows.map((row) => ({ ...row })) },
     mark: { type: 'line', point: { size: 22 }, interpolate: 'linear' },
     encoding: {
-      x: { field: 'layer', type: 'quantitative', title: 'layer', axis: { tickMinStep: 1, format: 'd' } },
+      x: { ...counted, field: 'layer', title: 'layer' },
       y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
       color: {
         field: 'when',
@@ -152,7 +159,7 @@ export function parOverTimePicture(
     data: { values: values.map((row) => ({ ...row })) },
     mark: { type: 'line', ...(rows.length > 150 ? { strokeWidth: 1.5 } : { point: { size: 30 } }) },
     encoding: {
-      x: { field: 'window', type: 'quantitative', title: unit, axis: { tickMinStep: 1, format: 'd' } },
+      x: { ...counted, field: 'window', title: unit },
       y: { field: 'par', type: 'quantitative', title, scale: { zero: false } },
       color: { field: 'policy', type: 'nominal', title: null, scale: { domain: [...order] } },
     },

@@ -124,7 +124,7 @@ export function planReport({ loads, plan, current, others = [], title }: PlanRep
       },
       {
         heading: 'PAR over time',
-        caption: `Mean PAR over layers of every step${loads.steps > mostPoints ? ', averaged in groups' : ''}: as it was, and under what each policy plans for these loads. Below: the best ones on a scale of their own.`,
+        caption: `Mean PAR over layers of every step${loads.steps > mostPoints ? ', averaged in groups' : ''}: as it was, and under what each policy plans for these loads. Where one line dwarfs the rest, the best follow below on a scale of their own.`,
         spec: parOverTimePicture(
           series.flatMap(({ name, placements }) =>
             grouped(parByStep(loads, placements)).map((par, index) => ({ policy: name, window: index, par })),

@@ -23,10 +23,10 @@ export function simulationReport({ figures, title }: SimulationReportInput): Rep
       {
         heading: 'PAR over time',
         caption:
-          'Mean PAR of the steps of each window under the placement planned from the windows before it. Below: the best policies on a scale of their own.',
+          'Mean PAR of the steps of each window under the placement planned from the windows before it. Where one line dwarfs the rest, the best follow below on a scale of their own.',
         spec: parOverTimePicture(
           figures.flatMap(({ name, parStepNextByWindow }) =>
-            parStepNextByWindow.map((par, index) => ({ policy: name, window: index + 1, par })),
+            parStepNextByWindow.map((par, index) => ({ policy: name, window: index + 2, par })),
           ),
           names,
           'window',

@@ -97,6 +97,27 @@ describe('moe-kernels plan', () => {
     expect(again.moves).toBe(0);
   });
 
+  it('takes a budget of moves, and moves that are free', async () => {
+    const start = ['plan', '--loads', file('trace.npy'), ...shape, '--current', file('start.json'), '--json'];
+    await run(
+      'plan',
+      '--loads',
+      file('window.json'),
+      ...shape,
+      '--policy',
+      'linear',
+      '--out',
+      file('start.json'),
+    );
+    const { moves, par } = JSON.parse((await run(...start, '--max-moves', 'unlimited')).out);
+    expect(moves).toBeGreaterThan(20);
+    expect(par.after).toBeLessThan(1.01);
+    expect(JSON.parse((await run(...start, '--max-moves', '5')).out).moves).toBeLessThanOrEqual(5);
+    expect((await run(...start, '--max-moves', 'many')).message).toContain(
+      '--max-moves to be an integer >= 0',
+    );
+  });
+
   it('states bytes and writes who sends what to whom', async () => {
     const { out } = await run(
       'plan',

@@ -2,6 +2,8 @@ import { existsSync, readFileSync } from 'node:fs';
 import { resolve } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { readLoads } from '../../lib/eplb/load_file.js';
+import { Loads } from '../../lib/eplb/loads.js';
+import { uniform } from '../../lib/eplb/random.js';
 import { simulate } from '../../lib/eplb/simulate.js';
 
 const folder = resolve('../shared/fixtures/eplb');
@@ -93,6 +95,38 @@ describe.skipIf(!here)('real loads', () => {
       for (const [name, value] of product)
         if (!name.startsWith('adaptive') && name !== 'recorded greedy')
           expect(product.get(ours)!, `${ours} and ${name}`).toBeLessThan(value);
+  });
+
+  it('adaptive with a quarter of the moves of flashlb is no worse than it on the next steps of Qwen3', async () => {
+    for (const shape of ['8x18', '16x9', '32x5', '32x4']) {
+      const [flashlb] = await run('qwen3_sharegpt', shape, ['flashlb']);
+      const maxMoves = Math.floor(flashlb!.moves / 4);
+      const [ours] = await run('qwen3_sharegpt', shape, ['adaptive'], { maxMoves });
+      expect(ours!.moves).toBeLessThanOrEqual(maxMoves);
+      expect(ours!.parStepNext, shape).toBeLessThanOrEqual(flashlb!.parStepNext);
+    }
+  });
+
+  it('adaptive moves little where the steps of Qwen3 come in no order: the noise of real traffic is no drift', async () => {
+    const trace = await readLoads(resolve(folder, files.qwen3_sharegpt![0]));
+    const row = trace.layers * trace.experts;
+    const random = uniform(1);
+    const order = Array.from({ length: trace.steps }, (_, step) => ({ step, key: random() }));
+    const counts = new Float64Array(trace.counts.length);
+    for (const [index, { step }] of order.sort((one, two) => one.key - two.key).entries())
+      counts.set(trace.counts.subarray(step * row, (step + 1) * row), index * row);
+    const shuffled = new Loads(trace, counts);
+    for (const [devices, slots] of [
+      [8, 18],
+      [16, 9],
+    ] as const)
+      for (const window of [8, 24]) {
+        const [figures] = await simulate(shuffled, { devices, slots, window, policies: ['adaptive'] });
+        expect(
+          figures!.movesByPlan.slice(1).every((moves) => moves === 0),
+          `${devices}x${slots} ${window}`,
+        ).toBe(true);
+      }
   });
 
   it('adaptive is no worse than any peer on the next domain of OLMoE in the mean over shapes', async () => {

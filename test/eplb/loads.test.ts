@@ -1,3 +1,4 @@
+import { readFile } from 'node:fs/promises';
 import { describe, expect, it } from 'vitest';
 import { gatherHeat, groupCounts, RankHeat } from '../../lib/eplb/heat.js';
 import { parseLoads, readLoads } from '../../lib/eplb/load_file.js';
@@ -188,6 +189,16 @@ describe('load files', () => {
     same(parseLoads(text(['step,layer,expert,count', ...lines].join('\n')), 'a.csv'));
     expect(parseLoads(text('1,2,3\n4,5,6\n'), 'a.csv')).toMatchObject({ steps: 1, layers: 2, experts: 3 });
     same(parseLoads(torchArchive('logical_count', [2, 2, 3], counts), 'a.pt'));
+  });
+
+  it.each(['stat', 'per_pass', 'per_token'])('reads what torch.save wrote in mode %s', async (mode) => {
+    const folder = 'test/fixtures/recorder';
+    const logical: number[][][] = JSON.parse(await readFile(`${folder}/logical.json`, 'utf8'));
+    const filled = logical.filter((step) => step.flat().some((count) => count > 0));
+    expect([logical.length, filled.length]).toEqual([5, 4]);
+    const loads = await readLoads(`${folder}/${mode}.pt`);
+    expect(loads).toMatchObject({ steps: 4, layers: 3, experts: 8 });
+    expect([...loads.counts]).toEqual(filled.flat(2));
   });
 
   describe('recorder dumps of single passes', () => {

@@ -134,7 +134,10 @@ describe('names of devices', () => {
   it('change nothing about a plan of the default policy but the names', () => {
     const random = uniform(6);
     const experts = 40;
-    const counts = Float64Array.from({ length: 12 * experts }, () => Math.floor(500 * random() ** 3));
+    const popularity = Array.from({ length: experts }, () => 500 * random() ** 3);
+    const counts = Float64Array.from({ length: 12 * experts }, (_, index) =>
+      Math.floor(popularity[index % experts]! * (0.9 + 0.2 * random())),
+    );
     const loads = new Loads({ steps: 12, layers: 1, experts }, counts);
     const [start] = startPlacements(1, experts, 8, 6);
     const rows = start!.toRows();

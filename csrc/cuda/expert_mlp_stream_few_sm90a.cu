@@ -25,6 +25,7 @@
 
 #include "expert_mlp_stream_few_consume.cuh"
 #include "expert_mlp_stream_few_produce.cuh"
+#include "programmatic.cuh"
 
 namespace moe::mlp {
 
@@ -35,8 +36,8 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
   extern __shared__ __align__(1024) char memory[];
   __shared__ Shared s;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  hopper::let_next_kernel_start();
-  hopper::wait_for_previous_kernel();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const bool has = lane < a.T * a.C;
   const int id = !has ? -1 : a.ids != nullptr ? a.ids[lane] : a.first_expert;
   if (warp == 2 * kWarps) {

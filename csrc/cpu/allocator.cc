@@ -161,8 +161,11 @@ MemoryInfo Allocator::info() const {
   return {used_, live_ + kept_ + scratch_};
 }
 
-// Half of the peak lets a layer alternate between two sets of blocks; small contexts keep what they have.
-size_t Allocator::most_kept() const { return std::min(kMostKept, std::max(size_t{16} << 20, peak_ / 2)); }
+// Up to the peak it costs no more than there was at once; half of that beyond it lets a layer alternate between two
+// sets of blocks; small contexts keep what they have.
+size_t Allocator::most_kept() const {
+  return std::min(kMostKept, std::max({size_t{16} << 20, peak_ / 2, peak_ - live_}));
+}
 
 void Allocator::unlink(Unused* block) {
   (block->previous != nullptr ? block->previous->next : first_[block->size_class]) = block->next;

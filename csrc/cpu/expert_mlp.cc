@@ -5,17 +5,20 @@ namespace moe {
 namespace {
 
 // What is fetched while a chunk is multiplied. Alone, a tile streams: memory takes about as long to bring kAhead bytes
-// as the sums before them take. Of several tiles the last brings the next chunk, and all find theirs in the cache.
+// as the sums before them take. Several tiles bring the next chunk together, each its part.
 constexpr int64_t kAhead = 8192;
 
 void project(const Kernels& kernels, const void* panel, DType dtype, const float* x, int64_t rows, int64_t width,
              float* out) {
+  const int64_t tiles = ceil_div(rows, kernels.tile_rows);
   for (int64_t begin = 0; begin < width; begin += kChunk) {
-    const int64_t length = std::min(kChunk, width - begin), bytes = length * kPanel * static_cast<int64_t>(size_of(dtype));
-    const void* chunk = element(panel, dtype, begin * kPanel);
+    const int64_t length = std::min(kChunk, width - begin);
+    const int64_t bytes = length * kPanel * static_cast<int64_t>(size_of(dtype));
+    const char* chunk = static_cast<const char*>(element(panel, dtype, begin * kPanel));
+    Fetch fetch = {chunk + (tiles == 1 ? kAhead : bytes), ceil_div(kLine, tiles)};
     for_each_tile(kernels, rows, [&](int64_t start, int64_t m) {
-      const int64_t ahead = m == rows ? kAhead : start + m == rows ? bytes : 0;
-      kernels.multiply(dtype, x + start * width + begin * m, m, chunk, length, ahead, begin > 0, out + start * kPanel);
+      kernels.multiply(dtype, x + start * width + begin * m, m, chunk, length, fetch, begin > 0, out + start * kPanel);
+      fetch.at += bytes / tiles;
     });
   }
 }
@@ -36,10 +39,8 @@ void load_group(const Kernels& kernels, const void* const* rows, int64_t count, 
     float block[kMostRows][kBlock];
     for (int64_t begin = 0; begin < width; begin += kBlock) {
       const int64_t n = std::min(kBlock, width - begin);
-      for (int64_t r = 0; r < m; r++) {
-        kernels.widen(element(rows[start + r], dtype, begin), dtype, n, block[r]);
-        for (int64_t c = 0; c < n; c++) tile[(begin + c) * m + r] = block[r][c];
-      }
+      for (int64_t r = 0; r < m; r++) kernels.widen(element(rows[start + r], dtype, begin), dtype, n, block[r]);
+      kernels.interleave(block[0], kBlock, m, n, tile + begin * m);
     }
   });
 }

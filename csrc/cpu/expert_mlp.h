@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "experts_layout.h"
 
@@ -20,21 +21,25 @@ struct Group {
   int64_t place;  // its first row among the rows held in scratch
 };
 
-// Calls fn(start, m) for the tiles of `rows` rows.
+// Calls fn(start, m) for the parts of `rows` rows, as few as may be with `most` in each, and about equally long.
 template <class F>
-void for_each_tile(const Kernels& kernels, int64_t rows, F&& fn) {
-  const int64_t tiles = ceil_div(rows, kernels.tile_rows);
-  for (int64_t tile = 0, start = 0; tile < tiles; tile++) {
-    const int64_t m = rows / tiles + (tile < rows % tiles ? 1 : 0);
+void for_each_part(int64_t rows, int64_t most, F&& fn) {
+  const int64_t parts = ceil_div(rows, most);
+  for (int64_t part = 0, start = 0; part < parts; part++) {
+    const int64_t m = rows / parts + (part < rows % parts ? 1 : 0);
     fn(start, m);
     start += m;
   }
+}
+template <class F>
+void for_each_tile(const Kernels& kernels, int64_t rows, F&& fn) {
+  for_each_part(rows, kernels.tile_rows, std::forward<F>(fn));
 }
 
 // How many panels of `width` rows a thread takes at a time, of `total`: long runs of memory, but enough tasks for all.
 constexpr int64_t panels_per_task(int64_t width, DType dtype, int64_t total) {
   const int64_t bytes = width * kPanel * static_cast<int64_t>(size_of(dtype));
-  return std::clamp<int64_t>((int64_t{256} << 10) / bytes, 1, std::max<int64_t>(total / 64, 1));
+  return std::clamp<int64_t>((int64_t{512} << 10) / bytes, 1, std::max<int64_t>(total / 64, 1));
 }
 
 // How many groups of rows of `width` values are loaded at a time: a few small ones are not worth a second thread.
@@ -42,6 +47,11 @@ constexpr int64_t groups_per_task(int64_t width) { return std::max<int64_t>(1, 1
 
 // Interleaves `count` rows of `width` values, widened, as the tiles of one group.
 void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width, float* out);
+
+// Reads the rows of a group before several panels are projected: a tile at a time they would be waited for.
+inline void bring_near(const Kernels& kernels, const float* x, int64_t rows, int64_t width) {
+  if (rows > kernels.tile_rows) kernels.read(x, rows * width);
+}
 
 // out[r * kPanel + c]: the columns of a panel of w13 for the rows of a group, w * (x W^T) + b, with w = 1 without
 // row_weights: gates of columns kHalf * panel and on, then ups.

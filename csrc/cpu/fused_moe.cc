@@ -2,11 +2,11 @@
 //
 // Algorithm: tokens are taken in pieces that fit the scratch budget. Per piece, the local choices are counting-sorted
 // by expert and cut into groups of at most 128 rows (expert_mlp.h), loaded from where the tokens' rows are. Threads
-// share group x panel tasks (gate, up, activation into f32 scratch), and then the panels of H: the thread projects all
-// rows of the piece down to its 32 columns and adds every token's columns up, in column order, before anything is
-// rounded. So f32 gives the bits of moe_dispatch, moe_experts and moe_combine; narrow dtypes are rounded once instead
-// of twice. Zero experts and weights_on_input as in moe_combine; ids neither local nor zero add nothing. Limits: T * C
-// of one piece below 2^31. Order of accumulation: kernels.h, then column order.
+// share group x panel tasks, first gate, up and activation, then down, all into f32 scratch; and then tokens, whose
+// columns are added up in column order before anything is rounded. So f32 gives the bits of moe_dispatch, moe_experts
+// and moe_combine; narrow dtypes are rounded once instead of twice. Zero experts and weights_on_input as in
+// moe_combine; ids neither local nor zero add nothing. Limits: T * C of one piece below 2^31. Order of accumulation:
+// kernels.h, then column order.
 #include <algorithm>
 #include <cstdint>
 
@@ -33,17 +33,15 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   const DType dtype = experts.layout.dtype;
 
   // Scratch
-  const int64_t lanes = pool.threads();
-  const int64_t choice_bytes = (H + I + lanes * kPanel) * int64_t{sizeof(float)} + 16;
+  const int64_t choice_bytes = (H + I) * int64_t{sizeof(float)} + 16;
   const int64_t fitting = cpu(backend).scratch_budget() / std::max<int64_t>(C * choice_bytes, 1);
   const int64_t piece = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(T, 1));
   const int64_t room = piece * C;
-  float *x = nullptr, *active = nullptr, *down = nullptr, *row_weights = nullptr;
+  float *x = nullptr, *active = nullptr, *row_weights = nullptr;
   int32_t *places = nullptr, *tokens = nullptr, *next = nullptr;
   Group* groups = nullptr;
-  MOE_RETURN_IF_ERROR(workspace.take(room * H, &x));
+  MOE_RETURN_IF_ERROR(workspace.take(room * H, &x));  // what is projected up, and later what was projected down
   MOE_RETURN_IF_ERROR(workspace.take(room * I, &active));
-  MOE_RETURN_IF_ERROR(workspace.take(room * kPanel * lanes, &down));
   MOE_RETURN_IF_ERROR(workspace.take(room, &places));       // of each choice
   MOE_RETURN_IF_ERROR(workspace.take(room, &tokens));       // of each place, within the piece
   MOE_RETURN_IF_ERROR(workspace.take(room, &row_weights));  // of each place
@@ -72,9 +70,7 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
     for (int64_t e = 0; e < S; e++) {
       const int64_t first = next[e], rows = next[e + 1];
       next[e + 1] += next[e];
-      for (int64_t r = 0; r < rows; r += kGroupRows) {
-        groups[count++] = {e, std::min(kGroupRows, rows - r), first + r, first + r};
-      }
+      for_each_part(rows, kGroupRows, [&](int64_t r, int64_t m) { groups[count++] = {e, m, first + r, first + r}; });
     }
     for (int64_t choice = 0; choice < choices; choice++) {
       if (places[choice] < 0) continue;
@@ -97,6 +93,7 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
     pool.parallel_for(count * panels, grain, [&](int64_t from, int64_t to) {
       for (int64_t task = from; task < to; task++) {
         const Group& group = groups[task / panels];
+        if (task == from || task % panels == 0) bring_near(kernels, x + group.place * H, group.rows, H);
         float out[kGroupRows * kPanel];
         project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, task % panels,
                         p.weights_on_input ? row_weights + group.place : nullptr, out);
@@ -104,27 +101,37 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
       }
     });
 
-    pool.parallel_for(panels2(experts.layout), 1, [&](int64_t panel, int64_t) {
-      const int64_t h = panel * kPanel, n = std::min(kPanel, H - h);
-      float* out = down + ThreadPool::lane() * room * kPanel;
-      for (int64_t at = 0; at < count; at++) {
-        const Group& group = groups[at];
-        project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel,
-                     out + group.place * kPanel);
+    const int64_t out_panels = panels2(experts.layout), out_grain = panels_per_task(I, dtype, count * out_panels);
+    pool.parallel_for(count * out_panels, out_grain, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; task++) {
+        const Group& group = groups[task / out_panels];
+        const int64_t h = task % out_panels * kPanel, n = std::min(kPanel, H - h);
+        if (task == from || task % out_panels == 0) bring_near(kernels, active + group.place * I, group.rows, I);
+        float out[kGroupRows * kPanel];
+        project_down(kernels, experts, group.expert, active + group.place * I, group.rows, task % out_panels, out);
+        for (int64_t r = 0; r < group.rows; r++) std::copy_n(out + r * kPanel, n, x + (group.place + r) * H + h);
       }
-      for (int64_t t = 0; t < here; t++) {
-        float sums[kPanel] = {}, row[kPanel];
-        for (int64_t choice = t * C; choice < (t + 1) * C; choice++) {
-          const float weight = weights[begin * C + choice];
-          if (places[choice] == kZeroExpert) {
-            kernels.widen(hidden(t, h), p.hidden.dtype, n, row);
-            kernels.add_scaled(sums, row, weight, n);
-          } else if (places[choice] != kNowhere) {
-            kernels.add_scaled(sums, out + places[choice] * kPanel, p.weights_on_input ? 1.0f : weight, n);
+    });
+
+    pool.parallel_for(here, std::max<int64_t>(1, 32768 / (H * std::max<int64_t>(C, 1))), [&](int64_t from, int64_t to) {
+      constexpr int64_t kBlock = 512;
+      float sums[kBlock], row[kBlock];
+      for (int64_t t = from; t < to; t++) {
+        for (int64_t h = 0; h < H; h += kBlock) {
+          const int64_t n = std::min(kBlock, H - h);
+          std::fill_n(sums, n, 0.0f);
+          for (int64_t choice = t * C; choice < (t + 1) * C; choice++) {
+            const float weight = weights[begin * C + choice];
+            if (places[choice] == kZeroExpert) {
+              kernels.widen(hidden(t, h), p.hidden.dtype, n, row);
+              kernels.add_scaled(sums, row, weight, n);
+            } else if (places[choice] != kNowhere) {
+              kernels.add_scaled(sums, x + places[choice] * H + h, p.weights_on_input ? 1.0f : weight, n);
+            }
           }
+          for (int64_t i = 0; i < n; i++) sums[i] *= p.output_scale;
+          kernels.narrow(sums, n, element(p.output.data, p.output.dtype, (begin + t) * H + h), p.output.dtype);
         }
-        for (int64_t c = 0; c < n; c++) sums[c] *= p.output_scale;
-        kernels.narrow(sums, n, element(p.output.data, p.output.dtype, (begin + t) * H + h), p.output.dtype);
       }
     });
   }

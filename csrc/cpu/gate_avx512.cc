@@ -1,10 +1,10 @@
-// The choice of DeepSeek-V3's gate, 256 experts in 8 groups of 32, in AVX-512 registers.
+// DeepSeek-V3's gate, 256 experts in 8 groups of 32, in AVX-512 registers.
 //
-// Algorithm: sigmoid scores without a division (a reciprocal and one Newton step). The two best of every group come out
-// of a tree of merges that folds the 8 groups into one register. Groups and candidates are ranked by counting who beats
-// them: one comparison for every rotation of a register. Candidates are those that reach a bound which at least K do:
-// the K-th best of the 16 lane maxima of the kept groups, one expert each. Rows with a NaN or an infinity among the
-// choices, and rows with more than 16 candidates, are left to the general path, which gives the same ids. Every step is
+// Algorithm: the scores that choose are sigmoids to within 2e-7: a table of 2^(j/32), a polynomial and a division. The
+// two best of every group come out of a tree of merges that folds the 8 groups into one register; groups are ranked by
+// counting who beats them. Candidates are those that reach the eighth best of what the kept groups' halves have as
+// first and second: distinct experts, so at least 8 reach it, and about one more. A network sorts them by keys of
+// choice above id. Rows with a NaN, and rows with more than 16 candidates, are left to the general path. Every step is
 // done for all rows of a call before the next one: it is a chain of waits, and rows fill each other's.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -26,27 +26,72 @@ namespace moe::avx512 {
 
 namespace {
 
-constexpr int kVectors = 16, kGroups = 8;
+constexpr int kGroups = 8, kMostCandidates = 16;
 
-// e^-|x| / (1 + e^-|x|) for x < 0, else 1 / (1 + e^-|x|): no intermediate overflows. NaN for NaN.
-inline __m512 sigmoid(__m512 x) {
-  // A NaN stays: it is the second operand
-  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-105.0f), _mm512_or_ps(x, _mm512_set1_ps(-0.0f)));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), y);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+// What lanes of constants hold.
+struct alignas(64) Lanes {
+  int32_t at[16];
+  operator __m512i() const { return _mm512_load_si512(at); }
+};
+
+// With the groups of one row in lanes 0..7 and of another in 8..15: where the group that is r further has its lane, and
+// -1 where it has the lower id and so beats its equal.
+struct Rivals {
+  Lanes lane[kGroups - 1], lower[kGroups - 1];
+};
+constexpr Rivals kRivals = [] {
+  Rivals all{};
+  for (int r = 1; r < kGroups; r++) {
+    for (int lane = 0; lane < 16; lane++) {
+      const int group = lane % kGroups, other = (group + r) % kGroups;
+      all.lane[r - 1].at[lane] = lane - group + other;
+      all.lower[r - 1].at[lane] = other < group ? -1 : 0;
+    }
+  }
+  return all;
+}();
+
+// 255 - id, so that the lower id has the higher key.
+struct Complements {
+  Lanes of[16];
+};
+constexpr Complements kComplements = [] {
+  Complements all{};
+  for (int id = 0; id < 256; id++) all.of[id / 16].at[id % 16] = 255 - id;
+  return all;
+}();
+
+// The bits of 2^(j/32), less what j adds to the exponent once all of n = 32 i + j is shifted there.
+constexpr float kRoots[32] = {1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
+                              1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
+                              1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
+                              1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+                              1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+struct Powers {
+  Lanes low, high;
+};
+constexpr Powers kPowers = [] {
+  Powers all{};
+  for (int j = 0; j < 32; j++) {
+    (j < 16 ? all.low : all.high).at[j % 16] = __builtin_bit_cast(int32_t, kRoots[j]) - (j << 18);
+  }
+  return all;
+}();
+
+// 1 / (1 + e^-x) to within 2e-7, and to within 2e-6 of itself, for |x| <= kFar.
+constexpr float kFar = 87.0f;
+inline __m512 near_sigmoid(__m512 x) {
+  const __m512 factor = _mm512_set1_ps(-46.1662413f);  // -32 / ln 2
+  const __m512 shifter = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
   const __m512 one = _mm512_set1_ps(1.0f);
-  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), one);
-  const __m512 power = _mm512_scalef_ps(p, n), sum = _mm512_add_ps(power, one);
-  __m512 inverse = _mm512_rcp14_ps(sum);
-  inverse = _mm512_fmadd_ps(_mm512_fnmadd_ps(sum, inverse, one), inverse, inverse);
-  return _mm512_mask_mul_ps(inverse, _mm512_movepi32_mask(_mm512_castps_si512(x)), inverse, power);
+  const __m512 shifted = _mm512_fmadd_ps(x, factor, shifter);
+  const __m512 r = _mm512_fmsub_ps(x, factor, _mm512_sub_ps(shifted, shifter));
+  const __m512i n = _mm512_castps_si512(shifted);
+  const __m512i root = _mm512_permutex2var_epi32(kPowers.low, n, kPowers.high);
+  const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(n, 18)));
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(2.34596e-4f), r, _mm512_set1_ps(2.16611672e-2f));
+  p = _mm512_fmadd_ps(p, r, one);
+  return _mm512_div_ps(one, _mm512_fmadd_ps(power, p, one));
 }
 
 // The best and the second of what lanes hold, lane by lane.
@@ -57,134 +102,187 @@ inline TopTwo merge(__m512 a, __m512 b, __m512 a2, __m512 b2) {
   return {_mm512_max_ps(a, b), _mm512_max_ps(_mm512_min_ps(a, b), _mm512_max_ps(a2, b2))};
 }
 template <int kLow, int kHigh>
-inline TopTwo fold(const TopTwo& a, const TopTwo& b) {
+inline TopTwo fold_blocks(const TopTwo& a, const TopTwo& b) {
   return merge(_mm512_shuffle_f32x4(a.first, b.first, kLow), _mm512_shuffle_f32x4(a.first, b.first, kHigh),
                _mm512_shuffle_f32x4(a.second, b.second, kLow), _mm512_shuffle_f32x4(a.second, b.second, kHigh));
 }
-
-// Groups' scores in lanes 0..7.
-inline __m256 group_scores(const __m512* choices, bool sum) {
-  TopTwo g[kGroups];
-  for (int i = 0; i < kGroups; i++) {
-    const __m512 a = choices[2 * i], b = choices[2 * i + 1];
-    g[i] = {_mm512_max_ps(a, b), _mm512_min_ps(a, b)};
-  }
-  TopTwo half[4], quarter[2];
-  for (int i = 0; i < 4; i++) half[i] = fold<0x44, 0xee>(g[2 * i], g[2 * i + 1]);        // 8 lanes each
-  for (int i = 0; i < 2; i++) quarter[i] = fold<0x88, 0xdd>(half[2 * i], half[2 * i + 1]);  // 4 lanes each
-  const auto& [a, a2] = quarter[0];
-  const auto& [b, b2] = quarter[1];
-  const TopTwo pair = merge(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee), _mm512_shuffle_ps(a2, b2, 0x44),
-                            _mm512_shuffle_ps(a2, b2, 0xee));
-  const TopTwo all = merge(pair.first, _mm512_permute_ps(pair.first, 0xb1), pair.second,
-                           _mm512_permute_ps(pair.second, 0xb1));
-  const __m512 scores = sum ? _mm512_add_ps(all.first, all.second) : all.first;
-  // Group i < 4 is in lane 4i, group i >= 4 in lane 4(i - 4) + 2
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-  return _mm512_castps512_ps256(_mm512_permutexvar_ps(order, scores));
+template <int kLow, int kHigh>
+inline TopTwo fold_lanes(const TopTwo& a, const TopTwo& b) {
+  return merge(_mm512_shuffle_ps(a.first, b.first, kLow), _mm512_shuffle_ps(a.first, b.first, kHigh),
+               _mm512_shuffle_ps(a.second, b.second, kLow), _mm512_shuffle_ps(a.second, b.second, kHigh));
 }
 
-// Bit i: fewer than `most` groups beat group i; of equals the lower wins.
-inline uint32_t best_groups(__m256 scores, int most) {
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
-  __m256i rank = _mm256_setzero_si256();
-  for (int r = 1; r < kGroups; r++) {
-    const __m256 other = _mm256_permutevar8x32_ps(scores, _mm256_add_epi32(lanes, _mm256_set1_epi32(r)));
-    const auto wraps = static_cast<__mmask8>(0xff00u >> r);  // lanes whose other is a lower group
-    const __mmask8 beats = _mm256_cmp_ps_mask(other, scores, _CMP_GT_OQ) |
-                           _mm256_mask_cmp_ps_mask(wraps, other, scores, _CMP_EQ_OQ);
-    rank = _mm256_mask_add_epi32(rank, beats, rank, one);
-  }
-  return _mm256_cmplt_epi32_mask(rank, _mm256_set1_epi32(most));
+// Integers in the order of the floats, none of which is NaN or -0.
+inline __m512i ordered(__m512 a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  return _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
 }
 
-template <int r>
-inline __m512 rotated(__m512 a) {
-  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(a), _mm512_castps_si512(a), r));
+// Of two rows: the groups that fewer than `most` others beat.
+inline uint32_t best_groups(__m512 scores, int most) {
+  const __m512i keys = ordered(scores), one = _mm512_set1_epi32(1);
+  __m512i rank = _mm512_setzero_si512();
+  for (int r = 0; r < kGroups - 1; r++) {
+    const __m512i other = _mm512_permutexvar_epi32(kRivals.lane[r], keys);
+    const __mmask16 beats = _mm512_cmpgt_epi32_mask(other, _mm512_add_epi32(keys, kRivals.lower[r]));
+    rank = _mm512_mask_add_epi32(rank, beats, rank, one);
+  }
+  return _mm512_cmplt_epi32_mask(rank, _mm512_set1_epi32(most));
 }
 
-// How many lanes beat each lane; with kOrdered, an equal lane before it does too.
-template <bool kOrdered, int r = 1>
-inline __m512i ranks(__m512 a, __m512i rank = _mm512_setzero_si512()) {
-  const __m512 other = rotated<r>(a);
-  __mmask16 beats = _mm512_cmp_ps_mask(other, a, _CMP_GT_OQ);
-  if constexpr (kOrdered) {
-    beats |= _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(0xffff0000u >> r), other, a, _CMP_EQ_OQ);
+// One layer of a sorting network: lanes take the more of themselves and their partner where `high` says so, the less
+// elsewhere.
+inline __m512 exchange(__m512 a, __m512 partner, __mmask16 high) {
+  return _mm512_mask_max_ps(_mm512_min_ps(a, partner), high, a, partner);
+}
+inline __m512i exchange(__m512i a, __m512i partner, __mmask8 high) {
+  return _mm512_mask_max_epi64(_mm512_min_epi64(a, partner), high, a, partner);
+}
+
+inline __m512i reversed_halves() { return _mm512_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8); }
+
+// The eighth best of 16 lanes, in all lanes.
+inline __m512 eighth_best(__m512 a) {
+  a = exchange(a, _mm512_permute_ps(a, 0xb1), 0x5555);
+  a = exchange(a, _mm512_permute_ps(a, 0x1b), 0x3333);
+  a = exchange(a, _mm512_permute_ps(a, 0xb1), 0x5555);
+  a = exchange(a, _mm512_permutexvar_ps(reversed_halves(), a), 0x0f0f);
+  a = exchange(a, _mm512_permute_ps(a, 0x4e), 0x3333);
+  a = exchange(a, _mm512_permute_ps(a, 0xb1), 0x5555);
+  // Both halves fall; the best eight are the greater of one and the other backwards
+  const __m512i reversed = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  a = _mm512_max_ps(a, _mm512_permutexvar_ps(reversed, a));
+  a = _mm512_min_ps(a, _mm512_permute_ps(a, 0xb1));
+  a = _mm512_min_ps(a, _mm512_permute_ps(a, 0x4e));
+  a = _mm512_min_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+  return a;
+}
+
+// Eight lanes, sorted to fall, or to rise.
+template <bool kFalls>
+inline __m512i sorted(__m512i a) {
+  constexpr auto high = [](int mask) { return static_cast<__mmask8>(kFalls ? mask : ~mask); };
+  const __m512i backwards = _mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  a = exchange(a, _mm512_shuffle_epi32(a, _MM_PERM_BADC), high(0x55));
+  a = exchange(a, _mm512_permutex_epi64(a, 0x1b), high(0x33));
+  a = exchange(a, _mm512_shuffle_epi32(a, _MM_PERM_BADC), high(0x55));
+  a = exchange(a, _mm512_permutexvar_epi64(backwards, a), high(0x0f));
+  a = exchange(a, _mm512_permutex_epi64(a, 0x4e), high(0x33));
+  return exchange(a, _mm512_shuffle_epi32(a, _MM_PERM_BADC), high(0x55));
+}
+
+// The best eight of 16 values, best first, as the complements that go with them.
+inline __m256i best_eight(__m512 values, __m512i complements) {
+  const __m512i keys = ordered(values);
+  const __m512i a = sorted<true>(_mm512_unpacklo_epi32(complements, keys));
+  const __m512i b = sorted<false>(_mm512_unpackhi_epi32(complements, keys));
+  __m512i best = _mm512_max_epi64(a, b);  // falls and rises, or the other way round
+  best = exchange(best, _mm512_shuffle_i64x2(best, best, 0x4e), 0x0f);
+  best = exchange(best, _mm512_permutex_epi64(best, 0x4e), 0x33);
+  best = exchange(best, _mm512_shuffle_epi32(best, _MM_PERM_BADC), 0x55);
+  return _mm512_cvtepi64_epi32(best);
+}
+
+// The choices of two groups, and the two best of each in half the lanes. The sign bits of `far` tell what near_sigmoid
+// does not take; kAny makes the most of it, and leaves it to NaN alone.
+template <bool kAny>
+inline TopTwo choose_in_two(const float* logits, const float* bias, float* choices, __m512i& far) {
+  const __m512i beyond = _mm512_set1_epi32(static_cast<int>(0x80000000u - __builtin_bit_cast(uint32_t, kFar)));
+  __m512 choice[4];
+  for (int v = 0; v < 4; v++) {
+    __m512 x = _mm512_loadu_ps(logits + 16 * v);
+    _mm_prefetch(reinterpret_cast<const char*>(logits + 16 * v + 256 * kGateRows), _MM_HINT_T0);  // of the next call
+    if constexpr (kAny) {
+      far = _mm512_or_si512(far, _mm512_movm_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)));
+      x = _mm512_range_ps(x, _mm512_set1_ps(kFar), 2);  // the lesser magnitude with the sign of x
+    } else {
+      const __m512i bits = _mm512_castps_si512(x);  // a magnitude from kFar on turns the sign over
+      far = _mm512_ternarylogic_epi32(far, bits, _mm512_add_epi32(bits, beyond), 0xf6);  // far | bits ^ sum
+    }
+    choice[v] = _mm512_add_ps(near_sigmoid(x), _mm512_loadu_ps(bias + 16 * v));
+    _mm512_store_ps(choices + 16 * v, choice[v]);
   }
-  rank = _mm512_mask_add_epi32(rank, beats, rank, _mm512_set1_epi32(1));
-  if constexpr (r < 15) {
-    return ranks<kOrdered, r + 1>(a, rank);
-  } else {
-    return rank;
-  }
+  const TopTwo a = {_mm512_max_ps(choice[0], choice[1]), _mm512_min_ps(choice[0], choice[1])};
+  const TopTwo b = {_mm512_max_ps(choice[2], choice[3]), _mm512_min_ps(choice[2], choice[3])};
+  return fold_lanes<0x44, 0xee>(a, b);
+}
+
+// The choices of a row, and the two best of half the lanes of groups 0..3, 0..3, 4..7, 4..7. False where kAny or a
+// general path is needed.
+template <bool kAny>
+inline bool choose_in_row(const float* logits, const float* bias, float* choices, TopTwo& best) {
+  __m512i far = _mm512_setzero_si512();
+  TopTwo pairs[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) pairs[i] = choose_in_two<kAny>(logits + 64 * i, bias + 64 * i, choices + 64 * i, far);
+  best = fold_blocks<0x44, 0xee>(fold_lanes<0x88, 0xdd>(pairs[0], pairs[1]),
+                                 fold_lanes<0x88, 0xdd>(pairs[2], pairs[3]));
+  return _mm512_movepi32_mask(far) == 0;
 }
 
 }  // namespace
 
-uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int K, float* scores,
-                       int32_t* chosen) {
+uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int32_t* chosen) {
   alignas(64) float choices[kGateRows][256];
-  __m256 groups[kGateRows];
+  TopTwo best[kGateRows];
   uint32_t done = (1u << rows) - 1, kept[kGateRows];
+  const float none[256] = {};
+  if (bias == nullptr) bias = none;
   for (int row = 0; row < rows; row++) {
-    __m512 of_row[kVectors];
-    __mmask16 odd = 0;
-    for (int v = 0; v < kVectors; v++) {
-      const float* at = logits + 256 * row + 16 * v;
-      _mm_prefetch(reinterpret_cast<const char*>(at + 256 * kGateRows), _MM_HINT_T0);  // of the next call
-      const __m512 score = sigmoid(_mm512_loadu_ps(at));
-      _mm512_storeu_ps(scores + 256 * row + 16 * v, score);
-      of_row[v] = bias == nullptr ? score : _mm512_add_ps(score, _mm512_loadu_ps(bias + 16 * v));
-      _mm512_store_ps(choices[row] + 16 * v, of_row[v]);
-      odd |= _mm512_fpclass_ps_mask(of_row[v], 0x99);  // NaN, infinities
-    }
-    groups[row] = group_scores(of_row, sum);
-    if (odd != 0) done &= ~(1u << row);
+    const float* of_row = logits + 256 * row;
+    if (choose_in_row<false>(of_row, bias, choices[row], best[row])) continue;
+    if (!choose_in_row<true>(of_row, bias, choices[row], best[row])) done &= ~(1u << row);
   }
-  for (int row = 0; row < rows; row++) kept[row] = best_groups(groups[row], top_groups);
 
-  // What K of the lanes' best reach
+  for (int row = 0; row < rows; row += 2) {
+    const TopTwo two = fold_blocks<0x88, 0xdd>(best[row], best[row + 1 < rows ? row + 1 : row]);
+    const uint32_t lanes = best_groups(sum ? _mm512_add_ps(two.first, two.second) : two.first, top_groups);
+    kept[row] = lanes & 0xff;
+    if (row + 1 < rows) kept[row + 1] = lanes >> 8;
+  }
+
+  // What eight reach
   const __m512 lowest = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xff800000u)));  // -infinity
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i join = _mm512_mask_add_epi32(lanes, static_cast<__mmask16>(0xffffu << 2 * top_groups), lanes,
+                                             _mm512_set1_epi32(16 - 2 * top_groups));
   __m512 bounds[kGateRows];
   for (int row = 0; row < rows; row++) {
-    __m512 most = lowest;
-    for (uint32_t rest = kept[row]; rest != 0; rest &= rest - 1) {
-      const float* group = choices[row] + 32 * _tzcnt_u32(rest);
-      most = _mm512_max_ps(most, _mm512_max_ps(_mm512_load_ps(group), _mm512_load_ps(group + 16)));
-    }
-    const __mmask16 best = _mm512_cmplt_epi32_mask(ranks<false>(most), _mm512_set1_epi32(K));
-    bounds[row] = _mm512_set1_ps(_mm512_mask_reduce_min_ps(best, most));
+    const auto halves = static_cast<__mmask16>(0x11 * (kept[row] & 0xf) | 0x110 * (kept[row] & 0xf0));
+    const __m512 first = _mm512_mask_compress_ps(lowest, halves, best[row].first);
+    const __m512 second = _mm512_mask_compress_ps(lowest, halves, best[row].second);
+    bounds[row] = eighth_best(_mm512_permutex2var_ps(first, join, second));
   }
 
   // Those who reach it, by id
-  alignas(64) float values[kGateRows][16 * (kVectors + 1)];
-  alignas(64) int32_t ids[kGateRows][16 * (kVectors + 1)];
+  alignas(64) float values[kGateRows][256 + 16];
+  alignas(64) int32_t complements[kGateRows][256 + 16];
   int counts[kGateRows];
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int row = 0; row < rows; row++) {
     int count = 0;
-    for (uint32_t rest = kept[row]; rest != 0; rest &= rest - 1) {
-      const int first = 32 * static_cast<int>(_tzcnt_u32(rest));
-      for (int e = first; e < first + 32; e += 16) {
-        const __m512 choice = _mm512_load_ps(choices[row] + e);
+    uint32_t rest = kept[row];
+    for (int i = 0; i < top_groups; i++, rest &= rest - 1) {
+      const int first = 2 * static_cast<int>(_tzcnt_u32(rest));
+#pragma GCC unroll 2
+      for (int v = first; v < first + 2; v++) {
+        const __m512 choice = _mm512_load_ps(choices[row] + 16 * v);
         const __mmask16 reaches = _mm512_cmp_ps_mask(choice, bounds[row], _CMP_GE_OQ);
-        _mm512_storeu_ps(values[row] + count, _mm512_maskz_compress_ps(reaches, choice));
-        const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(e));
-        _mm512_storeu_si512(ids[row] + count, _mm512_maskz_compress_epi32(reaches, id));
+        const __m512i complement = kComplements.of[v];
+        // Into their own registers: zeroed ones would have to wait for what they last held
+        _mm512_storeu_ps(values[row] + count, _mm512_mask_compress_ps(choice, reaches, choice));
+        _mm512_storeu_si512(complements[row] + count, _mm512_mask_compress_epi32(complement, reaches, complement));
         count += static_cast<int>(_mm_popcnt_u32(reaches));
       }
     }
     counts[row] = count;
-    if (count > 16) done &= ~(1u << row);
+    if (count > kMostCandidates) done &= ~(1u << row);
   }
 
-  alignas(64) int32_t places[kGateRows][16];
   for (int row = 0; row < rows; row++) {
-    const auto filled = static_cast<__mmask16>(counts[row] > 16 ? 0xffff : (1u << counts[row]) - 1);
-    _mm512_store_si512(places[row], ranks<true>(_mm512_mask_loadu_ps(lowest, filled, values[row])));
-  }
-  for (int row = 0; row < rows; row++) {
-    for (int i = 0; i < 16; i++) chosen[16 * row + places[row][i]] = ids[row][i];
+    const auto filled = static_cast<__mmask16>(counts[row] > 15 ? 0xffff : (1u << counts[row]) - 1);
+    const __m256i of_row = best_eight(_mm512_mask_loadu_ps(lowest, filled, values[row]),
+                                      _mm512_maskz_loadu_epi32(filled, complements[row]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(chosen + 8 * row), _mm256_sub_epi32(_mm256_set1_epi32(255), of_row));
   }
   return done;
 }

@@ -20,15 +20,22 @@ namespace moe {
 inline constexpr int64_t kPanel = 32, kHalf = 16;
 inline constexpr int64_t kChunk = 256;  // a panel's chunk of f32 and a tile's rows stay in a 48 KiB L1
 
-inline constexpr int kGateRows = 8;
+inline constexpr int kGateRows = 16;
+
+// What multiply brings into the cache on its way: a line from `at` on, and every `stride` bytes, for each line of the
+// panel that it reads.
+inline constexpr int64_t kLine = 64;
+struct Fetch {
+  const char* at;
+  int64_t stride;
+};
 
 struct Kernels {
   const char* name;
   int64_t tile_rows;  // the most rows that multiply takes at once
 
-  // out[r * kPanel + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved. What
-  // lies `ahead` bytes further than what is read is fetched too: 0 where the panel is in the cache.
-  void (*multiply)(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, int64_t ahead, bool adds,
+  // out[r * kPanel + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved.
+  void (*multiply)(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, Fetch fetch, bool adds,
                    float* out);
 
   // out[i * stride + j] = sum over k of rows[i][k] * weights[j, k] for i < m, j < n. Weights are n rows of k values;
@@ -42,6 +49,9 @@ struct Kernels {
   // active[c * m + r] = swiglu(gate, up) for c < n <= kHalf, from m rows [kHalf gates, kHalf ups].
   void (*activate)(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active);
 
+  // out[c * m + r] = rows[r * stride + c] for r < m <= tile_rows and c < n; rows must be readable up to padded(n).
+  void (*interleave)(const float* rows, int64_t stride, int64_t m, int64_t n, float* out);
+
   // n values to f32, exactly; and back, rounded to nearest, ties to even.
   void (*widen)(const void* from, DType dtype, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, void* to, DType dtype);
@@ -52,11 +62,11 @@ struct Kernels {
   // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
   void (*sigmoids)(const float* x, int64_t n, float* out);
 
-  // For up to kGateRows rows of 256 experts in 8 groups and K <= 8: their sigmoid scores, and in chosen[16 * row + 0 ..
-  // K-1] the best of the best groups by score and bias (which may be null), best first; the other places are scratch.
-  // Bit `row` of the result is 0 where the row needs the general path. Null where this set has none.
-  uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum, int K,
-                            float* scores, int32_t* chosen);
+  // For up to kGateRows rows of 256 experts in 8 groups, of which at least 3 are kept: the 8 best by sigmoid score and
+  // bias (which may be null, and must be finite), best first, in chosen[8 * row ..]. Bit `row` of the result is 0 where
+  // the row needs the general path. Null where this set has none.
+  uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum,
+                            int32_t* chosen);
 
   // For rooflines: reads n values; runs `rounds` of independent fused multiply-adds and tells how many those were. What
   // they compute is of no interest but depends on all of it.

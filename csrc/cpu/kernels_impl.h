@@ -9,7 +9,7 @@ namespace moe::MOE_ISA {
 
 // m rows by kN vectors of each half of a panel.
 template <int64_t m, class T>
-inline void multiply_tile(const float* x, const T* panel, int64_t k, int64_t ahead, bool adds, float* out) {
+inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch, bool adds, float* out) {
   constexpr int64_t kN = vectors_per_half(m);
   for (int64_t v = 0; v < kHalf / kWidth; v += kN) {
     V first[m][kN], second[m][kN];
@@ -18,10 +18,9 @@ inline void multiply_tile(const float* x, const T* panel, int64_t k, int64_t ahe
     }
     const float* values = x;
     const T* row = panel;
+    const char* next = fetch.at;
     for (int64_t i = 0; i < k; i++, values += m, row += kPanel) {
-      for (int64_t line = 0; line < kPanel * int64_t{sizeof(T)}; line += 64) {
-        prefetch(reinterpret_cast<const char*>(row) + ahead + line);
-      }
+      for (int64_t line = 0; line < kPanel * int64_t{sizeof(T)}; line += kLine, next += fetch.stride) prefetch(next);
       V a[kN], b[kN];
       for (int64_t c = 0; c < kN; c++) load_halves(row, v + c, a[c], b[c]);
       for (int64_t r = 0; r < m; r++) {
@@ -43,18 +42,18 @@ inline void multiply_tile(const float* x, const T* panel, int64_t k, int64_t ahe
 }
 
 template <int64_t m, class T>
-inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t k, int64_t ahead, bool adds, float* out) {
+inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t k, Fetch fetch, bool adds, float* out) {
   if constexpr (m > 1) {
-    if (rows != m) return multiply_rows<m - 1>(x, rows, panel, k, ahead, adds, out);
+    if (rows != m) return multiply_rows<m - 1>(x, rows, panel, k, fetch, adds, out);
   }
-  multiply_tile<m>(x, panel, k, ahead, adds, out);
+  multiply_tile<m>(x, panel, k, fetch, adds, out);
 }
 
-inline void multiply(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, int64_t ahead, bool adds,
+inline void multiply(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, Fetch fetch, bool adds,
                      float* out) {
-  if (dtype == DType::kF32) return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, ahead, adds, out);
-  if (dtype == DType::kBF16) return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, ahead, adds, out);
-  multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, ahead, adds, out);
+  if (dtype == DType::kF32) return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, fetch, adds, out);
+  if (dtype == DType::kBF16) return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, fetch, adds, out);
+  multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, fetch, adds, out);
 }
 
 // `count` < kWidth values, and zeros.
@@ -173,12 +172,34 @@ inline V activation(const SwiGLU& p, V g, V u) {
   return mul(add(u, splat(p.beta)), mul(g, sigmoid(mul(splat(p.alpha), g))));
 }
 
-inline void activate(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active) {
-  for (int64_t r = 0; r < m; r++, rows += kPanel) {
-    float values[kHalf];
-    for (int64_t c = 0; c < kHalf; c += kWidth) store(values + c, activation(swiglu, load(rows + c), load(rows + kHalf + c)));
-    for (int64_t c = 0; c < n; c++) active[c * m + r] = values[c];
+// Turned over in a small buffer, so that `out` gets whole vectors: few lines that are not in the cache may be waited for
+// at once, and a line written value by value keeps its place for long.
+inline void interleave(const float* rows, int64_t stride, int64_t m, int64_t n, float* out) {
+  float turned[kWidth * kTileRows + kWidth];
+  for (int64_t first = 0; first < n; first += kWidth, out += kWidth * m) {
+    // Columns run over into the start of the next, which is written later
+    for (int64_t r = (m - 1) / kWidth * kWidth; r >= 0; r -= kWidth) {
+      U block[kWidth];
+      for (int64_t j = 0; j < kWidth; j++) block[j] = load_words(rows + (r + j < m ? r + j : r) * stride + first);
+      transpose(block);
+      for (int64_t j = 0; j < kWidth; j++) store_words(turned + j * m + r, block[j]);
+    }
+    if (n - first >= kWidth) {
+      for (int64_t i = 0; i < kWidth * m; i += kWidth) store(out + i, load(turned + i));
+    } else {
+      for (int64_t i = 0; i < (n - first) * m; i++) out[i] = turned[i];
+    }
   }
+}
+
+inline void activate(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active) {
+  float values[kTileRows * kHalf];
+  for (int64_t r = 0; r < m; r++, rows += kPanel) {
+    for (int64_t c = 0; c < kHalf; c += kWidth) {
+      store(values + r * kHalf + c, activation(swiglu, load(rows + c), load(rows + kHalf + c)));
+    }
+  }
+  interleave(values, kHalf, m, n, active);
 }
 
 template <class From, class To>
@@ -264,8 +285,8 @@ namespace moe {
 extern const Kernels MOE_TABLE(MOE_ISA);
 const Kernels MOE_TABLE(MOE_ISA) = {
     MOE_NAME(MOE_ISA),     MOE_ISA::kTileRows, MOE_ISA::multiply, MOE_ISA::dots,       MOE_ISA::fill_panel,
-    MOE_ISA::activate,     MOE_ISA::widen,     MOE_ISA::narrow,   MOE_ISA::add_scaled,
-    MOE_ISA::sigmoids,     MOE_ISA::choose,   MOE_ISA::read,         MOE_ISA::multiply_add,
+    MOE_ISA::activate,     MOE_ISA::interleave, MOE_ISA::widen,  MOE_ISA::narrow,     MOE_ISA::add_scaled,
+    MOE_ISA::sigmoids,     MOE_ISA::choose,    MOE_ISA::read,     MOE_ISA::multiply_add,
 };
 
 }  // namespace moe

@@ -8,11 +8,53 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "expert_mlp.h"
 
 namespace moe {
+
+namespace {
+
+constexpr int64_t kMostPieces = 16;
+
+// The experts from `first` on; what is negative wraps around and is none of them.
+struct Local {
+  uint32_t first, count;
+  uint32_t operator()(int32_t id) const { return static_cast<uint32_t>(id) - first; }
+};
+
+// Whether all are local.
+bool count_choices(const int32_t* ids, int64_t n, Local local, int32_t* counts) {
+  std::fill_n(counts, local.count, 0);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t expert = local(ids[i]);
+    if (expert < local.count) counts[expert]++;
+  }
+  return std::accumulate(counts, counts + local.count, int64_t{0}) == n;
+}
+
+// Puts choices first .. first+n-1 into their next places.
+template <bool kAllLocal>
+void place_choices(const int32_t* ids, int64_t first, int64_t n, Local local, int32_t* next, int32_t* order,
+                   int32_t* inverse) {
+#pragma GCC unroll 8
+  for (int64_t choice = first; choice < first + n; choice++) {
+    const uint32_t expert = local(ids[choice]);
+    if (!kAllLocal && expert >= local.count) {
+      inverse[choice] = -1;
+      continue;
+    }
+    const int64_t place = next[expert];
+    next[expert] = static_cast<int32_t>(place + 1);
+    inverse[choice] = static_cast<int32_t>(place);
+    order[place] = static_cast<int32_t>(choice);
+  }
+}
+
+}  // namespace
 
 Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   const int64_t choices = p.T * p.C, experts = p.experts;
@@ -24,23 +66,18 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   int32_t* block_experts = p.block_experts.as<int32_t>();
   Workspace workspace(cpu(backend));
   ThreadPool& pool = cpu(backend).pool();
-  const int64_t pieces = experts <= 4096 ? std::clamp(choices / 32768, int64_t{1}, int64_t{16}) : 1;
+  const int64_t pieces = experts <= 4096 ? std::clamp(choices / 32768, int64_t{1}, kMostPieces) : 1;
   const int64_t piece = ceil_div(std::max(choices, int64_t{1}), pieces);
   backend.note_path("moe_dispatch", pieces > 1 ? "counting sort, parallel" : "counting sort");
-  // An expert from 0 on, or something beyond them: what is negative wraps around.
-  const auto first_expert = static_cast<uint32_t>(p.first_expert), local_experts = static_cast<uint32_t>(experts);
-  const auto local = [&](int64_t choice) { return static_cast<uint32_t>(ids[choice]) - first_expert; };
+  const Local local = {static_cast<uint32_t>(p.first_expert), static_cast<uint32_t>(experts)};
+  const auto length = [&](int64_t at) { return std::max(std::min(choices - at * piece, piece), int64_t{0}); };
 
   // Count every piece
   int32_t* next = nullptr;  // [pieces, experts]: counts, then the next place
+  bool all_local[kMostPieces];
   MOE_RETURN_IF_ERROR(workspace.take(pieces * experts, &next));
   pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
-    int32_t* mine = next + at * experts;
-    std::fill_n(mine, experts, 0);
-    for (int64_t choice = at * piece; choice < std::min(choices, (at + 1) * piece); choice++) {
-      const uint32_t expert = local(choice);
-      if (expert < local_experts) mine[expert]++;
-    }
+    all_local[at] = count_choices(ids + at * piece, length(at), local, next + at * experts);
   });
   MOE_RETURN_IF_ERROR(cpu(backend).finished());
 
@@ -71,17 +108,8 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   // Place the choices
   std::fill(order + place, order + p.P, static_cast<int32_t>(choices));
   pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
-    int32_t* mine = next + at * experts;
-    for (int64_t choice = at * piece; choice < std::min(choices, (at + 1) * piece); choice++) {
-      const uint32_t expert = local(choice);
-      if (expert < local_experts) {
-        const int32_t at_place = mine[expert]++;
-        inverse[choice] = at_place;
-        order[at_place] = static_cast<int32_t>(choice);
-      } else {
-        inverse[choice] = -1;
-      }
-    }
+    const auto place = all_local[at] ? place_choices<true> : place_choices<false>;
+    place(ids, at * piece, length(at), local, next + at * experts, order, inverse);
   });
   if (!p.rows) return cpu(backend).finished();
 

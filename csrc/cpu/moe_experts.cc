@@ -80,12 +80,11 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   int64_t filled = 0, place = 0;
   for (int64_t e = 0; e < p.S; e++) {
     const int64_t rows = p.counts.as<const int32_t>()[e], first = p.offsets.as<const int32_t>()[e];
-    for (int64_t r = 0; r < rows; r += kGroupRows) {
-      const int64_t m = std::min(kGroupRows, rows - r);
+    for_each_part(rows, kGroupRows, [&](int64_t r, int64_t m) {
       if (place + m > room) place = 0;
       groups[filled++] = {e, m, first + r, place};
       place += m;
-    }
+    });
   }
 
   float *x = nullptr, *active = nullptr;
@@ -110,6 +109,7 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
     pool.parallel_for(pieces * panels, grain, [&](int64_t from, int64_t to) {
       for (int64_t task = from; task < to; task++) {
         const Group& group = piece[task / panels];
+        if (task == from || task % panels == 0) bring_near(kernels, x + group.place * H, group.rows, H);
         float weights[kGroupRows], out[kGroupRows * kPanel];
         for (int64_t r = 0; r < group.rows && p.order; r++) {
           weights[r] = p.weights.as<const float>()[p.order.as<const int32_t>()[group.first + r]];
@@ -125,6 +125,7 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
       for (int64_t task = from; task < to; task++) {
         const Group& group = piece[task / out_panels];
         const int64_t h = task % out_panels * kPanel, n = std::min(kPanel, H - h);
+        if (task == from || task % out_panels == 0) bring_near(kernels, active + group.place * I, group.rows, I);
         float out[kGroupRows * kPanel];
         project_down(kernels, experts, group.expert, active + group.place * I, group.rows, task % out_panels, out);
         for (int64_t r = 0; r < group.rows; r++) {

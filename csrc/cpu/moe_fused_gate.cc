@@ -7,7 +7,8 @@
 // Ranks are unsigned keys with the order of the floats, -0 equal to 0 and NaN below -inf; equal keys go to the lower
 // id, for experts and for groups. A NaN logit or bias, or a choice that became NaN (+inf score, -inf bias), has weight
 // 0. Order of accumulation: softmax sums run in id order, sums over chosen experts in slot order, everything in f32;
-// sigmoids to a unit in the last place, the other exp and log1p rounded from f64.
+// sigmoids to a unit in the last place (those that choose among 256 in 8 groups to 2e-7), the other exp and log1p
+// rounded from f64.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -137,14 +138,11 @@ void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
   }
 }
 
+// Whether the columns of a row are its chosen experts and nothing else.
+bool is_plain(const MoeFusedGate& p) { return p.shared == 0 && p.zero == 0 && !p.id_map && !p.logical_ids; }
+
 // The columns of a row: chosen experts with their weights, then the shared ones.
 void write_row(const MoeFusedGate& p, int64_t t, const int32_t* chosen, const float* weights) {
-  if (p.shared == 0 && p.zero == 0 && !p.id_map && !p.logical_ids) {
-    const float scale = p.scale_placement == ScalePlacement::kInWeights ? p.scale : 1.0f;
-    std::copy_n(chosen, p.K, p.ids.as<int32_t>() + t * p.K);
-    for (int64_t c = 0; c < p.K; c++) p.weights.as<float>()[t * p.K + c] = weights[c] * scale;
-    return;
-  }
   const int64_t columns = int64_t{p.K} + p.shared, routed = p.E - p.zero;
   const bool in_weights = p.scale_placement == ScalePlacement::kInWeights;
   const int32_t* map = p.id_map ? p.id_map.as<const int32_t>() + t % p.rounds * (p.E + p.shared) : nullptr;
@@ -161,8 +159,10 @@ void write_row(const MoeFusedGate& p, int64_t t, const int32_t* chosen, const fl
 
 // Whether the rows may be tried with Kernels::choose_of_256.
 bool is_grouped_256(const Kernels& kernels, const MoeFusedGate& p) {
-  return kernels.choose_of_256 != nullptr && p.E == 256 && p.groups == 8 && p.K <= 8 &&
-         p.scoring == Scoring::kSigmoid && p.selection == Selection::kScore;
+  const float* bias = p.bias.as<const float>();
+  return kernels.choose_of_256 != nullptr && p.E == 256 && p.groups == 8 && p.top_groups >= 3 && p.K <= 8 &&
+         p.scoring == Scoring::kSigmoid && p.selection == Selection::kScore &&
+         (bias == nullptr || std::all_of(bias, bias + p.E, [](float b) { return std::isfinite(b); }));
 }
 
 void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
@@ -209,24 +209,35 @@ void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
 
 // Rows begin .. begin+count-1 with count <= kGateRows; single rows go the general way.
 void route_grouped_256(const Kernels& kernels, const MoeFusedGate& p, int64_t begin, int64_t count, Row& row) {
-  float wide[kGateRows * 256], scores[kGateRows * 256];
-  int32_t chosen[kGateRows * 16];
+  constexpr int64_t kChosen = 8;
+  float wide[kGateRows * 256];
   const void* from = element(p.logits.data, p.logits.dtype, begin * p.E);
   if (p.logits.dtype != DType::kF32) kernels.widen(from, p.logits.dtype, count * p.E, wide);
   const float* logits = p.logits.dtype == DType::kF32 ? static_cast<const float*>(from) : wide;
-  const bool sum_of_two = p.group_score == GroupScore::kTop2Sum;
+
+  // Straight to where they belong if rows are nothing but these
+  const bool whole = p.K == kChosen && is_plain(p);
+  int32_t own_ids[kGateRows * kChosen];
+  float own_weights[kGateRows * kChosen];
+  int32_t* chosen = whole ? p.ids.as<int32_t>() + begin * kChosen : own_ids;
+  float* weights = whole ? p.weights.as<float>() + begin * kChosen : own_weights;
   const uint32_t done = kernels.choose_of_256(logits, static_cast<int>(count), p.bias.as<const float>(), p.top_groups,
-                                              sum_of_two, p.K, scores, chosen);
+                                              p.group_score == GroupScore::kTop2Sum, chosen);
   for (int64_t r = 0; r < count; r++) {
-    if ((done >> r & 1) == 0) {
-      route(kernels, p, begin + r, row);
-      continue;
-    }
-    float weights[8] = {}, sum = 0;
-    for (int c = 0; c < p.K; c++) sum += weights[c] = scores[r * 256 + chosen[r * 16 + c]];
+    for (int64_t c = 0; c < kChosen; c++) weights[r * kChosen + c] = logits[r * 256 + chosen[r * kChosen + c]];
+  }
+  kernels.sigmoids(weights, count * kChosen, weights);
+  const float scale = whole && p.scale_placement == ScalePlacement::kInWeights ? p.scale : 1.0f;
+  for (int64_t r = 0; r < count; r++) {
+    float* of_row = weights + r * kChosen;
+    float sum = 0;
+    for (int c = 0; c < p.K; c++) sum += of_row[c];
     const float divisor = !p.renormalize ? 1.0f : sum == 0 ? kInfinity : sum;
-    for (float& weight : weights) weight /= divisor;
-    write_row(p, begin + r, chosen + r * 16, weights);
+    for (int64_t c = 0; c < kChosen; c++) of_row[c] = of_row[c] / divisor * scale;
+    if (!whole) write_row(p, begin + r, chosen + r * kChosen, of_row);
+  }
+  for (int64_t r = 0; r < count; r++) {
+    if ((done >> r & 1) == 0) route(kernels, p, begin + r, row);
   }
 }
 

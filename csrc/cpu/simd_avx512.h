@@ -8,8 +8,7 @@ constexpr int64_t kTileRows = 12;                             // 24 sums, two we
 constexpr int64_t vectors_per_half(int64_t) { return 1; }     // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
-uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int K, float* scores,
-                       int32_t* chosen);
+uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int32_t* chosen);
 constexpr auto choose = &choose_of_256;  // gate_avx512.cc
 
 using V = __m512;

@@ -28,9 +28,13 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Tokens per multiprocessor up to which a warp per token is fastest: lines through the measured points cross those of 8
-// lanes at 29,000 tokens (16-bit) and 36,000 (f32). Where the load is counted in shared memory it is not.
-constexpr int64_t kFewTokens = 200;
+// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest, above `many` 2 lanes, 8 between them.
+// Lines through the times at 4,096 to 40,000 tokens cross there. Where the load is counted in shared memory a warp per
+// token never is.
+struct Limits {
+  int64_t few, many;
+};
+constexpr Limits kHalfLimits{88, 160}, kFloatLimits{128, 128};
 
 template <class T>
 cudaError_t run_few(Args a, cudaStream_t stream) {
@@ -209,9 +213,10 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   };
   const bool halves = a.dtype != DType::kF32;
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
-    if (aligned(a.ids) && aligned(a.weights) && large(2, 160 * sms)) return run_tokens_dtype(a, sms, stream);
+    const auto [few_tokens, many_tokens] = halves ? kHalfLimits : kFloatLimits;
+    if (aligned(a.ids) && aligned(a.weights) && large(2, many_tokens * sms)) return run_tokens_dtype(a, sms, stream);
     const bool few = a.columns <= 32 && a.T * a.columns < int64_t{1} << 31;
-    if (few && (force == 0 ? a.T <= kFewTokens * sms && a.histogram == 0 : force == 32)) {
+    if (few && (force == 0 ? a.T <= few_tokens * sms && a.histogram == 0 : force == 32)) {
       *path = name(32);
       return run_few_dtype(a, stream);
     }

@@ -111,13 +111,15 @@ class Backend {
   // Runs `work` at once, with memory of its own, even while a capture is recorded.
   virtual Status aside(const std::function<Status()>& work) { return work(); }
 
-  // Two sequences of work beside each other: what is submitted after kBeside may run beside what is submitted after kMain;
-  // everything after kJoin comes after both. A backend that runs one thing at a time ignores it.
+  // Two sequences of work beside each other: what is submitted after kBeside may run beside what is submitted after
+  // kMain; everything after kJoin comes after both. A backend that runs one thing at a time ignores it.
   enum class Lane { kBeside, kMain, kJoin };
   virtual Status take_lane(Lane /*lane*/) { return Status::Ok(); }
 
   // Measures, inside submitted work; takes about a second.
-  virtual Status roofline(Roofline* /*out*/) { return Status::Error(Code::kUnsupported, "this backend has no roofline"); }
+  virtual Status roofline(Roofline* /*out*/) {
+    return Status::Error(Code::kUnsupported, "this backend has no roofline");
+  }
 
   virtual size_t expert_bytes(const ExpertsLayout& layout) const = 0;
   virtual MemoryInfo memory() const = 0;

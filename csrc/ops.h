@@ -150,14 +150,14 @@ Status fused_moe(Backend&, const FusedMoe&);
 Status shared_experts(Backend&, const SharedExperts&);
 Status pack_experts(Backend&, const PackExperts&);
 
-#define MOE_OPS(X)                    \
-  X(moe_router, MoeRouter)            \
-  X(moe_fused_gate, MoeFusedGate)     \
-  X(moe_dispatch, MoeDispatch)        \
-  X(moe_experts, MoeExperts)          \
-  X(moe_combine, MoeCombine)          \
-  X(fused_moe, FusedMoe)              \
-  X(shared_experts, SharedExperts)    \
+#define MOE_OPS(X)                 \
+  X(moe_router, MoeRouter)         \
+  X(moe_fused_gate, MoeFusedGate)  \
+  X(moe_dispatch, MoeDispatch)     \
+  X(moe_experts, MoeExperts)       \
+  X(moe_combine, MoeCombine)       \
+  X(fused_moe, FusedMoe)           \
+  X(shared_experts, SharedExperts) \
   X(pack_experts, PackExperts)
 
 // A backend registers the ops it has; one it lacks is reported as unsupported.

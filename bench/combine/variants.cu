@@ -13,13 +13,13 @@
 #include <random>
 #include <vector>
 
-#define CHECK(expr)                                                                    \
-  do {                                                                                 \
-    cudaError_t e = (expr);                                                            \
-    if (e != cudaSuccess) {                                                            \
-      printf("%d %s: %s\n", __LINE__, #expr, cudaGetErrorString(e));                   \
-      exit(1);                                                                         \
-    }                                                                                  \
+#define CHECK(expr)                                                  \
+  do {                                                               \
+    cudaError_t e = (expr);                                          \
+    if (e != cudaSuccess) {                                          \
+      printf("%d %s: %s\n", __LINE__, #expr, cudaGetErrorString(e)); \
+      exit(1);                                                       \
+    }                                                                \
   } while (0)
 
 constexpr int T = 4096, C = 9, H = 7168, R = 4;
@@ -87,7 +87,10 @@ __global__ void __launch_bounds__(THREADS) plain(Set s) {
 #pragma unroll
     for (int c = 0; c < C; c++) add(sum, v[c], weight[c]);
     uint4* to = reinterpret_cast<uint4*>(s.out + int64_t{token} * H) + at;
-    if (STREAM_OUT) __stcs(to, pack(sum)); else *to = pack(sum);
+    if (STREAM_OUT)
+      __stcs(to, pack(sum));
+    else
+      *to = pack(sum);
   }
 }
 
@@ -107,10 +110,15 @@ __global__ void __launch_bounds__(THREADS) warps(Set s) {
 #pragma unroll
   for (int c = 0; c < C; c++) add(sum, v[c], __shfl_sync(~0u, w, c));
   uint4* to = reinterpret_cast<uint4*>(s.out + int64_t{token} * H) + at;
-  if (STREAM_OUT) __stcs(to, pack(sum)); else *to = pack(sum);
+  if (STREAM_OUT)
+    __stcs(to, pack(sum));
+  else
+    *to = pack(sum);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 __device__ __forceinline__ void barrier_init(uint64_t* b, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count));
 }
@@ -122,8 +130,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* b) {
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* b, int parity) {
   asm volatile(
-      "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}" ::"r"(
-          shared_address(b)),
+      "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}" ::
+          "r"(shared_address(b)),
       "r"(parity)
       : "memory");
 }
@@ -206,7 +214,8 @@ __global__ void copy(const uint4* from, uint4* to, int64_t n) {
 }
 __global__ void flush(const uint4* from, int64_t n, int* sink) {
   uint32_t x = 0;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) x |= from[i].x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x)
+    x |= from[i].x;
   if (x == 0x12345678) *sink = 1;
 }
 __global__ void spin(int64_t cycles) {
@@ -294,10 +303,13 @@ int main() {
   };
   for (int blocks : {1056, 2112, 4224}) {
     const int64_t n = rows / 8;
-    const float us = time([&](int r) { copy<<<blocks, 512, 0, stream>>>(reinterpret_cast<uint4*>(sets[r].rows), reinterpret_cast<uint4*>(sets[(r + 1) % R].rows), n); });
+    const float us = time([&](int r) {
+      copy<<<blocks, 512, 0, stream>>>(reinterpret_cast<uint4*>(sets[r].rows),
+                                       reinterpret_cast<uint4*>(sets[(r + 1) % R].rows), n);
+    });
     printf("copy %d blocks: %.2f us, %.3f TB/s\n", blocks, us, 2.0 * rows * 2 / us / 1e6);
   }
-#define PLAIN(threads, slices, hint, out) \
+#define PLAIN(threads, slices, hint, out)                                        \
   report("plain " #threads " threads, " #slices " slices, " #hint ", out " #out, \
          [&](int r) { plain<threads, slices, Load::hint, out><<<T * slices, threads, 0, stream>>>(sets[r]); })
   PLAIN(128, 1, kStreaming, true);
@@ -311,19 +323,21 @@ int main() {
   PLAIN(448, 2, kNoAllocate, false);
   PLAIN(64, 14, kNoAllocate, false);
   PLAIN(256, 1, kNoAllocate, false);
-#define WARPS(threads, hint, out) \
+#define WARPS(threads, hint, out)                            \
   report("warps " #threads " threads, " #hint ", out " #out, \
-         [&](int r) { warps<threads, Load::hint, out><<<T * (H / 256) * 32 / threads, threads, 0, stream>>>(sets[r]); })
+         [&](int r) { warps<threads, Load::hint, out><<<T*(H / 256) * 32 / threads, threads, 0, stream>>>(sets[r]); })
   WARPS(128, kNoAllocate, false);
   WARPS(128, kStreaming, true);
   WARPS(256, kNoAllocate, false);
   WARPS(512, kNoAllocate, false);
-#define RING(slices, per_sm, kib)                                                                               \
-  do {                                                                                                          \
-    const int bytes_of_stage = H / slices * 2, stages = std::min(64, kib * 1024 / bytes_of_stage);              \
-    CHECK(cudaFuncSetAttribute(ring<slices, per_sm>, cudaFuncAttributeMaxDynamicSharedMemorySize, stages * bytes_of_stage)); \
-    report("ring " #slices " slices, " #per_sm " per SM, " #kib " KiB",                                          \
-           [&](int r) { ring<slices, per_sm><<<132 * per_sm, 256, stages * bytes_of_stage, stream>>>(sets[r], stages); }); \
+#define RING(slices, per_sm, kib)                                                                    \
+  do {                                                                                               \
+    const int bytes_of_stage = H / slices * 2, stages = std::min(64, kib * 1024 / bytes_of_stage);   \
+    CHECK(cudaFuncSetAttribute(ring<slices, per_sm>, cudaFuncAttributeMaxDynamicSharedMemorySize,    \
+                               stages * bytes_of_stage));                                            \
+    report("ring " #slices " slices, " #per_sm " per SM, " #kib " KiB", [&](int r) {                 \
+      ring<slices, per_sm><<<132 * per_sm, 256, stages * bytes_of_stage, stream>>>(sets[r], stages); \
+    });                                                                                              \
   } while (0)
   RING(1, 1, 210);
   RING(2, 1, 210);

@@ -1,6 +1,7 @@
 // What a device can do at most, as one line of JSON: bytes per second of the best of a few copy kernels (read and
-// written) and read kernels over 1 GiB, and what an empty node takes in a chain of a CUDA graph. bench/device.ts runs it
-// before and after its tables, and floors come from it. Not memcpy nodes: captured into a graph they are much slower.
+// written) and read kernels over 1 GiB, and what an empty node takes in a chain of a CUDA graph. bench/device.ts runs
+// it before and after its tables, and floors come from it. Not memcpy nodes: captured into a graph they are much
+// slower.
 #include "harness.cuh"
 
 namespace {
@@ -14,7 +15,8 @@ __global__ void __launch_bounds__(kThreads) copy_piece(const uint4* from, uint4*
   const size_t first = static_cast<size_t>(blockIdx.x) * kThreads * Each + threadIdx.x;
   uint4 values[Each];
 #pragma unroll
-  for (int i = 0; i < Each; i++) values[i] = Streaming ? __ldcs(from + first + i * kThreads) : from[first + i * kThreads];
+  for (int i = 0; i < Each; i++)
+    values[i] = Streaming ? __ldcs(from + first + i * kThreads) : from[first + i * kThreads];
 #pragma unroll
   for (int i = 0; i < Each; i++) {
     if (Streaming) {
@@ -69,19 +71,25 @@ int main() {
     return least;
   };
   const double copy = best({
-      [&](int) { copy_kernel<<<properties.multiProcessorCount * 16, kThreads, 0, timer.stream>>>(source, target, kVectors); },
+      [&](int) {
+        copy_kernel<<<properties.multiProcessorCount * 16, kThreads, 0, timer.stream>>>(source, target, kVectors);
+      },
       [&](int) { copy_piece<4, false><<<pieces<4>(), kThreads, 0, timer.stream>>>(source, target); },
       [&](int) { copy_piece<4, true><<<pieces<4>(), kThreads, 0, timer.stream>>>(source, target); },
       [&](int) { copy_piece<8, true><<<pieces<8>(), kThreads, 0, timer.stream>>>(source, target); },
   });
   const double read = best({
-      [&](int) { read_kernel<<<properties.multiProcessorCount * 16, kThreads, 0, timer.stream>>>(source, kVectors, word); },
+      [&](int) {
+        read_kernel<<<properties.multiProcessorCount * 16, kThreads, 0, timer.stream>>>(source, kVectors, word);
+      },
       [&](int) { read_piece<4><<<pieces<4>(), kThreads, 0, timer.stream>>>(source, word); },
       [&](int) { read_piece<8><<<pieces<8>(), kThreads, 0, timer.stream>>>(source, word); },
   });
   const double empty = timer.graph(40, [&](int) { empty_kernel<<<1, 32, 0, timer.stream>>>(); });
   const double bytes = static_cast<double>(kBytes);
-  std::printf("{\"device\": \"%s\", \"copyBytesPerSecond\": %.4e, \"readBytesPerSecond\": %.4e, \"emptyNodeMicroseconds\": %.3f}\n",
-              properties.name, 2e6 * bytes / copy, 1e6 * bytes / read, empty);
+  std::printf(
+      "{\"device\": \"%s\", \"copyBytesPerSecond\": %.4e, \"readBytesPerSecond\": %.4e, \"emptyNodeMicroseconds\": "
+      "%.3f}\n",
+      properties.name, 2e6 * bytes / copy, 1e6 * bytes / read, empty);
   return 0;
 }

@@ -18,7 +18,7 @@ namespace {
 
 // Further layers of public models for `paths`, routed experts alone.
 const Layer kMoreLayers[] = {
-    {"OLMoE", 2048, 1024, 64, 8},       {"gpt-oss-20b", 2880, 2880, 32, 4}, {"Qwen3-Next", 2048, 512, 512, 10},
+    {"OLMoE", 2048, 1024, 64, 8},        {"gpt-oss-20b", 2880, 2880, 32, 4}, {"Qwen3-Next", 2048, 512, 512, 10},
     {"Mixtral-8x7B", 4096, 14336, 8, 2}, {"V3-EP32", 7168, 2048, 8, 1},
 };
 

@@ -135,18 +135,18 @@ inline void time_shared(CudaBackend& backend, const Layer& l, Buffer& flush) {
       OK(enqueue<SharedExperts>(backend, p));
     };
     const auto route = [&](int i) { OK(enqueue<FusedMoe>(backend, call_of(others, *routings[i]))); };
-    const std::vector<double> us = time_graphs(
-        backend, flush, static_cast<int>(inputs.size()),
-        {[&](int i) { OK(enqueue<FusedMoe>(backend, call_of(all, *inputs[i]))); },
-         [&](int i) { route(i), part(i, SharedPart::kWhole); },
-         [&](int i) {
-           OK(backend.take_lane(Backend::Lane::kBeside));
-           part(i, SharedPart::kGateUp);
-           OK(backend.take_lane(Backend::Lane::kMain));
-           route(i);
-           OK(backend.take_lane(Backend::Lane::kJoin));
-           part(i, SharedPart::kDown);
-         }});
+    const std::vector<double> us =
+        time_graphs(backend, flush, static_cast<int>(inputs.size()),
+                    {[&](int i) { OK(enqueue<FusedMoe>(backend, call_of(all, *inputs[i]))); },
+                     [&](int i) { route(i), part(i, SharedPart::kWhole); },
+                     [&](int i) {
+                       OK(backend.take_lane(Backend::Lane::kBeside));
+                       part(i, SharedPart::kGateUp);
+                       OK(backend.take_lane(Backend::Lane::kMain));
+                       route(i);
+                       OK(backend.take_lane(Backend::Lane::kJoin));
+                       part(i, SharedPart::kDown);
+                     }});
     std::printf("%-14s %6lld tokens  a slot %8.1f us  after %8.1f us  beside %8.1f us\n", l.name, (long long)T, us[0],
                 us[1], us[2]);
     std::fflush(stdout);

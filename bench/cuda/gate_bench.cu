@@ -13,7 +13,8 @@ using namespace moe;
 namespace {
 
 enum class Fill { kNormal, kTies, kEqual, kNaN, kInfinite, kSaturated, kSkewed, kFewFinite, kAllNaN, kAroundZero };
-const char* const fill_names[] = {"normal", "ties", "equal", "nan", "inf", "saturated", "skewed", "few finite", "all nan", "around 0"};
+const char* const fill_names[] = {"normal",    "ties",   "equal",      "nan",     "inf",
+                                  "saturated", "skewed", "few finite", "all nan", "around 0"};
 
 struct Case {
   std::string name;
@@ -39,7 +40,8 @@ std::string filter;  // only cases whose names begin like this
 float logit(Fill fill, Random& random, int64_t t, int e, int E, int group_size) {
   const float normal = static_cast<float>(random.normal());
   switch (fill) {
-    case Fill::kNormal: case Fill::kAroundZero: return normal;
+    case Fill::kNormal:
+    case Fill::kAroundZero: return normal;
     case Fill::kTies: return std::round(normal * 2) / 2;
     case Fill::kEqual: return static_cast<float>(t % 3) - 1;
     case Fill::kNaN: return random.uniform() < (t % 4 == 0 ? 0.5 : 0.02) ? std::nanf("") : normal;
@@ -61,7 +63,9 @@ struct Result {
   std::vector<int64_t> load;
 };
 
-uint16_t bits_of(DType dtype, float x) { return dtype == DType::kBF16 ? from_float<bf16>(x).bits : from_float<f16>(x).bits; }
+uint16_t bits_of(DType dtype, float x) {
+  return dtype == DType::kBF16 ? from_float<bf16>(x).bits : from_float<f16>(x).bits;
+}
 
 // Whether the row has a gap in what decides that is not 0 and under 2e-6.
 bool near_tie(const Case& c, const float* x, const float* bias) {
@@ -113,7 +117,8 @@ int failures = 0, cases = 0, near_ties = 0;
 double worst_weight = 0;
 
 void check(const Case& c, int64_t T) {
-  Random random(static_cast<uint64_t>(T) * 131 + c.E * 7 + c.K + static_cast<int>(c.fill) * 977 + static_cast<int>(c.dtype));
+  Random random(static_cast<uint64_t>(T) * 131 + c.E * 7 + c.K + static_cast<int>(c.fill) * 977 +
+                static_cast<int>(c.dtype));
   const int columns = c.K + c.shared;
   std::vector<float> x(T * c.E), bias(c.E);
   std::vector<uint16_t> narrow(c.dtype == DType::kF32 ? 0 : T * c.E);
@@ -128,7 +133,8 @@ void check(const Case& c, int64_t T) {
   }
   for (int e = 0; e < c.E; e++) {
     bias[e] = static_cast<float>(random.normal()) * 0.1f;
-    if (c.fill == Fill::kTies) bias[e] = 0.0625f;  // mixed biases would make sums of groups that differ in rounding only
+    if (c.fill == Fill::kTies)
+      bias[e] = 0.0625f;  // mixed biases would make sums of groups that differ in rounding only
     if (c.fill == Fill::kEqual) bias[e] = 0.25f;
     if (c.fill == Fill::kFewFinite) bias[e] = 0;
     if (c.fill == Fill::kAroundZero) bias[e] -= 0.85f;  // choices of both signs
@@ -152,7 +158,8 @@ void check(const Case& c, int64_t T) {
   p.shared = c.shared, p.zero = c.zero, p.capture_logical_ids = c.capture, p.seed = 77;
 
   // Reference
-  Result want{std::vector<int32_t>(T * columns), std::vector<int32_t>(T * c.K), std::vector<float>(T * columns), load_before};
+  Result want{std::vector<int32_t>(T * columns), std::vector<int32_t>(T * c.K), std::vector<float>(T * columns),
+              load_before};
   MoeFusedGate r = p;
   r.logits = {const_cast<void*>(logits_host), c.dtype, T * c.E};
   if (c.bias) r.bias = {bias.data(), DType::kF32, c.E};
@@ -198,7 +205,8 @@ void check(const Case& c, int64_t T) {
         CHECK(gate::launch(d, 132, nullptr, &path, force));
         CHECK(cudaDeviceSynchronize());
       }
-      g = {std::vector<int32_t>(T * columns), std::vector<int32_t>(T * c.K), std::vector<float>(T * columns), std::vector<int64_t>(slots)};
+      g = {std::vector<int32_t>(T * columns), std::vector<int32_t>(T * c.K), std::vector<float>(T * columns),
+           std::vector<int64_t>(slots)};
       ids.get(g.ids.data(), T * columns * 4);
       weights.get(g.weights.data(), T * columns * 4);
       if (c.capture) logical.get(g.logical.data(), T * c.K * 4);
@@ -229,19 +237,22 @@ void check(const Case& c, int64_t T) {
     }
     bool load_ok = true;
     if (c.load && near == 0) load_ok = got[0].load == want.load;
-    const bool steady = got[0].ids == got[1].ids && std::memcmp(got[0].weights.data(), got[1].weights.data(), T * columns * 4) == 0 &&
+    const bool steady = got[0].ids == got[1].ids &&
+                        std::memcmp(got[0].weights.data(), got[1].weights.data(), T * columns * 4) == 0 &&
                         got[0].load == got[1].load;
     cases++;
     near_ties += near;
     worst_weight = std::max(worst_weight, near == 0 ? worst : 0.0);
     if (bad > 0 || !load_ok || !steady || near > 3 + T / 2000) {
       failures++;
-      std::printf("FAIL %s %s %s T=%lld force=%d (%s): bad rows %d, near ties %d, load %s, steady %s\n", c.name.c_str(), name_of(c.dtype),
-                  fill_names[static_cast<int>(c.fill)], static_cast<long long>(T), force, path, bad, near, load_ok ? "ok" : "BAD", steady ? "yes" : "NO");
+      std::printf("FAIL %s %s %s T=%lld force=%d (%s): bad rows %d, near ties %d, load %s, steady %s\n", c.name.c_str(),
+                  name_of(c.dtype), fill_names[static_cast<int>(c.fill)], static_cast<long long>(T), force, path, bad,
+                  near, load_ok ? "ok" : "BAD", steady ? "yes" : "NO");
       if (where >= 0) {
         for (int k = 0; k < columns; k++) {
           const int64_t i = where * columns + k;
-          std::printf("   row %lld: %d (want %d) weight %.8g (want %.8g)\n", static_cast<long long>(where), got[0].ids[i], want.ids[i], got[0].weights[i], want.weights[i]);
+          std::printf("   row %lld: %d (want %d) weight %.8g (want %.8g)\n", static_cast<long long>(where),
+                      got[0].ids[i], want.ids[i], got[0].weights[i], want.weights[i]);
         }
       }
     }
@@ -262,9 +273,11 @@ std::vector<Case> families() {
     if (dtype == DType::kF16) continue;
     c.name = "v3 +1 shared, load", c.shared = 1, c.load = true;
     add(c);
-    c.name = "v3 +2 shared, map of 16, load, capture, valid on device", c.shared = 2, c.rounds = 16, c.capture = true, c.valid = 7, c.valid_on_device = true;
+    c.name = "v3 +2 shared, map of 16, load, capture, valid on device", c.shared = 2, c.rounds = 16, c.capture = true,
+    c.valid = 7, c.valid_on_device = true;
     add(c);
-    c.name = "v3 onOutput, zero experts, valid on host", c.placement = ScalePlacement::kOnOutput, c.zero = 4, c.rounds = 0, c.valid = 9, c.valid_on_device = false, c.renormalize = false;
+    c.name = "v3 onOutput, zero experts, valid on host", c.placement = ScalePlacement::kOnOutput, c.zero = 4,
+    c.rounds = 0, c.valid = 9, c.valid_on_device = false, c.renormalize = false;
     add(c);
   }
   Case kimi;
@@ -278,18 +291,23 @@ std::vector<Case> families() {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     for (const int E : {64, 128, 256}) {
       Case c;
-      c.name = "softmax " + std::to_string(E), c.E = E, c.K = E == 64 ? 6 : 8, c.groups = c.top_groups = 1, c.scoring = Scoring::kSoftmax, c.bias = false, c.scale = 1, c.dtype = dtype;
-      c.forces = E == 64 ? std::vector<int>{0, 1, 8, 101} : E == 128 ? std::vector<int>{0, 1, 8, 16, 101} : std::vector<int>{0, 1, 8, 32};
+      c.name = "softmax " + std::to_string(E), c.E = E, c.K = E == 64 ? 6 : 8, c.groups = c.top_groups = 1,
+      c.scoring = Scoring::kSoftmax, c.bias = false, c.scale = 1, c.dtype = dtype;
+      c.forces = E == 64    ? std::vector<int>{0, 1, 8, 101}
+                 : E == 128 ? std::vector<int>{0, 1, 8, 16, 101}
+                            : std::vector<int>{0, 1, 8, 32};
       add(c);
       c.name += ", by logits", c.selection = Selection::kLogits, c.renormalize = false, c.shared = 1, c.rounds = 3;
       add(c);
-      c.name = "softmax not renormalised " + std::to_string(E), c.selection = Selection::kScore, c.shared = 0, c.rounds = 0, c.forces = {0};
+      c.name = "softmax not renormalised " + std::to_string(E), c.selection = Selection::kScore, c.shared = 0,
+      c.rounds = 0, c.forces = {0};
       add(c);
     }
   }
   const auto general = [&](int E, int groups, int top_groups, int K, Scoring scoring, DType dtype, bool bias) {
     Case c;
-    c.name = std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" + std::to_string(K);
+    c.name =
+        std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" + std::to_string(K);
     c.E = E, c.groups = groups, c.top_groups = top_groups, c.K = K, c.scoring = scoring, c.dtype = dtype, c.bias = bias;
     if (!bias) c.group_score = GroupScore::kMax;
     c.forces = {0, 1};
@@ -314,41 +332,49 @@ std::vector<Case> families() {
   general(8, 1, 1, 8, Scoring::kSigmoid, DType::kF32, true);
   general(1, 1, 1, 1, Scoring::kSigmoid, DType::kF32, false);
   Case uniform;
-  uniform.name = "uniform", uniform.selection = Selection::kUniform, uniform.bias = false, uniform.groups = uniform.top_groups = 1;
+  uniform.name = "uniform", uniform.selection = Selection::kUniform, uniform.bias = false,
+  uniform.groups = uniform.top_groups = 1;
   add(uniform);
   Case llama;
-  llama.name = "sigmoid by logits", llama.selection = Selection::kLogits, llama.E = 128, llama.K = 1, llama.bias = false, llama.groups = llama.top_groups = 1;
+  llama.name = "sigmoid by logits", llama.selection = Selection::kLogits, llama.E = 128, llama.K = 1,
+  llama.bias = false, llama.groups = llama.top_groups = 1;
   add(llama);
   return all;
 }
 
 void run_checks(bool small) {
-  const std::vector<int64_t> batches = small ? std::vector<int64_t>{1, 33, 127} : std::vector<int64_t>{0, 1, 2, 31, 32, 33, 127, 511, 512, 513, 4097, 40000};
+  const std::vector<int64_t> batches = small
+                                           ? std::vector<int64_t>{1, 33, 127}
+                                           : std::vector<int64_t>{0, 1, 2, 31, 32, 33, 127, 511, 512, 513, 4097, 40000};
   for (const Case& family : families()) {
     if (family.name.compare(0, filter.size(), filter) != 0) continue;
     for (const int64_t T : batches) {
       if (dry && T > 600) continue;
       check(family, T);
     }
-    for (const Fill fill : {Fill::kTies, Fill::kEqual, Fill::kNaN, Fill::kInfinite, Fill::kSaturated, Fill::kSkewed, Fill::kFewFinite, Fill::kAllNaN, Fill::kAroundZero}) {
+    for (const Fill fill : {Fill::kTies, Fill::kEqual, Fill::kNaN, Fill::kInfinite, Fill::kSaturated, Fill::kSkewed,
+                            Fill::kFewFinite, Fill::kAllNaN, Fill::kAroundZero}) {
       Case c = family;
       c.fill = fill;
       for (const int64_t T : small ? std::vector<int64_t>{33} : std::vector<int64_t>{1, 33, 2000}) check(c, T);
     }
   }
-  std::printf("checks: %d cases, %d failed, %d near ties, worst weight error %.2g\n", cases, failures, near_ties, worst_weight);
+  std::printf("checks: %d cases, %d failed, %d near ties, worst weight error %.2g\n", cases, failures, near_ties,
+              worst_weight);
 }
 
 // Timing -------------------------------------------------------------------------------------------------------------
 
 __global__ void fill_normal(void* out, int dtype, size_t n, uint32_t seed, float scale) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     uint64_t z = (static_cast<uint64_t>(seed) << 40) + i;
     float sum = 0;
     for (int k = 0; k < 2; k++) {
       z = (z + 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
       z ^= z >> 29;
-      sum = k == 0 ? sqrtf(-2 * logf((static_cast<float>(z >> 40) + 0.5f) * 0x1p-24f)) : sum * cospif(2 * static_cast<float>(z >> 40) * 0x1p-24f);
+      sum = k == 0 ? sqrtf(-2 * logf((static_cast<float>(z >> 40) + 0.5f) * 0x1p-24f))
+                   : sum * cospif(2 * static_cast<float>(z >> 40) * 0x1p-24f);
     }
     if (dtype == 0) static_cast<float*>(out)[i] = sum * scale;
     if (dtype == 1) static_cast<__nv_bfloat16*>(out)[i] = __float2bfloat16(sum * scale);
@@ -369,7 +395,12 @@ void time_case(Timer& timer, const Case& c, const std::vector<int64_t>& batches,
   std::vector<Set> sets;
   for (int i = 0; i < kRotations; i++) {
     sets.push_back({Buffer(most * c.E * bytes), Buffer(most * columns * 4), Buffer(most * columns * 4)});
-    if (!dry) fill_normal<<<1024, 256>>>(sets[i].logits.data, c.dtype == DType::kF32 ? 0 : c.dtype == DType::kBF16 ? 1 : 2, most * c.E, i + 1, 1.0f);
+    if (!dry)
+      fill_normal<<<1024, 256>>>(sets[i].logits.data,
+                                 c.dtype == DType::kF32    ? 0
+                                 : c.dtype == DType::kBF16 ? 1
+                                                           : 2,
+                                 most * c.E, i + 1, 1.0f);
   }
   Buffer bias(c.E * 4), map(16 * 1100 * 4), load(2048 * 8);
   std::vector<int32_t> ids(16 * 1100);
@@ -381,7 +412,8 @@ void time_case(Timer& timer, const Case& c, const std::vector<int64_t>& batches,
     CHECK(cudaDeviceSynchronize());
   }
   for (const int64_t T : batches) {
-    const double floor = std::max(empty, (static_cast<double>(T) * (c.E * bytes + columns * 8) + c.E * 4) / copy * 1e-6);
+    const double floor =
+        std::max(empty, (static_cast<double>(T) * (c.E * bytes + columns * 8) + c.E * 4) / copy * 1e-6);
     std::printf("%-44s %-4s %7lld | floor %6.2f |", c.name.c_str(), name_of(c.dtype), static_cast<long long>(T), floor);
     for (const int force : c.forces) {
       const char* path = "";
@@ -435,8 +467,12 @@ void run_times() {
   Timer timer;
   double copy = 0, empty = 0;
   ceilings(timer, &copy, &empty);
-  std::printf("copy %.2f TB/s, empty node %.2f us; L1 is the general kernel, L8..L32 the lanes per token, L101 and L102 those of the kernel for large batches\n", copy, empty);
-  const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072}, some = {1, 64, 512, 4096, 10000, 40000};
+  std::printf(
+      "copy %.2f TB/s, empty node %.2f us; L1 is the general kernel, L8..L32 the lanes per token, L101 and L102 those "
+      "of the kernel for large batches\n",
+      copy, empty);
+  const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072},
+                             some = {1, 64, 512, 4096, 10000, 40000};
   Case v3;
   v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 32, 102};
   v3.dtype = DType::kBF16;
@@ -462,13 +498,15 @@ void run_times() {
   time_case(timer, kimi, some, copy, empty);
   for (const int E : {128, 64}) {
     Case c;
-    c.name = "softmax " + std::to_string(E), c.E = E, c.K = E == 64 ? 6 : 8, c.groups = c.top_groups = 1, c.scoring = Scoring::kSoftmax, c.bias = false, c.scale = 1, c.dtype = DType::kBF16;
+    c.name = "softmax " + std::to_string(E), c.E = E, c.K = E == 64 ? 6 : 8, c.groups = c.top_groups = 1,
+    c.scoring = Scoring::kSoftmax, c.bias = false, c.scale = 1, c.dtype = DType::kBF16;
     c.forces = E == 64 ? std::vector<int>{0, 8, 101} : std::vector<int>{0, 8, 16, 101};
     time_case(timer, c, some, copy, empty);
   }
   const auto general = [&](int E, int groups, int top_groups, int K, Scoring scoring, DType dtype, bool bias) {
     Case c;
-    c.name = std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" + std::to_string(K) + " general";
+    c.name = std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" +
+             std::to_string(K) + " general";
     c.E = E, c.groups = groups, c.top_groups = top_groups, c.K = K, c.scoring = scoring, c.dtype = dtype, c.bias = bias;
     if (!bias) c.group_score = GroupScore::kMax;
     time_case(timer, c, {64, 4096, 40000}, copy, empty);

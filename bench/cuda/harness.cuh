@@ -14,14 +14,14 @@
 
 inline bool dry = false;
 
-#define CHECK(expr)                                                                                     \
-  do {                                                                                                  \
-    const cudaError_t error_ = (expr);                                                                  \
-    if (error_ != cudaSuccess) {                                                                        \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_));             \
-      std::fflush(stdout);                                                                              \
-      std::exit(1);                                                                                     \
-    }                                                                                                   \
+#define CHECK(expr)                                                                         \
+  do {                                                                                      \
+    const cudaError_t error_ = (expr);                                                      \
+    if (error_ != cudaSuccess) {                                                            \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_)); \
+      std::fflush(stdout);                                                                  \
+      std::exit(1);                                                                         \
+    }                                                                                       \
   } while (0)
 
 struct Buffer {
@@ -99,14 +99,17 @@ __global__ void spin_kernel(long long cycles) {
 }
 __global__ void read_kernel(const uint4* data, size_t n, uint32_t* out) {
   uint32_t acc = 0;
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     const uint4 v = data[i];
     acc ^= v.x ^ v.y ^ v.z ^ v.w;
   }
   if (acc == 0x12345678u) *out = acc;
 }
 __global__ void copy_kernel(const uint4* from, uint4* to, size_t n) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x) to[i] = from[i];
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x)
+    to[i] = from[i];
 }
 __global__ void empty_kernel() {}
 
@@ -137,7 +140,9 @@ struct Timer {
     CHECK(cudaGraphInstantiate(&exec, graph, 0));
     std::vector<float> times;
     for (int i = 0; i < 13; i++) {
-      if (cold) read_kernel<<<132 * 8, 512, 0, stream>>>(static_cast<const uint4*>(flush.data), flush.bytes / 16, static_cast<uint32_t*>(flush.data));
+      if (cold)
+        read_kernel<<<132 * 8, 512, 0, stream>>>(static_cast<const uint4*>(flush.data), flush.bytes / 16,
+                                                 static_cast<uint32_t*>(flush.data));
       spin_kernel<<<1, 1, 0, stream>>>(200000);
       CHECK(cudaEventRecord(begin, stream));
       CHECK(cudaGraphLaunch(exec, stream));
@@ -162,7 +167,10 @@ inline void ceilings(Timer& timer, double* copy, double* empty) {
   const size_t bytes = size_t{1} << 30;
   Buffer from(bytes), to(bytes);
   CHECK(cudaMemset(from.data, 3, bytes));
-  const double us = timer.graph(4, [&](int) { copy_kernel<<<132 * 16, 512, 0, timer.stream>>>(static_cast<uint4*>(from.data), static_cast<uint4*>(to.data), bytes / 16); });
+  const double us = timer.graph(4, [&](int) {
+    copy_kernel<<<132 * 16, 512, 0, timer.stream>>>(static_cast<uint4*>(from.data), static_cast<uint4*>(to.data),
+                                                    bytes / 16);
+  });
   *copy = 2.0 * static_cast<double>(bytes) / us * 1e-6;
   *empty = timer.graph(40, [&](int) { empty_kernel<<<1, 32, 0, timer.stream>>>(); });
 }

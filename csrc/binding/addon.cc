@@ -66,7 +66,8 @@ void set_error_class(const Napi::CallbackInfo& info) {
 
 // What V8 has been told of beside its heap, by everybody in this thread. For tests: nothing else shows it.
 Napi::Value external_memory(const Napi::CallbackInfo& info) {
-  return Napi::Number::New(info.Env(), static_cast<double>(Napi::MemoryManagement::AdjustExternalMemory(info.Env(), 0)));
+  return Napi::Number::New(info.Env(),
+                           static_cast<double>(Napi::MemoryManagement::AdjustExternalMemory(info.Env(), 0)));
 }
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {

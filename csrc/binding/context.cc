@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "context_waits.h"
 #include "host_data.h"
 #include "op_table.h"
-#include "context_waits.h"
 
 namespace moe {
 
@@ -27,8 +27,8 @@ Napi::Error make_error(Napi::Env env, const Status& status, const std::string& o
   Napi::Object details = Napi::Object::New(env);
   details.Set("op", op);
   if (!status.arg.empty()) details.Set("arg", status.arg);
-  Napi::Object error = data->error_class.New(
-      {Napi::String::New(env, code), Napi::String::New(env, status.text), details});
+  Napi::Object error =
+      data->error_class.New({Napi::String::New(env, code), Napi::String::New(env, status.text), details});
   return Napi::Error(env, error);
 }
 
@@ -138,9 +138,9 @@ void NativeContext::assert_not_recording(Napi::Env env, const char* op) {
 
 std::shared_ptr<Buffer> NativeContext::buffer_at(const Napi::CallbackInfo& info, size_t index, const char* op) {
   assert_open(info.Env(), op);
-  const std::shared_ptr<Buffer>* found =
-      info.Length() > index && info[index].IsNumber() ? buffers_.find(info[index].As<Napi::Number>().DoubleValue())
-                                                      : nullptr;
+  const std::shared_ptr<Buffer>* found = info.Length() > index && info[index].IsNumber()
+                                             ? buffers_.find(info[index].As<Napi::Number>().DoubleValue())
+                                             : nullptr;
   if (found != nullptr) return *found;
   throw make_error(info.Env(), Status::Error(Code::kDisposed, "expected a live handle"), op);
 }
@@ -170,8 +170,8 @@ double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DT
   buffer->experts = std::move(experts);
   // Until a replay has written it there is nothing in it, unless there is nothing to write.
   if (recording_ != nullptr && !buffer->experts.has_value() && elements != 0) {
-    static const auto unwritten = std::make_shared<const Fault>(
-        Fault{Status::Error(Code::kCapture, "expected a replay before the first read of what a capture made"), "capture"});
+    static const auto unwritten = std::make_shared<const Fault>(Fault{
+        Status::Error(Code::kCapture, "expected a replay before the first read of what a capture made"), "capture"});
     buffer->fault = unwritten;
     recording_->made.push_back(buffer);
   }
@@ -188,11 +188,13 @@ Napi::Value NativeContext::allocate(const Napi::CallbackInfo& info) {
   const double elements = info.Length() > 1 && info[1].IsNumber() ? info[1].As<Napi::Number>().DoubleValue() : -1;
   const bool valid_code = code >= 0 && code < kDTypeCount && code == std::floor(code);
   if (!valid_code || !(elements >= 0 && elements < 0x1p50) || elements != std::floor(elements)) {
-    throw make_error(env, Status::Error(Code::kInvalidArg, "expected a dtype code and a number of elements"), "allocate");
+    throw make_error(env, Status::Error(Code::kInvalidArg, "expected a dtype code and a number of elements"),
+                     "allocate");
   }
   const auto dtype = static_cast<DType>(static_cast<int>(code));
   const auto count = static_cast<int64_t>(elements);
-  return Napi::Number::New(env, add_buffer(env, "allocate", static_cast<size_t>(count) * size_of(dtype), dtype, count, {}));
+  return Napi::Number::New(env,
+                           add_buffer(env, "allocate", static_cast<size_t>(count) * size_of(dtype), dtype, count, {}));
 }
 
 Napi::Value NativeContext::allocate_experts(const Napi::CallbackInfo& info) {
@@ -205,20 +207,25 @@ Napi::Value NativeContext::allocate_experts(const Napi::CallbackInfo& info) {
                info[0].As<Napi::TypedArray>().ElementLength() == 8;
   if (valid) {
     const double* field = info[0].As<Napi::Float64Array>().Data();
-    for (int i = 0; i < 5; i++) valid = valid && field[i] >= 0 && field[i] <= 0x1p31 && field[i] == std::floor(field[i]);
+    for (int i = 0; i < 5; i++)
+      valid = valid && field[i] >= 0 && field[i] <= 0x1p31 && field[i] == std::floor(field[i]);
     valid = valid && field[0] >= 1 && field[0] <= 65536 && field[1] >= 1 && field[2] >= 1 && field[3] <= 2;
     for (int i = 5; i < 8; i++) valid = valid && std::isfinite(field[i]);
     if (valid) {
-      layout = {static_cast<int64_t>(field[0]), static_cast<int64_t>(field[1]),
-                static_cast<int64_t>(field[2]), static_cast<DType>(static_cast<int>(field[3])),
-                field[4] != 0,                  {static_cast<float>(field[5]), static_cast<float>(field[6]),
-                                                 static_cast<float>(field[7])}};
+      layout = {static_cast<int64_t>(field[0]),
+                static_cast<int64_t>(field[1]),
+                static_cast<int64_t>(field[2]),
+                static_cast<DType>(static_cast<int>(field[3])),
+                field[4] != 0,
+                {static_cast<float>(field[5]), static_cast<float>(field[6]), static_cast<float>(field[7])}};
       // Three matrices of 4-byte elements must stay far from the end of the address space.
       const double elements = 3.0 * field[0] * field[1] * field[2];
       if (elements > 0x1p50) {
-        throw make_error(env, Status::Error(Code::kOutOfMemory, "out of memory: requested " +
-                                                                   std::to_string(static_cast<uint64_t>(elements)) +
-                                                                   " weights"), op);
+        throw make_error(
+            env,
+            Status::Error(Code::kOutOfMemory,
+                          "out of memory: requested " + std::to_string(static_cast<uint64_t>(elements)) + " weights"),
+            op);
       }
     }
   }
@@ -231,7 +238,9 @@ Napi::Value NativeContext::allocate_experts(const Napi::CallbackInfo& info) {
     auto task = std::make_shared<Task>();
     task->op = op;
     task->writes = {buffer};
-    task->run = [data = buffer->data, bytes = buffer->bytes](Backend& backend) { return backend.fill_zero(data, bytes); };
+    task->run = [data = buffer->data, bytes = buffer->bytes](Backend& backend) {
+      return backend.fill_zero(data, bytes);
+    };
     backend_->submit([backend = backend_.get(), task, faults = faults_] { execute(*backend, *task, *faults); });
     buffer->referenced = true;
     return Status::Ok();
@@ -259,9 +268,8 @@ void NativeContext::submit(Napi::Env env, std::shared_ptr<const Task> task) {
     recording_->tasks.push_back(std::move(task));
     return;
   }
-  backend_->submit([backend = backend_.get(), task = std::move(task), faults = faults_] {
-    execute(*backend, *task, *faults);
-  });
+  backend_->submit(
+      [backend = backend_.get(), task = std::move(task), faults = faults_] { execute(*backend, *task, *faults); });
 }
 
 // What cannot be enqueued throws at the call. Into a graph goes what the capture did not make itself, as a lease.
@@ -295,13 +303,16 @@ void NativeContext::write(const Napi::CallbackInfo& info) {
   napi_typedarray_type type = napi_uint8_array;
   size_t length = 0;
   void* source = nullptr;
-  const bool typed = info[1].IsTypedArray() && napi_get_typedarray_info(env, info[1], &type, &length, &source, nullptr,
-                                                                        nullptr) == napi_ok;
+  const bool typed = info[1].IsTypedArray() &&
+                     napi_get_typedarray_info(env, info[1], &type, &length, &source, nullptr, nullptr) == napi_ok;
   if (!typed || buffer->experts.has_value() || !holds(type, buffer->dtype) ||
       length != static_cast<size_t>(buffer->elements)) {
-    throw make_error(env, Status::Error(Code::kInvalidArg, std::string("expected data: ") +
-                                                               std::to_string(buffer->elements) + " elements of " +
-                                                               name_of(buffer->dtype), "data"), op);
+    throw make_error(env,
+                     Status::Error(Code::kInvalidArg,
+                                   std::string("expected data: ") + std::to_string(buffer->elements) + " elements of " +
+                                       name_of(buffer->dtype),
+                                   "data"),
+                     op);
   }
   const bool from_f32 = type == napi_float32_array;
   if (backend_->is_host_memory() && !buffer->referenced && recording_ == nullptr) {
@@ -319,9 +330,8 @@ void NativeContext::write(const Napi::CallbackInfo& info) {
     auto piece = std::make_shared<Task>();
     piece->op = op;
     piece->writes = {buffer};
-    piece->run = [to = static_cast<uint8_t*>(buffer->data) + done * width, staged, bytes = count * width](Backend& backend) {
-      return backend.copy_in(to, staged.get(), bytes);
-    };
+    piece->run = [to = static_cast<uint8_t*>(buffer->data) + done * width, staged,
+                  bytes = count * width](Backend& backend) { return backend.copy_in(to, staged.get(), bytes); };
     submit(env, std::move(piece));
     done += count;
   } while (done < length);
@@ -340,12 +350,14 @@ void NativeContext::enqueue(const Napi::CallbackInfo& info) {
   const double index = record[0];
   const auto& table = op_table();
   if (!(index >= 0 && index < static_cast<double>(table.size())) || index != std::floor(index)) {
-    throw make_error(env, Status::Error(Code::kInvalidArg, "expected a record that begins with an op's number"), "enqueue");
+    throw make_error(env, Status::Error(Code::kInvalidArg, "expected a record that begins with an op's number"),
+                     "enqueue");
   }
   const OpEntry& entry = table[static_cast<size_t>(index)];
   if (!entry.available()) {
-    throw make_error(env, Status::Error(Code::kUnsupported, std::string("the ") + backend_name() +
-                                                                " backend does not have this op"), entry.name);
+    throw make_error(
+        env, Status::Error(Code::kUnsupported, std::string("the ") + backend_name() + " backend does not have this op"),
+        entry.name);
   }
   auto task = std::make_shared<Task>();
   task->op = entry.name;

@@ -90,7 +90,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   std::shared_ptr<Recording> recording_;
   std::deque<Polled> polled_;
   std::deque<std::shared_ptr<Wait>> pending_;  // promises not settled yet, in order
-  int64_t external_ = 0;  // what the collector has been told of
+  int64_t external_ = 0;                       // what the collector has been told of
   bool open_ = true;
   bool lanes_ = false;  // two lanes are open
   bool hooked_ = false;

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <utility>
 
-#include "host_data.h"
 #include "context_waits.h"
+#include "host_data.h"
 
 namespace moe {
 
@@ -51,9 +51,7 @@ std::function<void(Status)> NativeContext::finisher(std::shared_ptr<Wait> wait, 
   };
 }
 
-void NativeContext::hand_over(Polled polled) {
-  polled.milestone->notify(finisher(std::move(polled.wait), mailbox_));
-}
+void NativeContext::hand_over(Polled polled) { polled.milestone->notify(finisher(std::move(polled.wait), mailbox_)); }
 
 // Settles the waits that are over, in order, and leaves to another thread what takes too long. True while there are
 // others left to ask about.
@@ -154,7 +152,8 @@ Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
     if (wait->fault == nullptr) wait->status = backend->copy_out(raw.get(), buffer->data, buffer->bytes);
   });
   wait->arrive = [host = wait->host, buffer, raw, values] {
-    if (values) widen(reinterpret_cast<float*>(host.get()), buffer->dtype, raw.get(), static_cast<size_t>(buffer->elements));
+    if (values)
+      widen(reinterpret_cast<float*>(host.get()), buffer->dtype, raw.get(), static_cast<size_t>(buffer->elements));
   };
   return wait_for(env, std::move(wait));
 }

@@ -14,11 +14,11 @@ struct NativeContext::Wait {
   explicit Wait(Napi::Env env) : deferred(Napi::Promise::Deferred::New(env)) {}
   Napi::Promise::Deferred deferred;
   enum class Kind { kRead, kSynchronize, kClose } kind = Kind::kSynchronize;
-  Status status;                          // of the wait itself
-  std::shared_ptr<const Fault> fault;     // of the buffer that is read
-  std::shared_ptr<uint8_t[]> host;        // what was read
+  Status status;                       // of the wait itself
+  std::shared_ptr<const Fault> fault;  // of the buffer that is read
+  std::shared_ptr<uint8_t[]> host;     // what was read
   size_t bytes = 0;
-  std::function<void()> arrive;           // what is left to do once the data is there; from any thread
+  std::function<void()> arrive;  // what is left to do once the data is there; from any thread
 };
 
 struct NativeContext::Polled {

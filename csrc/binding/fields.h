@@ -73,9 +73,10 @@ void fields(V& v, MoeDispatch& p) {
   v.same("offsets", p.offsets, {p.experts + int64_t{1}});
   // The worst case over all routings, from the same formula as the spec's: kernels rely on it.
   const int64_t choices = v.product({p.T, p.C}), block = p.block_size;
-  const int64_t worst = block == 0 ? choices
-                                   : (std::min(choices + p.experts * (block - 1), v.product({choices, block})) +
-                                      block - 1) / block * block;
+  const int64_t worst =
+      block == 0
+          ? choices
+          : (std::min(choices + p.experts * (block - 1), v.product({choices, block})) + block - 1) / block * block;
   v.require(p.P == worst && p.P <= kMaxInt32, "capacity", "the worst case of rows");
   v.require(p.blocks == (block == 0 ? 0 : p.P / block), "blocks", "capacity / blockSize");
   v.require(bool(p.block_experts) == (block != 0), "blockExperts", "with blockSize, and only then");

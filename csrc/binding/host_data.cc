@@ -41,7 +41,8 @@ void widen(float* to, DType dtype, const void* from, size_t count) {
 }
 
 Status no_host_memory(size_t bytes) {
-  return Status::Error(Code::kOutOfMemory, "out of memory: requested " + std::to_string(bytes) + " bytes of host memory");
+  return Status::Error(Code::kOutOfMemory,
+                       "out of memory: requested " + std::to_string(bytes) + " bytes of host memory");
 }
 
 bool holds(napi_typedarray_type type, DType dtype) {
@@ -61,7 +62,8 @@ bool holds(napi_typedarray_type type, DType dtype) {
 
 Napi::ArrayBuffer new_array_buffer(Napi::Env env, size_t bytes, const char* op) {
   try {
-    return env.GetInstanceData<AddonData>()->array_buffer.New({Napi::Number::New(env, static_cast<double>(bytes))})
+    return env.GetInstanceData<AddonData>()
+        ->array_buffer.New({Napi::Number::New(env, static_cast<double>(bytes))})
         .As<Napi::ArrayBuffer>();
   } catch (const Napi::Error& error) {
     throw make_error(env, no_host_memory(bytes), op);

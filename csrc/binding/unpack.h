@@ -107,8 +107,9 @@ class Unpacker {
   int64_t whole(const char* name, int64_t low, int64_t high) {
     const double value = number();
     if (!(value >= static_cast<double>(low) && value <= static_cast<double>(high)) || value != std::floor(value)) {
-      fail(Code::kInvalidArg, name,
-           std::string("expected ") + name + ": an integer from " + std::to_string(low) + " to " + std::to_string(high));
+      fail(
+          Code::kInvalidArg, name,
+          std::string("expected ") + name + ": an integer from " + std::to_string(low) + " to " + std::to_string(high));
       return low;
     }
     return static_cast<int64_t>(value);
@@ -153,7 +154,8 @@ class Unpacker {
     if (found == nullptr) return;
     const Buffer& b = **found;
     const bool fits = b.experts.has_value() && b.experts->S == S && b.experts->H == H && b.experts->I == I;
-    if (!fits) return fail(Code::kInvalidArg, name, std::string("expected ") + name + ": experts of the record's dimensions");
+    if (!fits)
+      return fail(Code::kInvalidArg, name, std::string("expected ") + name + ": experts of the record's dimensions");
     out = {*b.experts, b.data};
   }
 
@@ -188,7 +190,9 @@ class Describer {
   void out(const char* name, Tensor&, DTypes dtypes, Shape) { add("out ", name, dtypes); }
   void optional_out(const char* name, Tensor&, DTypes dtypes, Shape) { add("out? ", name, dtypes); }
   void out_like(const char* name, Tensor&, const char* like, const Tensor&, Shape) { add("out ", name, like); }
-  void optional_out_like(const char* name, Tensor&, const char* like, const Tensor&, Shape) { add("out? ", name, like); }
+  void optional_out_like(const char* name, Tensor&, const char* like, const Tensor&, Shape) {
+    add("out? ", name, like);
+  }
   void experts(const char* name, Experts&, int64_t, int64_t, int64_t) { add("experts ", name); }
   void inout_experts(const char* name, Experts&, int64_t, int64_t, int64_t) { add("inout experts ", name); }
   void count(const char* name, Count&, int64_t) { add("count ", name); }

@@ -1,4 +1,5 @@
-// bf16, f16 and e4m3 as bit conversions, rounding to nearest, ties to even. Portable: no intrinsics, no compiler extension.
+// bf16, f16 and e4m3 as bit conversions, rounding to nearest, ties to even. Portable: no intrinsics, no compiler
+// extension.
 #pragma once
 #include <bit>
 #include <cstdint>

@@ -23,10 +23,9 @@ enum class Code : int {
 };
 
 inline constexpr const char* kCodeNames[] = {
-    "ERR_MOE_INVALID_ARG", "ERR_MOE_UNSUPPORTED", "ERR_MOE_OOM",         "ERR_MOE_DISPOSED",
-    "ERR_MOE_WRONG_CONTEXT", "ERR_MOE_CAPTURE",   "ERR_MOE_DEVICE_LOST", "ERR_MOE_BACKEND",
-    "ERR_MOE_CHECKPOINT",  "ERR_MOE_ABORTED",     "ERR_MOE_INTERNAL",
-    "ERR_MOE_RANGE",
+    "ERR_MOE_INVALID_ARG",   "ERR_MOE_UNSUPPORTED", "ERR_MOE_OOM",         "ERR_MOE_DISPOSED",
+    "ERR_MOE_WRONG_CONTEXT", "ERR_MOE_CAPTURE",     "ERR_MOE_DEVICE_LOST", "ERR_MOE_BACKEND",
+    "ERR_MOE_CHECKPOINT",    "ERR_MOE_ABORTED",     "ERR_MOE_INTERNAL",    "ERR_MOE_RANGE",
 };
 
 struct [[nodiscard]] Status {
@@ -44,8 +43,8 @@ struct [[nodiscard]] Status {
 
 }  // namespace moe
 
-#define MOE_RETURN_IF_ERROR(expr)                  \
-  do {                                             \
-    ::moe::Status moe_status_ = (expr);            \
-    if (!moe_status_.ok()) return moe_status_;     \
+#define MOE_RETURN_IF_ERROR(expr)              \
+  do {                                         \
+    ::moe::Status moe_status_ = (expr);        \
+    if (!moe_status_.ok()) return moe_status_; \
   } while (0)

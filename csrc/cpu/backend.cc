@@ -114,14 +114,16 @@ Probe probe_backend() {
 
 Status create_backend(const ContextOptions& options, std::unique_ptr<Backend>* out) {
   if (options.device != 0) {
-    return Status::Error(Code::kInvalidArg, "expected device: 0 (the CPU is one device) but received " +
-                                                std::to_string(options.device), "device");
+    return Status::Error(Code::kInvalidArg,
+                         "expected device: 0 (the CPU is one device) but received " + std::to_string(options.device),
+                         "device");
   }
   const Kernels* kernels = options.isa.empty() ? usable_kernels().front() : kernels_named(options.isa);
   if (kernels == nullptr) {
-    return Status::Error(Code::kUnsupported, "expected isa: one of " + usable_isas(", ") +
-                                                 " (what this processor and this addon have) but received '" +
-                                                 options.isa + "'", "isa");
+    return Status::Error(Code::kUnsupported,
+                         "expected isa: one of " + usable_isas(", ") +
+                             " (what this processor and this addon have) but received '" + options.isa + "'",
+                         "isa");
   }
   try {
     const int threads = options.threads > 0 ? options.threads : usable_threads();

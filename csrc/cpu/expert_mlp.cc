@@ -31,7 +31,8 @@ void add_bias(const float* bias, int64_t rows, float* out) {
 
 }  // namespace
 
-void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width, float* out) {
+void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width,
+                float* out) {
   constexpr int64_t kBlock = 64, kMostRows = 16;
   for_each_tile(kernels, count, [&](int64_t start, int64_t m) {
     float* tile = out + start * width;

@@ -18,8 +18,7 @@ inline int64_t panels13(const ExpertsLayout& layout) { return ceil_div(layout.I,
 inline int64_t panels2(const ExpertsLayout& layout) { return ceil_div(layout.H, kPanel); }
 
 inline ExpertSections expert_sections(const ExpertsLayout& layout) {
-  return expert_sections<64>(layout,
-                             {panels13(layout) * kPanel, layout.H, panels2(layout) * kPanel, layout.I});
+  return expert_sections<64>(layout, {panels13(layout) * kPanel, layout.H, panels2(layout) * kPanel, layout.I});
 }
 
 // Where the parts of packed experts are.

@@ -8,7 +8,8 @@
 
 // From here on, and in this file only.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside the compiler's own intrinsics
@@ -16,8 +17,8 @@
 #endif
 
 #define MOE_ISA avx512
-#include "simd_avx512.h"
 #include "kernels_impl.h"
+#include "simd_avx512.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -51,8 +51,10 @@ inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t 
 
 inline void multiply(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, Fetch fetch, bool adds,
                      float* out) {
-  if (dtype == DType::kF32) return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, fetch, adds, out);
-  if (dtype == DType::kBF16) return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, fetch, adds, out);
+  if (dtype == DType::kF32)
+    return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, fetch, adds, out);
+  if (dtype == DType::kBF16)
+    return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, fetch, adds, out);
   multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, fetch, adds, out);
 }
 
@@ -111,8 +113,8 @@ inline void dots_of(const float* const* rows, int64_t m, const T* weights, int64
   }
 }
 
-inline void dots(const float* const* rows, int64_t m, const void* weights, DType dtype, int64_t n, int64_t k, float* out,
-                 int64_t stride) {
+inline void dots(const float* const* rows, int64_t m, const void* weights, DType dtype, int64_t n, int64_t k,
+                 float* out, int64_t stride) {
   if (dtype == DType::kF32) return dots_of(rows, m, static_cast<const float*>(weights), n, k, out, stride);
   if (dtype == DType::kBF16) return dots_of(rows, m, static_cast<const bf16*>(weights), n, k, out, stride);
   dots_of(rows, m, static_cast<const f16*>(weights), n, k, out, stride);
@@ -172,8 +174,8 @@ inline V activation(const SwiGLU& p, V g, V u) {
   return mul(add(u, splat(p.beta)), mul(g, sigmoid(mul(splat(p.alpha), g))));
 }
 
-// Turned over in a small buffer, so that `out` gets whole vectors: few lines that are not in the cache may be waited for
-// at once, and a line written value by value keeps its place for long.
+// Turned over in a small buffer, so that `out` gets whole vectors: few lines that are not in the cache may be waited
+// for at once, and a line written value by value keeps its place for long.
 inline void interleave(const float* rows, int64_t stride, int64_t m, int64_t n, float* out) {
   float turned[kWidth * kTileRows + kWidth];
   for (int64_t first = 0; first < n; first += kWidth, out += kWidth * m) {
@@ -284,9 +286,9 @@ namespace moe {
 
 extern const Kernels MOE_TABLE(MOE_ISA);
 const Kernels MOE_TABLE(MOE_ISA) = {
-    MOE_NAME(MOE_ISA),     MOE_ISA::kTileRows, MOE_ISA::multiply, MOE_ISA::dots,       MOE_ISA::fill_panel,
-    MOE_ISA::activate,     MOE_ISA::interleave, MOE_ISA::widen,  MOE_ISA::narrow,     MOE_ISA::add_scaled,
-    MOE_ISA::sigmoids,     MOE_ISA::choose,    MOE_ISA::read,     MOE_ISA::multiply_add,
+    MOE_NAME(MOE_ISA), MOE_ISA::kTileRows,  MOE_ISA::multiply, MOE_ISA::dots,         MOE_ISA::fill_panel,
+    MOE_ISA::activate, MOE_ISA::interleave, MOE_ISA::widen,    MOE_ISA::narrow,       MOE_ISA::add_scaled,
+    MOE_ISA::sigmoids, MOE_ISA::choose,     MOE_ISA::read,     MOE_ISA::multiply_add,
 };
 
 }  // namespace moe

@@ -30,9 +30,10 @@ Status moe_combine(Backend& backend, const MoeCombine& p) {
   backend.note_path("moe_combine", kernels.name);
   for (int64_t choice = 0; choice < T * C; choice++) {
     if (inverse[choice] < p.P || is_zero_expert(p, choice)) continue;
-    return Status::Error(Code::kRange, "expected inverse below " + std::to_string(p.P) +
-                                                " (capacity from rows) but received " +
-                                                std::to_string(inverse[choice]), "inverse");
+    return Status::Error(Code::kRange,
+                         "expected inverse below " + std::to_string(p.P) + " (capacity from rows) but received " +
+                             std::to_string(inverse[choice]),
+                         "inverse");
   }
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, H * std::max<int64_t>(C, 1)));
   cpu(backend).pool().parallel_for(T, grain, [&](int64_t begin, int64_t end) {

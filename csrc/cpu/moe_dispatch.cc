@@ -93,8 +93,9 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
     counts[e] = static_cast<int32_t>(place - first);
     if (p.block_size > 0) place = ceil_div(place, p.block_size) * p.block_size;
     if (place > p.P) {
-      return Status::Error(Code::kInvalidArg, "expected room for " + std::to_string(place) + " rows but capacity is " +
-                                                  std::to_string(p.P), "capacity");
+      return Status::Error(
+          Code::kInvalidArg,
+          "expected room for " + std::to_string(place) + " rows but capacity is " + std::to_string(p.P), "capacity");
     }
     offsets[e] = static_cast<int32_t>(first);
     std::fill(order + first + counts[e], order + place, static_cast<int32_t>(choices));

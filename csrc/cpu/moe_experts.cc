@@ -100,7 +100,8 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
     pool.parallel_for(pieces, groups_per_task(H), [&](int64_t from, int64_t to) {
       for (int64_t at = from; at < to; at++) {
         const void* rows[kGroupRows];
-        for (int64_t r = 0; r < piece[at].rows; r++) rows[r] = element(p.rows.data, p.rows.dtype, (piece[at].first + r) * H);
+        for (int64_t r = 0; r < piece[at].rows; r++)
+          rows[r] = element(p.rows.data, p.rows.dtype, (piece[at].first + r) * H);
         load_group(kernels, rows, piece[at].rows, p.rows.dtype, H, x + piece[at].place * H);
       }
     });

@@ -1,7 +1,7 @@
 // pack_experts: lays weights out in the panels of experts_layout.h, converting the dtype.
 //
-// Algorithm: threads share panels. A panel's 32 rows are taken where they lie if they are stored [out, in] in the packed
-// dtype, else 128 columns at a time are converted into rows on the stack (turning what is stored [in, out]); the
+// Algorithm: threads share panels. A panel's 32 rows are taken where they lie if they are stored [out, in] in the
+// packed dtype, else 128 columns at a time are converted into rows on the stack (turning what is stored [in, out]); the
 // vectors' own transposition then makes panel rows of them. Interleaved gate and up rows are taken apart by a step of
 // 2. Values are widened to f32 and rounded once (equal dtypes are copied bit by bit); biases become f32, and 0 where
 // the slot has biases and none are given. Columns beyond the matrix are 0. Limits: none.
@@ -56,7 +56,8 @@ void convert_rows(const Kernels& kernels, const Half& half, int64_t columns, int
       from = line;
     }
     for (int64_t j = 0; j < half.count; j++) {
-      std::memcpy(row(j) + c * static_cast<int64_t>(size_of(dtype)), element(from, dtype, j * half.step), size_of(dtype));
+      std::memcpy(row(j) + c * static_cast<int64_t>(size_of(dtype)), element(from, dtype, j * half.step),
+                  size_of(dtype));
     }
   }
 }
@@ -117,7 +118,8 @@ Status pack_experts(Backend& backend, const PackExperts& p) {
     const auto half = [&](int64_t start) {
       return Half{data, p.w2.dtype, H, p.transposed, std::min(start, H), 1, std::clamp<int64_t>(H - start, 0, kHalf)};
     };
-    pack_panel(kernels, {half(h), half(h + kHalf)}, I, layout.dtype, experts.w2(p.first_slot + expert, task % out_panels));
+    pack_panel(kernels, {half(h), half(h + kHalf)}, I, layout.dtype,
+               experts.w2(p.first_slot + expert, task % out_panels));
   });
   if (!layout.biases) return cpu(backend).finished();
 

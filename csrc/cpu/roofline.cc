@@ -1,5 +1,5 @@
-// The ceilings of this run: the best of a few passes over memory that no cache holds, and of a loop that only multiplies
-// and adds, with the vectors that the kernels use.
+// The ceilings of this run: the best of a few passes over memory that no cache holds, and of a loop that only
+// multiplies and adds, with the vectors that the kernels use.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -39,8 +39,8 @@ Status CpuBackend::roofline(Roofline* out) {
   };
   const double bytes = kValues * sizeof(float);
   out->read_one = bytes / best_time([&] {
-    for (int64_t piece = 0; piece < kPieces; piece++) read(piece, 0);
-  });
+                    for (int64_t piece = 0; piece < kPieces; piece++) read(piece, 0);
+                  });
   out->read_all = bytes / best_time([&] { pool_.parallel_for(kPieces, 1, read); });
 
   double done = 0;

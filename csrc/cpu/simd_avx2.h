@@ -4,7 +4,7 @@
 namespace moe::MOE_ISA {
 
 constexpr int64_t kWidth = 8;
-constexpr int64_t kTileRows = 6;                                        // 12 sums, two weights and a row's value
+constexpr int64_t kTileRows = 6;                                          // 12 sums, two weights and a row's value
 constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 2 : 1; }  // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 4, kDotWeights = 2;
 
@@ -56,8 +56,8 @@ inline void store(bf16* p, V a) {
   const U odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const U rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const U quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const V all = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet),
-                                 _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const V all =
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(_mm256_srli_epi32(_mm256_castps_si256(all), 16)));
 }
 inline void store(f16* p, V a) {

@@ -4,8 +4,8 @@
 namespace moe::MOE_ISA {
 
 constexpr int64_t kWidth = 16;
-constexpr int64_t kTileRows = 12;                             // 24 sums, two weights and a row's value: 27 registers
-constexpr int64_t vectors_per_half(int64_t) { return 1; }     // of a panel, at once, for m rows
+constexpr int64_t kTileRows = 12;                          // 24 sums, two weights and a row's value: 27 registers
+constexpr int64_t vectors_per_half(int64_t) { return 1; }  // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
 uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int32_t* chosen);

@@ -4,7 +4,7 @@
 namespace moe::MOE_ISA {
 
 constexpr int64_t kWidth = 4;
-constexpr int64_t kTileRows = 6;                                        // 24 sums, four weights and a row's value
+constexpr int64_t kTileRows = 6;                                          // 24 sums, four weights and a row's value
 constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 4 : 2; }  // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
@@ -58,9 +58,7 @@ inline void store(bf16* p, V a) {
   const U quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
   vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, quiet), 16));
 }
-inline void store(f16* p, V a) {
-  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a)));
-}
+inline void store(f16* p, V a) { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 
 inline void load_halves(const float* row, int64_t v, V& first, V& second) {
   first = load(row + v * kWidth);

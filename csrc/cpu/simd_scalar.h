@@ -4,8 +4,8 @@
 namespace moe::MOE_ISA {
 
 constexpr int64_t kWidth = 4;
-constexpr int64_t kTileRows = 4;                              // 8 sums
-constexpr int64_t vectors_per_half(int64_t) { return 1; }     // of a panel, at once, for m rows
+constexpr int64_t kTileRows = 4;                           // 8 sums
+constexpr int64_t vectors_per_half(int64_t) { return 1; }  // of a panel, at once, for m rows
 constexpr int64_t kDotRows = 2, kDotWeights = 2;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
@@ -36,7 +36,9 @@ inline V each(F f) {
 }
 
 inline void prefetch(const void*) {}
-inline V splat(float x) { return each([&](int) { return x; }); }
+inline V splat(float x) {
+  return each([&](int) { return x; });
+}
 inline V zero() { return splat(0); }
 inline void store(float* p, V a) { std::memcpy(p, &a.lane, sizeof a.lane); }
 #if defined(__GNUC__)
@@ -46,16 +48,32 @@ inline V mul(V a, V b) { return {a.lane * b.lane}; }
 inline V div(V a, V b) { return {a.lane / b.lane}; }
 inline V fma(V a, V b, V c) { return {a.lane * b.lane + c.lane}; }
 #else
-inline V add(V a, V b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
-inline V sub(V a, V b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
-inline V mul(V a, V b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
-inline V div(V a, V b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
-inline V fma(V a, V b, V c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+inline V add(V a, V b) {
+  return each([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline V sub(V a, V b) {
+  return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline V mul(V a, V b) {
+  return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline V div(V a, V b) {
+  return each([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline V fma(V a, V b, V c) {
+  return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
 #endif
-inline V least(V a, V b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-inline V most(V a, V b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+inline V least(V a, V b) {
+  return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline V most(V a, V b) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 // For numbers far below 2^22 in size.
-inline V nearest(V a) { return each([&](int i) { return (a.lane[i] + 0x1.8p23f) - 0x1.8p23f; }); }
+inline V nearest(V a) {
+  return each([&](int i) { return (a.lane[i] + 0x1.8p23f) - 0x1.8p23f; });
+}
 // In two steps, for 2^n alone may be beyond the floats.
 inline V times_power(V a, V n) {
   return each([&](int i) {
@@ -66,8 +84,12 @@ inline V times_power(V a, V n) {
 }
 inline float sum_of(V a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
 
-inline V load(const bf16* p) { return each([&](int i) { return to_float(p[i]); }); }
-inline V load(const f16* p) { return each([&](int i) { return to_float(p[i]); }); }
+inline V load(const bf16* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
+inline V load(const f16* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
 inline void store(bf16* p, V a) {
   for (int i = 0; i < 4; i++) p[i] = from_float<bf16>(a.lane[i]);
 }

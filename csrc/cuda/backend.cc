@@ -20,8 +20,8 @@ namespace {
 // The oldest device that the kernels are compiled for.
 constexpr int kOldestCapability = 80;
 
-// Whether the driver is told to leave machine code aside and compile PTX. Kernels of one architecture alone (*_sm90a.cu)
-// have none, so that the portable ones, those of the oldest device, have to be taken then.
+// Whether the driver is told to leave machine code aside and compile PTX. Kernels of one architecture alone
+// (*_sm90a.cu) have none, so that the portable ones, those of the oldest device, have to be taken then.
 bool ptx_is_forced() {
   const char* forced = std::getenv("CUDA_FORCE_PTX_JIT");
   return forced != nullptr && std::strcmp(forced, "1") == 0;
@@ -111,9 +111,10 @@ Status CudaBackend::open(int device) {
   int count = 0;
   MOE_CUDA_CHECK(cudaGetDeviceCount(&count));
   if (device < 0 || device >= count) {
-    return Status::Error(Code::kInvalidArg, "expected device: 0 to " + std::to_string(count - 1) + " (this machine has " +
-                                                std::to_string(count) + " CUDA devices) but received " +
-                                                std::to_string(device), "device");
+    return Status::Error(Code::kInvalidArg,
+                         "expected device: 0 to " + std::to_string(count - 1) + " (this machine has " +
+                             std::to_string(count) + " CUDA devices) but received " + std::to_string(device),
+                         "device");
   }
   cudaDeviceProp properties{};
   MOE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
@@ -122,9 +123,10 @@ Status CudaBackend::open(int device) {
   compute_capability_ = 10 * properties.major + properties.minor;
   name_ = properties.name;
   if (compute_capability_ < kOldestCapability) {
-    return Status::Error(Code::kUnsupported, name_ + " has compute capability " + std::to_string(properties.major) + "." +
-                                                 std::to_string(properties.minor) +
-                                                 "; 8.0 or newer is needed, or backend 'cpu'", "device");
+    return Status::Error(Code::kUnsupported,
+                         name_ + " has compute capability " + std::to_string(properties.major) + "." +
+                             std::to_string(properties.minor) + "; 8.0 or newer is needed, or backend 'cpu'",
+                         "device");
   }
   if (ptx_is_forced()) compute_capability_ = kOldestCapability;
   MOE_CUDA_CHECK(cudaSetDevice(device));

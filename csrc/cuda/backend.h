@@ -1,9 +1,10 @@
 // The CUDA backend: one stream and one memory pool per context. Work runs at once on the JS thread, where it only
 // enqueues; waiting is an event that the JS thread polls or the context's waiter thread blocks on.
 //
-// Memory is ordered by the stream: everything that uses it is enqueued on the one stream, so a freed block may be handed
-// out again at once. Two lanes of work (take_lane) are two streams, between which freed blocks are held back. While a capture is recorded the stream builds a graph instead of running; tensors and scratch then
-// come from an arena that the graph owns, and what has to happen once and now (uploads, weights) goes to a side stream.
+// Memory is ordered by the stream: everything that uses it is enqueued on the one stream, so a freed block may be
+// handed out again at once. Two lanes of work (take_lane) are two streams, between which freed blocks are held back.
+// While a capture is recorded the stream builds a graph instead of running; tensors and scratch then come from an arena
+// that the graph owns, and what has to happen once and now (uploads, weights) goes to a side stream.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -38,7 +39,8 @@ class CudaBackend : public Backend {
 
   // Where kernels go. Ask every time: it is another one while weights are made inside a capture, and in a second lane.
   cudaStream_t stream() const { return aside_ ? side_ : beside_now_ ? beside_ : stream_; }
-  // Whether two lanes run side by side: a kernel whose blocks wait for each other may then not count on the whole device.
+  // Whether two lanes run side by side: a kernel whose blocks wait for each other may then not count on the whole
+  // device.
   bool two_lanes() const { return two_lanes_; }
   int sm_count() const { return sm_count_; }
   int device() const { return device_; }
@@ -119,7 +121,7 @@ class CudaBackend : public Backend {
   int32_t* counters_ = nullptr;
   std::unique_ptr<DeviceMemory> memory_;
   std::shared_ptr<Staging> staging_;
-  std::shared_ptr<Arena> recording_;  // while a capture is recorded
+  std::shared_ptr<Arena> recording_;               // while a capture is recorded
   std::vector<std::pair<void*, size_t>> scratch_;  // of the call that is running
 
   std::mutex events_mutex_;

@@ -3,9 +3,10 @@
 // Both products are lists of steps, a step being 128 rows x 64 columns of weights (two tiles):
 //   gate_up  (block of 128 packed rows = 64 activations, entry, step along H)
 //   down     (block of 128 rows of H, entry, step along I)
-// where an entry is an expert with the rows it was given, at most kMostRows of them. Each list is cut into one contiguous
-// span of equal length per block of threads, entries innermost, so that an entry with many rows, whose steps take longer,
-// is shared out. Blocks of rows that are cut are finished by whose span they begin in, who adds the parts in order.
+// where an entry is an expert with the rows it was given, at most kMostRows of them. Each list is cut into one
+// contiguous span of equal length per block of threads, entries innermost, so that an entry with many rows, whose steps
+// take longer, is shared out. Blocks of rows that are cut are finished by whose span they begin in, who adds the parts
+// in order.
 #pragma once
 #include "expert_mlp.h"
 #include "floats.cuh"
@@ -13,17 +14,17 @@
 
 namespace moe::mlp::stream {
 
-constexpr int kConsumerWarps = 8;   // two warpgroups, one tile of 64 rows each
-constexpr int kGatherWarps = 3;     // after one that streams weights
+constexpr int kConsumerWarps = 8;  // two warpgroups, one tile of 64 rows each
+constexpr int kGatherWarps = 3;    // after one that streams weights
 constexpr int kWarps = kConsumerWarps + 1 + kGatherWarps;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMostRows = 128;      // of an entry: an expert with more is streamed again
+constexpr int kMostRows = 128;  // of an entry: an expert with more is streamed again
 constexpr int kTileBytes = kWeightTileElements * 2;
 constexpr int kStepBytes = 2 * kTileBytes;
-constexpr int kMostStages = 13;     // of weights
-constexpr int kAhead = 4;           // stages of weights on their way at once: more only lengthens the queues at the memory
-constexpr int kFewRows = 32;        // columns of a product up to which mma.sync is used: 1% less time than wgmma
-constexpr int kRowStages = 12;      // of rows
+constexpr int kMostStages = 13;  // of weights
+constexpr int kAhead = 4;        // stages of weights on their way at once: more only lengthens the queues at the memory
+constexpr int kFewRows = 32;     // columns of a product up to which mma.sync is used: 1% less time than wgmma
+constexpr int kRowStages = 12;   // of rows
 constexpr int kMostShared = 227 * 1024;
 
 struct Entry {
@@ -58,8 +59,8 @@ struct Args {
   int first_expert, zero, first_zero;
   bool weights_on_input;
   float output_scale;
-  void* active;        // per entry [tiles of I][rows padded to 8][64], swizzled like weights
-  float* parts;        // [block of threads][warp][part_rows * 16]
+  void* active;  // per entry [tiles of I][rows padded to 8][64], swizzled like weights
+  float* parts;  // [block of threads][warp][part_rows * 16]
   int part_rows;
   int32_t* counters;
   Layout layout;
@@ -95,8 +96,13 @@ struct Span {
 struct Shape {
   int entries, along_h, along_i, blocks1, blocks2, tiles1, tiles2;
   __device__ __forceinline__ Shape(const Args& a, int n)
-      : entries(n), along_h((a.H + 63) / 64), along_i((a.I + 63) / 64), blocks1(along_i), blocks2((a.H + 127) / 128),
-        tiles1((2 * a.I + 63) / 64), tiles2(along_h) {}
+      : entries(n),
+        along_h((a.H + 63) / 64),
+        along_i((a.I + 63) / 64),
+        blocks1(along_i),
+        blocks2((a.H + 127) / 128),
+        tiles1((2 * a.I + 63) / 64),
+        tiles2(along_h) {}
   __device__ __forceinline__ int steps1() const { return entries * blocks1 * along_h; }
   __device__ __forceinline__ int steps2() const { return blocks2 * entries * along_i; }
 };
@@ -124,7 +130,9 @@ __device__ __forceinline__ void wait(const uint64_t* barrier, uint32_t parity, i
   const long long begin = clock64();
   for (uint32_t done = 0; done == 0;) {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-                 : "=r"(done) : "r"(address), "r"(parity) : "memory");
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
     if (clock64() - begin > 3000000000ll) {
       printf("block %d thread %d waits for %d parity %u\n", blockIdx.x, threadIdx.x, what, parity);
       __trap();
@@ -134,7 +142,9 @@ __device__ __forceinline__ void wait(const uint64_t* barrier, uint32_t parity, i
   hopper::barrier_wait(hopper::shared_address(barrier), parity);
 #endif
 }
-__device__ __forceinline__ void arrive(const uint64_t* barrier) { hopper::barrier_arrive(hopper::shared_address(barrier)); }
+__device__ __forceinline__ void arrive(const uint64_t* barrier) {
+  hopper::barrier_arrive(hopper::shared_address(barrier));
+}
 
 // Where the next rows lie in their ring, and their barriers: consumers and producers walk alike.
 struct RowRing {

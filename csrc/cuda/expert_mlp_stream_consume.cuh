@@ -60,8 +60,16 @@ struct Consumer {
 
   __device__ __forceinline__ Consumer(const Args& a, const Shape& shape, const Entry* list, const PlanRow* rows,
                                       Barriers* barriers, char* memory, int repeats)
-      : a(a), shape(shape), list(list), rows(rows), barriers(barriers), memory(memory), repeats(repeats),
-        warp(static_cast<int>(threadIdx.x) / 32), lane(static_cast<int>(threadIdx.x) % 32), half(warp / 4) {}
+      : a(a),
+        shape(shape),
+        list(list),
+        rows(rows),
+        barriers(barriers),
+        memory(memory),
+        repeats(repeats),
+        warp(static_cast<int>(threadIdx.x) / 32),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        half(warp / 4) {}
 
   // Waits for the next step's weights and rows; where the rows are.
   __device__ __forceinline__ int await_step(int product, RowRing& ring, int size) {
@@ -92,7 +100,8 @@ struct Consumer {
   __device__ __forceinline__ void multiply_few(float (&sum)[N / 2], int product, RowRing& ring, int steps) {
     constexpr int kChains = N == 8 ? 2 : 1;  // of dependent products
     const int r = lane % 8;
-    const uint32_t weights = hopper::shared_address(memory) + half * kTileBytes + (warp % 4 * 16 + lane / 8 % 2 * 8 + r) * 128 + ((lane / 16 ^ r) << 4);
+    const uint32_t weights = hopper::shared_address(memory) + half * kTileBytes +
+                             (warp % 4 * 16 + lane / 8 % 2 * 8 + r) * 128 + ((lane / 16 ^ r) << 4);
     const uint32_t rows_at = hopper::shared_address(memory) + a.layout.ring + r * 128 + ((lane / 8 ^ r) << 4);
     float c[kChains][N / 8][4] = {};
     for (int step = 0; step < steps; step++) {
@@ -109,7 +118,8 @@ struct Consumer {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
 #pragma unroll
-        for (int j = 0; j < N / 8; j++) mma_16x8x16(c[k % kChains][j], left[k], right[j][k / 2] + k % 2 * 2, static_cast<T*>(nullptr));
+        for (int j = 0; j < N / 8; j++)
+          mma_16x8x16(c[k % kChains][j], left[k], right[j][k / 2] + k % 2 * 2, static_cast<T*>(nullptr));
       }
       next_step(ring);
     }
@@ -165,12 +175,13 @@ struct Consumer {
     if (me != first) {
       float4* mine = reinterpret_cast<float4*>(part(me)) + lane;
 #pragma unroll
-      for (int i = 0; i < N / 8; i++) __stcg(mine + 32 * i, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+      for (int i = 0; i < N / 8; i++)
+        __stcg(mine + 32 * i, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
       announce_part(counter);
       return false;
     }
     await_parts(counter, last - first);
-#pragma unroll (N <= 16 ? 4 : 1)
+#pragma unroll(N <= 16 ? 4 : 1)
     for (int owner = first + 1; owner <= last; owner++) {
       const float4* from = reinterpret_cast<const float4*>(part(owner)) + lane;
 #pragma unroll
@@ -296,9 +307,7 @@ struct Consumer {
     const float* zeros = reinterpret_cast<const float*>(memory + a.layout.zeros);
     const int length = shape.entries * shape.along_i, all = a.T * 4;
     const float* own = sums();
-    const auto own_four = [&](int i) {
-      return *reinterpret_cast<const float4*>(own + sum_at(i / 4, i % 4 * 4));
-    };
+    const auto own_four = [&](int i) { return *reinterpret_cast<const float4*>(own + sum_at(i / 4, i % 4 * 4)); };
     if (whole) {
       for (int i = lane; i < all; i += 32) store_four(zeros, i / 4, h + i % 4 * 4, own_four(i));
       return;
@@ -342,7 +351,8 @@ struct Consumer {
     const Span span(shape.steps2());
     if (shape.entries == 0) {
       clear();
-      for (int block = blockIdx.x; block < shape.blocks2; block += gridDim.x) finish(span, block, true, block * 128 + warp * 16);
+      for (int block = blockIdx.x; block < shape.blocks2; block += gridDim.x)
+        finish(span, block, true, block * 128 + warp * 16);
       return;
     }
     RowRing ring{a.layout.ring_bytes};

@@ -7,7 +7,7 @@
 
 namespace moe::mlp::few {
 
-constexpr int kWarps = 8;                          // that multiply; as many have weights copied, one finishes
+constexpr int kWarps = 8;  // that multiply; as many have weights copied, one finishes
 constexpr int kThreads = 32 * (2 * kWarps + 1);
 constexpr int kColumns = 8;                        // of a product
 constexpr int kMostTokens = 4, kMostChoices = 32;  // lanes of a warp: 8 for each token, and one for each choice
@@ -107,8 +107,12 @@ struct Shape {
   int slices1, slices2;                   // of a unit of gate_up; of an entry in a unit of down
   int each, more, lo, hi, first2, last2;
   __device__ __forceinline__ Shape(const Args& a, int n)
-      : entries(n), along_h((a.H + 63) / 64), along_i((a.I + 63) / 64), units1(a.I / 8),
-        slices1((along_h + kPieces - 1) / kPieces), slices2((along_i + kPieces - 1) / kPieces) {
+      : entries(n),
+        along_h((a.H + 63) / 64),
+        along_i((a.I + 63) / 64),
+        units1(a.I / 8),
+        slices1((along_h + kPieces - 1) / kPieces),
+        slices2((along_i + kPieces - 1) / kPieces) {
     const unsigned blocks = gridDim.x, me = blockIdx.x, total = static_cast<unsigned>(entries * units1 * slices1);
     each = static_cast<int>(total / blocks), more = static_cast<int>(total - each * blocks);
     lo = static_cast<int>(me) * each + min(static_cast<int>(me), more);

@@ -17,8 +17,13 @@ struct Worker {
   Sums sums;
 
   __device__ __forceinline__ Worker(const Args& a, const Shape& shape, Shared& s, char* memory)
-      : a(a), shape(shape), s(s), memory(memory), warp(static_cast<int>(threadIdx.x) / 32),
-        lane(static_cast<int>(threadIdx.x) % 32), sums(a, s, memory) {}
+      : a(a),
+        shape(shape),
+        s(s),
+        memory(memory),
+        warp(static_cast<int>(threadIdx.x) / 32),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        sums(a, s, memory) {}
 
   __device__ __forceinline__ uint32_t place() const {
     return hopper::shared_address(memory) + (warp * a.layout.stages + stage) * kSliceBytes;

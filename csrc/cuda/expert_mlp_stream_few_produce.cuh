@@ -15,7 +15,11 @@ struct Supply {
   uint64_t policy;
 
   __device__ __forceinline__ Supply(const Args& a, const Shape& shape, int slot, int warp)
-      : a(a), shape(shape), slot(slot), at(shape.lo + warp), down(a, shape, warp),
+      : a(a),
+        shape(shape),
+        slot(slot),
+        at(shape.lo + warp),
+        down(a, shape, warp),
         policy(hopper::evict_first_policy()) {
     const int unit = static_cast<int>(static_cast<unsigned>(shape.lo) / static_cast<unsigned>(shape.slices1));
     entry = static_cast<int>(static_cast<unsigned>(unit) / static_cast<unsigned>(shape.units1));
@@ -76,8 +80,10 @@ __device__ __forceinline__ void copy_weights(const Args& a, Shared& s, char* mem
     hopper::barrier_wait(hopper::shared_address(s.free[warp] + stage), parity);
     if (i >= a.ahead) {
       const int before = stage - a.ahead;
-      if (before < 0) hopper::barrier_wait(hopper::shared_address(s.full[warp] + before + a.layout.stages), parity);
-      else hopper::barrier_wait(hopper::shared_address(s.full[warp] + before), parity ^ 1);
+      if (before < 0)
+        hopper::barrier_wait(hopper::shared_address(s.full[warp] + before + a.layout.stages), parity);
+      else
+        hopper::barrier_wait(hopper::shared_address(s.full[warp] + before), parity ^ 1);
     }
     const uint32_t to = hopper::shared_address(memory) + (warp * a.layout.stages + stage) * kSliceBytes;
     if (!supply.copy(to, hopper::shared_address(s.full[warp] + stage))) return;

@@ -1,8 +1,8 @@
 // The plan of the streaming expert MLP, made by every block of threads for itself from the ids: which experts are hit,
 // ascending, and the rows of each in the order of their choices.
 //
-// A stable counting sort: a warp owns consecutive choices, 32 a round; a ballot per bit of the expert ranks equal experts
-// of a round; a counter per warp and expert holds what came before.
+// A stable counting sort: a warp owns consecutive choices, 32 a round; a ballot per bit of the expert ranks equal
+// experts of a round; a counter per warp and expert holds what came before.
 #pragma once
 #include "expert_mlp_stream.cuh"
 
@@ -58,7 +58,8 @@ __device__ __forceinline__ void list_entries(const Args& a, const PlanSpace& s, 
   // entries, rows, rows padded to 8: 16 bits each
   const auto sizes = [](int rows) {
     const int pieces = (rows + kMostRows - 1) / kMostRows;
-    return static_cast<uint64_t>(pieces) | static_cast<uint64_t>(rows) << 16 | static_cast<uint64_t>((rows + 7) & ~7) << 32;
+    return static_cast<uint64_t>(pieces) | static_cast<uint64_t>(rows) << 16 |
+           static_cast<uint64_t>((rows + 7) & ~7) << 32;
   };
   uint64_t mine = 0;
   for (int e = first; e < last; e++) {

@@ -56,8 +56,8 @@ __device__ __forceinline__ void stream_weights(const Args& a, const Shape& shape
   });
 }
 
-// The producers' end of the ring of rows: which room is free again. A warp keeps the beginnings of the stages in use, one
-// per lane, counted on without end.
+// The producers' end of the ring of rows: which room is free again. A warp keeps the beginnings of the stages in use,
+// one per lane, counted on without end.
 struct RowRoom {
   RowRing ring;
   uint64_t* free;
@@ -88,8 +88,8 @@ struct RowRoom {
 
 // Rows of `hidden` for gate_up, swizzled as the tensor cores want them: 16 bytes a thread. Thread 0 .. 95.
 template <class T>
-__device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape, const Entry* list, const PlanRow* rows,
-                                               Barriers* barriers, char* memory, int thread) {
+__device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape, const Entry* list,
+                                               const PlanRow* rows, Barriers* barriers, char* memory, int thread) {
   constexpr int kRowsAtOnce = 4 * kGatherWarps, kEach = (kMostRows + kRowsAtOnce - 1) / kRowsAtOnce;
   static_assert(kRowsAtOnce % 8 == 4);  // so that the swizzle of a thread's rows alternates between two
   RowRoom room{{a.layout.ring_bytes}, barriers->rows_free[0]};
@@ -113,7 +113,8 @@ __device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape
 #pragma unroll
         for (int i = 0; i < kEach; i++) {
           if (i * kRowsAtOnce >= entry.rows) break;
-          hopper::copy_async_if(first + i * kRowsAtOnce < entry.rows, (i % 2 == 0 ? even_at : odd_at) + i * kRowsAtOnce * 128, source[i]);
+          hopper::copy_async_if(first + i * kRowsAtOnce < entry.rows,
+                                (i % 2 == 0 ? even_at : odd_at) + i * kRowsAtOnce * 128, source[i]);
           source[i] += 64;
         }
       } else {  // the last step, with zeros beyond H
@@ -121,7 +122,8 @@ __device__ __forceinline__ RowRoom gather_rows(const Args& a, const Shape& shape
 #pragma unroll
         for (int i = 0; i < kEach; i++) {
           if (first + i * kRowsAtOnce >= entry.rows) break;
-          hopper::copy_async((i % 2 == 0 ? even_at : odd_at) + i * kRowsAtOnce * 128, there ? source[i] : hidden, there);
+          hopper::copy_async((i % 2 == 0 ? even_at : odd_at) + i * kRowsAtOnce * 128, there ? source[i] : hidden,
+                             there);
         }
       }
       hopper::copy_async_arrive(full);

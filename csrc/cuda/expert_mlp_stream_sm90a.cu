@@ -1,20 +1,20 @@
-// The streaming expert MLP of Hopper: from ids to output in one kernel that reads the weights of the experts hit once, at
-// the speed of memory. For few tokens.
+// The streaming expert MLP of Hopper: from ids to output in one kernel that reads the weights of the experts hit once,
+// at the speed of memory. For few tokens.
 //
-// One block of threads per multiprocessor. Each plans for itself (expert_mlp_stream_plan.cuh), then one warp streams the
-// tiles of its span of gate_up and of down through a ring of up to 208 KB, three warps gather rows, and eight multiply
-// (mma.sync up to 32 rows an expert, wgmma above; weights are M, rows are N). Activations go through scratch; while the last of them are awaited the
-// weights of down are arriving already. down goes through the experts block of rows by block of rows, so that a block's
-// output is summed in shared memory, experts ascending, and rounded once.
+// One block of threads per multiprocessor. Each plans for itself (expert_mlp_stream_plan.cuh), then one warp streams
+// the tiles of its span of gate_up and of down through a ring of up to 208 KB, three warps gather rows, and eight
+// multiply (mma.sync up to 32 rows an expert, wgmma above; weights are M, rows are N). Activations go through scratch;
+// while the last of them are awaited the weights of down are arriving already. down goes through the experts block of
+// rows by block of rows, so that a block's output is summed in shared memory, experts ascending, and rounded once.
 //
-// Order of sums: the steps of a span in order, the spans of a block in order, experts ascending, a token's repeats of one
-// expert in column order, zero experts last. It depends on the ids and the number of multiprocessors alone. NaN and
+// Order of sums: the steps of a span in order, the spans of a block in order, experts ascending, a token's repeats of
+// one expert in column order, zero experts last. It depends on the ids and the number of multiprocessors alone. NaN and
 // infinities take their course. Limits: stream_takes.
 //
 // Up to four tokens and 32 choices another kernel does the same (expert_mlp_stream_few_sm90a.cu).
 //
-// Blocks of threads wait for each other, so all of them must be resident at once: one fits a multiprocessor, and the call
-// must have the device's multiprocessors to itself (CudaBackend::two_lanes).
+// Blocks of threads wait for each other, so all of them must be resident at once: one fits a multiprocessor, and the
+// call must have the device's multiprocessors to itself (CudaBackend::two_lanes).
 #include <algorithm>
 
 #include "expert_mlp_stream_consume.cuh"
@@ -54,10 +54,12 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
     hopper::fence_barrier_init();
   }
   if (thread == 0) plan.repeats = 0;
-  for (int i = thread; i < space.warps * pitch / 8; i += kThreads) reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
+  for (int i = thread; i < space.warps * pitch / 8; i += kThreads)
+    reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
   __syncthreads();
   // Hidden rows into L2 while the plan is made
-  for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2; at += int64_t{gridDim.x} * kThreads * 128) {
+  for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2;
+       at += int64_t{gridDim.x} * kThreads * 128) {
     hopper::prefetch_l2(static_cast<const char*>(a.hidden) + at);
   }
   rank_choices(a, space, choices);
@@ -99,7 +101,9 @@ int64_t most_entries(const StreamCall& call) {
   return std::min(call.S, choices) + choices / kMostRows;
 }
 // Columns of the product for the most rows that an entry can have
-int most_columns(const StreamCall& call) { return columns_for(static_cast<int>(std::min<int64_t>(call.T * call.C, kMostRows))); }
+int most_columns(const StreamCall& call) {
+  return columns_for(static_cast<int>(std::min<int64_t>(call.T * call.C, kMostRows)));
+}
 int part_rows(const StreamCall& call) { return std::max(static_cast<int>(call.T), most_columns(call)); }
 
 Layout layout_of(const StreamCall& call) {
@@ -155,7 +159,9 @@ cudaError_t launch(const Args& args, const StreamCall& call) {
 bool stream_takes(const StreamCall& call) {
   using namespace stream;
   if (call.dtype == DType::kF32 || call.T < 1 || call.C < 1 || call.H < 8 || call.I < 8 || call.S < 1) return false;
-  if (call.H % 8 != 0 || call.I % 8 != 0 || call.T > kMostTokens || call.C > kMostChoices || call.T * call.C > kMostChoices) return false;
+  if (call.H % 8 != 0 || call.I % 8 != 0 || call.T > kMostTokens || call.C > kMostChoices ||
+      call.T * call.C > kMostChoices)
+    return false;
   if (call.S > kMostExperts || call.H > 1 << 20 || call.I > 1 << 20) return false;
   if (2 * call.sm_count * kConsumerWarps + 2 > kStreamCounters) return false;
   const int64_t steps = most_entries(call) * weight_tiles(call.I) * weight_tiles(call.H);
@@ -171,7 +177,8 @@ size_t stream_scratch(const StreamCall& call) {
 cudaError_t launch_stream(const StreamCall& call) {
   if (few_takes(call)) return launch_few(call);
   stream::Args args{};
-  args.hidden = call.hidden, args.routed = call.routed, args.ids = call.ids, args.weights = call.weights, args.gates = call.gates;
+  args.hidden = call.hidden, args.routed = call.routed, args.ids = call.ids, args.weights = call.weights,
+  args.gates = call.gates;
   args.output = call.output, args.experts = call.experts, args.swiglu = call.swiglu;
   args.T = static_cast<int>(call.T), args.C = static_cast<int>(call.C), args.H = static_cast<int>(call.H);
   args.I = static_cast<int>(call.I), args.S = static_cast<int>(call.S);

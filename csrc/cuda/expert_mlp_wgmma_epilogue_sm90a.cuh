@@ -207,8 +207,7 @@ __device__ __forceinline__ void write_out(const Params& p, const Item& item, flo
 #pragma unroll
     for (int j = c; j < c + kChunk && j < kGroups; j++) {
       hopper::store_transposed(to + half + (j - c) * 2048, pack<T>(sum[0][4 * j], sum[0][4 * j + 1]),
-                               pack<T>(sum[0][4 * j + 2], sum[0][4 * j + 3]),
-                               pack<T>(sum[1][4 * j], sum[1][4 * j + 1]),
+                               pack<T>(sum[0][4 * j + 2], sum[0][4 * j + 3]), pack<T>(sum[1][4 * j], sum[1][4 * j + 1]),
                                pack<T>(sum[1][4 * j + 2], sum[1][4 * j + 3]));
     }
     hopper::named_barrier(1 + group, 128);

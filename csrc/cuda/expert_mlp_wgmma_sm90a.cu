@@ -49,9 +49,7 @@ __device__ __forceinline__ void send(Shared shared, int n, const Item& item) {
   store_shared(shared.item(n) + 32, {item.steps, item.parts, item.slot, 0});
   barrier_arrive(shared.item_full(n));
 }
-__device__ __forceinline__ void await_item(Shared shared, int n) {
-  barrier_wait(shared.item_full(n), n / kItems % 2);
-}
+__device__ __forceinline__ void await_item(Shared shared, int n) { barrier_wait(shared.item_full(n), n / kItems % 2); }
 __device__ __forceinline__ Item item_at(Shared shared, int n) {
   const uint32_t at = shared.item(n);
   const int4 a = load_shared(at), b = load_shared(at + 16), c = load_shared(at + 32);
@@ -248,10 +246,8 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
       await_item(shared, n);
       const Item item = item_at(shared, n);
       if (item.none) return;
-#define MOE_ROWS(N)                                                          \
-  case N:                                                                    \
-    multiply<N, T, GENERAL>(p, shared, n, item.steps, stage, group, thread); \
-    break;
+#define MOE_ROWS(N) \
+  case N: multiply<N, T, GENERAL>(p, shared, n, item.steps, stage, group, thread); break;
       // Few sizes in the general kernel, for the sake of what it takes to compile.
       if constexpr (GENERAL) {
         switch (min((item.rows.rows + 31) / 32 * 32, kMaxRows)) {
@@ -259,8 +255,9 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
         }
       } else {
         switch ((item.rows.rows + 15) / 16 * 16) {
-          MOE_ROWS(16) MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128)
-          MOE_ROWS(144) MOE_ROWS(160) MOE_ROWS(176)
+          MOE_ROWS(16)
+          MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128) MOE_ROWS(144)
+              MOE_ROWS(160) MOE_ROWS(176)
         }
       }
 #undef MOE_ROWS
@@ -296,9 +293,7 @@ cudaError_t launch(const Params& p, int sm_count, cudaStream_t stream) {
 
 }  // namespace wgmma
 
-int64_t wgmma_counters(int64_t most_tiles, int sm_count) {
-  return 1 + most_tiles + 2 * sm_count * wgmma::kConsumers;
-}
+int64_t wgmma_counters(int64_t most_tiles, int sm_count) { return 1 + most_tiles + 2 * sm_count * wgmma::kConsumers; }
 
 int64_t wgmma_part_floats(int64_t rows, int sm_count) {
   return 2 * sm_count * wgmma::kConsumers * wgmma::part_floats(rows);

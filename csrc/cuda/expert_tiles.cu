@@ -106,8 +106,7 @@ Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t 
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
                  const RowTiles& tiles, bool early) {
   MOE_CUDA_CHECK(launch_early(early && device.compute_capability() >= 90, cut, 1, kThreads, 0, device.stream(), counts,
-                              offsets, static_cast<int>(experts), static_cast<int>(rows), tiles,
-                              device.fault_notes()));
+                              offsets, static_cast<int>(experts), static_cast<int>(rows), tiles, device.fault_notes()));
   return Status::Ok();
 }
 

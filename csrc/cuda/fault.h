@@ -6,16 +6,16 @@
 namespace moe {
 
 // One row for every argument that can be out of range: site, op, argument, and what was expected and received, where
-// %v is the value, %e the end of a range that begins with it, %l the limit, %m the limit - 1 and %i an index. Add rows at
-// the end.
-#define MOE_FAULT_SITES(X)                                                                                             \
-  X(kCombineInverse, "moe_combine", "inverse", "inverse below %l (capacity from rows) but received %v")                \
-  X(kExpertsCounts, "moe_experts", "counts", "counts[%i] >= 0 but received %v")                                        \
-  X(kExpertsOffsets, "moe_experts", "offsets", "the rows of expert %i among 0..%m but received %v..%e")                \
-  X(kExpertsOverlap, "moe_experts", "offsets",                                                                         \
-    "every row to belong to one expert but row %v of expert %i belongs to another one too")                            \
-  X(kExpertsOrder, "moe_experts", "order", "order[%i] among the %l choices but received %v")                           \
-  X(kDispatchIds, "moe_dispatch", "ids", "ids below %l but received %v")                                               \
+// %v is the value, %e the end of a range that begins with it, %l the limit, %m the limit - 1 and %i an index. Add rows
+// at the end.
+#define MOE_FAULT_SITES(X)                                                                              \
+  X(kCombineInverse, "moe_combine", "inverse", "inverse below %l (capacity from rows) but received %v") \
+  X(kExpertsCounts, "moe_experts", "counts", "counts[%i] >= 0 but received %v")                         \
+  X(kExpertsOffsets, "moe_experts", "offsets", "the rows of expert %i among 0..%m but received %v..%e") \
+  X(kExpertsOverlap, "moe_experts", "offsets",                                                          \
+    "every row to belong to one expert but row %v of expert %i belongs to another one too")             \
+  X(kExpertsOrder, "moe_experts", "order", "order[%i] among the %l choices but received %v")            \
+  X(kDispatchIds, "moe_dispatch", "ids", "ids below %l but received %v")                                \
   X(kGateIdMap, "moe_fused_gate", "idMap", "mapped ids below %l (slots of load) but received %v")
 
 enum class FaultSite : int {

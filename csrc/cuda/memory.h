@@ -1,11 +1,10 @@
 // The memory of one CUDA context: device blocks from a pool of its own, the arenas of captures, and pinned host memory.
 //
-// Everything that uses device memory is enqueued on the context's stream, so a block given back on the host may be handed
-// out again at once: whatever uses it next comes later on the stream. (While work runs on two streams, blocks are held
-// until they join.) Small blocks are therefore kept in lists
-// (an allocation costs tens of nanoseconds instead of microseconds); larger ones go to cudaMallocAsync's pool. While a
-// capture is recorded nothing runs on that stream, so the pool is used through the side stream, which the backend
-// orders after it.
+// Everything that uses device memory is enqueued on the context's stream, so a block given back on the host may be
+// handed out again at once: whatever uses it next comes later on the stream. (While work runs on two streams, blocks
+// are held until they join.) Small blocks are therefore kept in lists (an allocation costs tens of nanoseconds instead
+// of microseconds); larger ones go to cudaMallocAsync's pool. While a capture is recorded nothing runs on that stream,
+// so the pool is used through the side stream, which the backend orders after it.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -26,10 +25,10 @@ namespace moe {
 struct Arena {
   struct Block {
     void* data;
-    size_t bytes;    // of the block
-    size_t asked;    // by its current user
-    bool in_use;     // a tensor or scratch refers to it
-    bool lasting;    // holds data that every replay reads: not to be reused
+    size_t bytes;  // of the block
+    size_t asked;  // by its current user
+    bool in_use;   // a tensor or scratch refers to it
+    bool lasting;  // holds data that every replay reads: not to be reused
   };
   std::vector<Block> blocks;
 };
@@ -79,7 +78,7 @@ class DeviceMemory {
   mutable std::mutex mutex_;
   bool capturing_ = false;
   bool holding_ = false;
-  cudaStream_t lane_ = nullptr;  // while holding
+  cudaStream_t lane_ = nullptr;                 // while holding
   std::vector<std::pair<void*, size_t>> held_;  // released since hold(), with the bytes asked for
   std::vector<void*> kept_[kClasses];
   size_t kept_bytes_ = 0;

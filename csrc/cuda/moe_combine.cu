@@ -1,13 +1,13 @@
 // moe_combine: out[t] = output_scale * sum over columns c of weights[t, c] * rows[inverse[t, c]].
 //
 // Algorithm: memory-bound, (C + 1) * H elements a token. A block has 128 vectors of 16 bytes of one token (blocks of a
-// token lie together, so that its rows are read in long stretches; small blocks leave no tail). Its first C threads look
-// the columns up (source row and weight) into shared memory; then every thread loads the vector of all columns before it
-// uses the first (for the common C; else 8 at a time), adds them in column order in f32, scales, rounds once and stores.
-// A zero expert adds weight * hidden[t]; weights_on_input makes every other weight 1. Limits: 4096 columns; where H is
-// no multiple of the vector, elements are taken one by one. Columns without a place add nothing, whatever their weight;
-// NaN and infinities take their course. A place beyond the capacity is dropped and noted (ERR_MOE_RANGE). What was tried
-// besides is in bench/combine/NOTES.md.
+// token lie together, so that its rows are read in long stretches; small blocks leave no tail). Its first C threads
+// look the columns up (source row and weight) into shared memory; then every thread loads the vector of all columns
+// before it uses the first (for the common C; else 8 at a time), adds them in column order in f32, scales, rounds once
+// and stores. A zero expert adds weight * hidden[t]; weights_on_input makes every other weight 1. Limits: 4096 columns;
+// where H is no multiple of the vector, elements are taken one by one. Columns without a place add nothing, whatever
+// their weight; NaN and infinities take their course. A place beyond the capacity is dropped and noted (ERR_MOE_RANGE).
+// What was tried besides is in bench/combine/NOTES.md.
 #include <algorithm>
 
 #include "backend.h"

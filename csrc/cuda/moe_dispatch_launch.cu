@@ -16,8 +16,8 @@ namespace {
 
 constexpr uint32_t kSharedBytes = 96 * 1024;
 constexpr int kWholeMultiprocessor = 120 * 1024;  // of shared memory: more than half of what sm_90 has
-constexpr uint32_t kFewPlaces = 512;  // per block where choices are few
-constexpr uint32_t kClusterChoices = 36864;  // one cluster up to here, clusters on the whole device above
+constexpr uint32_t kFewPlaces = 512;              // per block where choices are few
+constexpr uint32_t kClusterChoices = 36864;       // one cluster up to here, clusters on the whole device above
 constexpr uint32_t kGridCluster = 8;
 constexpr uint32_t kManyThreads = 512;  // more of them get in each other's way
 constexpr uint32_t kSortedRounds = 2;   // from here on blocks sort in shared memory
@@ -100,8 +100,7 @@ uint32_t grid_blocks(int sms) {
     config.attrs = &attribute, config.numAttrs = 1;
     int count = 0;
     const auto kernel = sort_many<Exchange::kGrid>;
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeMultiprocessor);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeMultiprocessor);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
     if (error == cudaSuccess) return count;
     cudaGetLastError();  // none then: two kernels do it

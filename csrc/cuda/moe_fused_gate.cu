@@ -1,5 +1,5 @@
-// moe_fused_gate: the launch shell. The kernels are moe_fused_gate_lanes.cuh (fast), moe_fused_gate_tokens.cuh (fast, for
-// large batches), moe_fused_gate_softmax.cuh (fast, few experts), moe_fused_gate_groups.cuh (any groups) and
+// moe_fused_gate: the launch shell. The kernels are moe_fused_gate_lanes.cuh (fast), moe_fused_gate_tokens.cuh (fast,
+// for large batches), moe_fused_gate_softmax.cuh (fast, few experts), moe_fused_gate_groups.cuh (any groups) and
 // moe_fused_gate_row.cuh (general); moe_fused_gate_launch.cu says which one routes what.
 #include <string>
 

@@ -97,7 +97,6 @@ __device__ inline float fast_sigmoid(float x) {
   return fast_inverse(1.0f + power);
 }
 
-
 __device__ inline float sqrt_softplus(float x) {
   if (isnan(x)) return x;
   return __fsqrt_rn(x > 20.0f ? x : log1pf(expf(x)));

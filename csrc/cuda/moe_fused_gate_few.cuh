@@ -60,11 +60,11 @@ __device__ __forceinline__ uint4 ask(const void* at) {
 // What a warp has in shared memory, in bytes from its start. Choices and experts by rank begin as -inf, which is no
 // expert; scores by rank and the count begin as 0.
 struct FewList {
-  static constexpr int kChoices = 0;                      // of candidates, padded to whole chunks of 16
-  static constexpr int kChosen = 4 * (kCandidates + 16);  // experts by rank: K, and one more that shows a tie at K
-  static constexpr int kWeights = kChosen + 48;           // scores by rank
-  static constexpr int kCount = kWeights + 48;            // of candidates, in bytes
-  static constexpr int kExperts = kCount + 16;            // of candidates
+  static constexpr int kChoices = 0;                          // of candidates, padded to whole chunks of 16
+  static constexpr int kChosen = 4 * (kCandidates + 16);      // experts by rank: K, and one more that shows a tie at K
+  static constexpr int kWeights = kChosen + 48;               // scores by rank
+  static constexpr int kCount = kWeights + 48;                // of candidates, in bytes
+  static constexpr int kExperts = kCount + 16;                // of candidates
   static constexpr int kScores = kExperts + 4 * kCandidates;  // of all experts
   static constexpr int kBytes = kScores + 4 * 256;
 };

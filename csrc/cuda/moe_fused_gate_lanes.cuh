@@ -206,7 +206,8 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
   float4 bias_part = {};
   if constexpr (kBiasInShared) {
     static_assert(E / 4 <= 32 * Warps);
-    if (a.bias != nullptr && threadIdx.x < E / 4) bias_part = __ldg(reinterpret_cast<const float4*>(a.bias) + threadIdx.x);
+    if (a.bias != nullptr && threadIdx.x < E / 4)
+      bias_part = __ldg(reinterpret_cast<const float4*>(a.bias) + threadIdx.x);
   }
   load(first + token);
   const int64_t valid = valid_tokens(a);
@@ -271,7 +272,8 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
         best_of_octet(c + 8 * j, best, next[j]);
 #pragma unroll
         for (int lanes = 1; lanes < 4; lanes *= 2) {
-          const float other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next[j], lanes);
+          const float other_best = __shfl_xor_sync(kAll, best, lanes),
+                      other_next = __shfl_xor_sync(kAll, next[j], lanes);
           merge_best(best, next[j], other_best, other_next);
         }
         sum[j] = a.group_score == GroupScore::kTop2Sum ? best + next[j] : best;
@@ -282,7 +284,8 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
       middle_of_eight(sums, fourth, fifth);
       plain = fourth > fifth;
 #pragma unroll
-      for (int j = 0; j < J; j++) plain = plain && sum[j] < infinity();  // a NaN among the group's experts is still here
+      for (int j = 0; j < J; j++)
+        plain = plain && sum[j] < infinity();  // a NaN among the group's experts is still here
       threshold = infinity();
 #pragma unroll
       for (int j = 0; j < J; j++) {
@@ -290,7 +293,8 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
         if (kept[j]) threshold = smaller(threshold, next[j]);
       }
 #pragma unroll
-      for (int lanes = 4; lanes < L; lanes *= 2) threshold = smaller(threshold, __shfl_xor_sync(kAll, threshold, lanes));
+      for (int lanes = 4; lanes < L; lanes *= 2)
+        threshold = smaller(threshold, __shfl_xor_sync(kAll, threshold, lanes));
     } else {
       float best, next;
       best_of_octet(c, best, next);
@@ -456,8 +460,7 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
     }
     for (unsigned rest = slow; rest != 0; rest &= rest - 1) {
       __syncwarp();
-      gate_row_apart<(E + 31) / 32>(a, first + (__ffs(static_cast<int>(rest)) - 1) / L, scratch,
-                              histogram);
+      gate_row_apart<(E + 31) / 32>(a, first + (__ffs(static_cast<int>(rest)) - 1) / L, scratch, histogram);
     }
     __syncwarp();
   }

@@ -8,8 +8,8 @@ namespace moe::gate {
 
 namespace {
 
-constexpr int kPlainBytes = 48 * 1024;      // of shared memory, without asking for more
-constexpr int kHistogramSlots = 4096;       // counted in shared memory up to here
+constexpr int kPlainBytes = 48 * 1024;       // of shared memory, without asking for more
+constexpr int kHistogramSlots = 4096;        // counted in shared memory up to here
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
 template <class T, int E, int L, Family F, int Warps, int Blocks = 0, bool Ragged = false>
@@ -223,8 +223,10 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
     *path = name(8);
     return run_dtype<256, Family::kGrouped, 8>(a, 8, sms, stream);
   }
-  if (fits && sigmoid && single && a.E == 384) return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
-  if (fits && sigmoid && single && a.E == 256) return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
+  if (fits && sigmoid && single && a.E == 384)
+    return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
+  if (fits && sigmoid && single && a.E == 256)
+    return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
   if (fits && softmax && a.E == 128) {
     if (halves && large(1, 24 * sms)) return run_softmax<128, false>(a, stream);

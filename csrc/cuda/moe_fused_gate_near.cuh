@@ -21,8 +21,8 @@ __device__ inline void unpack_halved(Octet<T> o, float* x) {
   unpack(o, x);
 }
 
-// 0.5 tanh(x) + near is sigmoid(2 x) + bias less a constant within 2^-12, for one special-function instruction instead of
-// two; kChoiceError has room for the rounding of f32 while nothing is above kFarBias.
+// 0.5 tanh(x) + near is sigmoid(2 x) + bias less a constant within 2^-12, for one special-function instruction instead
+// of two; kChoiceError has room for the rounding of f32 while nothing is above kFarBias.
 inline constexpr float kChoiceError = 0x1p-12f + 0x1p-16f, kFarBias = 64.0f;
 __device__ inline float near_choice(float x, float near) {
   float result;

@@ -1,9 +1,9 @@
 // The general kernel of moe_fused_gate, and what the fast one falls back to: one warp per token, any options.
 //
 // Layout: expert e lies in register e / 32 of lane e % 32, N registers a lane. Choices become keys; a bound
-// from below leaves few of them, which rank each other in shared memory. Where too many remain (ties), every round takes
-// the largest key of the warp with one redux and its lowest expert with another. Lane r keeps the r-th choice. Group
-// scores go through shared memory: some lanes per group. Limits: 1024 experts, 32 choices, any group count.
+// from below leaves few of them, which rank each other in shared memory. Where too many remain (ties), every round
+// takes the largest key of the warp with one redux and its lowest expert with another. Lane r keeps the r-th choice.
+// Group scores go through shared memory: some lanes per group. Limits: 1024 experts, 32 choices, any group count.
 //
 // Ties go to the lower id for experts and groups. A NaN logit or bias ranks below -inf and weighs 0. Order of
 // accumulation: register by register, then a butterfly over the lanes.
@@ -147,8 +147,8 @@ __device__ __noinline__ int32_t best_by_rounds_apart(RowKeys<N> row, int K) {
   return best_by_rounds<N>(row.key, K);
 }
 
-// Lane r < K gets the r-th best expert. The K-th of the maxima of some keys each (four per lane) bounds the K-th key from
-// below; a bisection finds it nearly, and what is not below goes to a list where each counts who beats it.
+// Lane r < K gets the r-th best expert. The K-th of the maxima of some keys each (four per lane) bounds the K-th key
+// from below; a bisection finds it nearly, and what is not below goes to a list where each counts who beats it.
 template <int N>
 __device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint32_t* scratch) {
   constexpr int kMaxima = N < 4 ? N : 4, kSlack = 6;
@@ -200,7 +200,8 @@ __device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint3
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    if (lane + 32 * i < count && rank[i] < K) sorted[rank[i]] = static_cast<int32_t>(0xffffu - static_cast<uint32_t>(own[i]));
+    if (lane + 32 * i < count && rank[i] < K)
+      sorted[rank[i]] = static_cast<int32_t>(0xffffu - static_cast<uint32_t>(own[i]));
   }
   __syncwarp();
   const int32_t chosen = sorted[min(lane, K - 1)];
@@ -211,8 +212,8 @@ __device__ __forceinline__ int32_t best_of_row(const uint32_t* key, int K, uint3
 // The keys of a row, one expert at a time and through `scratch`, so that this is code for one expert: logits are read
 // again where all of them are needed first. The same arithmetic in the same order as in gate_row.
 template <int N, class Score>
-__device__ __forceinline__ void lean_keys(const Args& a, int64_t first, uint32_t* scratch, uint32_t (&key)[N], float& most,
-                                          float& sum, const Score& score) {
+__device__ __forceinline__ void lean_keys(const Args& a, int64_t first, uint32_t* scratch, uint32_t (&key)[N],
+                                          float& most, float& sum, const Score& score) {
   const int lane = threadIdx.x % 32;
   const auto logit_at = [&](int e) {
     return e >= a.E || (a.bias != nullptr && isnan(a.bias[e])) ? nan_value() : load_logit(a, first + e);
@@ -296,7 +297,8 @@ __device__ __forceinline__ void gate_row(const Args& a, int64_t t, uint32_t* scr
       }
       sum = warp_sum(sum);
 #pragma unroll
-      for (int i = 0; i < N; i++) choice[i] = (sum == 0 || isnan(choice[i]) ? choice[i] : __fdiv_rn(choice[i], sum)) + b[i];
+      for (int i = 0; i < N; i++)
+        choice[i] = (sum == 0 || isnan(choice[i]) ? choice[i] : __fdiv_rn(choice[i], sum)) + b[i];
     } else if (a.scoring == Scoring::kSigmoid) {
 #pragma unroll
       for (int i = 0; i < N; i++) choice[i] = fast_sigmoid(x[i]) + b[i];
@@ -360,7 +362,9 @@ __device__ __noinline__ void gate_row_apart(const Args& a, int64_t t, uint32_t* 
 
 // Shared memory: histogram counters, then row_scratch() floats for every warp.
 template <int N>
-__global__ void __launch_bounds__(128, N <= 8 ? 6 : N <= 16 ? 4 : 3) gate_rows(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(128, N <= 8    ? 6
+                                       : N <= 16 ? 4
+                                                 : 3) gate_rows(const __grid_constant__ Args a) {
   let_next_kernel_start();
   extern __shared__ __align__(16) uint32_t shared_memory[];
   uint32_t* histogram = shared_memory;
@@ -372,7 +376,8 @@ __global__ void __launch_bounds__(128, N <= 8 ? 6 : N <= 16 ? 4 : 3) gate_rows(c
     __syncthreads();
   }
   const int64_t valid = valid_tokens(a);
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * warps + warp; t < a.T; t += static_cast<int64_t>(gridDim.x) * warps) {
+  for (int64_t t = static_cast<int64_t>(blockIdx.x) * warps + warp; t < a.T;
+       t += static_cast<int64_t>(gridDim.x) * warps) {
     if (t < valid) {
       gate_row<N>(a, t, scratch, histogram);
     } else {

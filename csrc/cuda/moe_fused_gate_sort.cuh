@@ -1,5 +1,5 @@
-// Sorting networks in registers: best first, for floats, pairs of halves (each half a list of its own) and integer keys.
-// Among floats a NaN stays where it is compared, so that what it would spoil is seen in the end.
+// Sorting networks in registers: best first, for floats, pairs of halves (each half a list of its own) and integer
+// keys. Among floats a NaN stays where it is compared, so that what it would spoil is seen in the end.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
 
     // Keys, sorted. A slot is the place of an expert among the 128 of the kept groups, in the order of ids.
     const T* own = logits + min(token, last) * E;
-    float* scores = reinterpret_cast<float*>(row);           // of slots
+    float* scores = reinterpret_cast<float*>(row);          // of slots
     uint8_t* list = reinterpret_cast<uint8_t*>(row) + 512;  // slots of 16 candidates
     const auto expert_of = [&](uint32_t slot) { return (groups >> (slot >> 5) * 8 & 7) * 32 + slot % 32; };
     const auto sorted = [&](auto kind, uint32_t* slots) {

@@ -1,10 +1,10 @@
 // moe_router: logits[t, e] = hidden[t] . weight[e] + bias[e], everything widened to f32 first.
 //
 // Algorithm: up to 16 tokens, a block per expert and 4 tokens: 128 threads take vectors of the row in turn, and partial
-// sums meet in a fixed tree. More tokens, tiles: on tensor cores where both sides are bf16 or both f16 and rows are whole
-// vectors (tensor_tile.cuh: exact products, added in f32), else on ordinary cores (tile.cuh). Where there are fewer tiles
-// than multiprocessors, the inner dimension is split into pieces that go to scratch and are added in order. Limits: none.
-// The order of accumulation depends on the sizes, never on the run. NaN and infinities take their course.
+// sums meet in a fixed tree. More tokens, tiles: on tensor cores where both sides are bf16 or both f16 and rows are
+// whole vectors (tensor_tile.cuh: exact products, added in f32), else on ordinary cores (tile.cuh). Where there are
+// fewer tiles than multiprocessors, the inner dimension is split into pieces that go to scratch and are added in order.
+// Limits: none. The order of accumulation depends on the sizes, never on the run. NaN and infinities take their course.
 #include <algorithm>
 
 #include "backend.h"
@@ -55,10 +55,9 @@ __global__ void __launch_bounds__(kTileThreads) route_tiles(MoeRouter p, float* 
   const int64_t first = int64_t{blockIdx.x} * Shape::kRows, column = int64_t{blockIdx.y} * Shape::kColumns;
   const int64_t begin = blockIdx.z * depth, end = begin + depth < p.H ? begin + depth : p.H;
   float sum[TM][TN] = {};
-  multiply_tile<TM, TN>(
-      [&](int r) { return first + r < p.T ? p.hidden.as<const X>() + (first + r) * p.H : nullptr; },
-      [&](int c) { return column + c < p.E ? p.weight.as<const W>() + (column + c) * p.H : nullptr; }, begin, end,
-      vectors, vectors, sum);
+  multiply_tile<TM, TN>([&](int r) { return first + r < p.T ? p.hidden.as<const X>() + (first + r) * p.H : nullptr; },
+                        [&](int c) { return column + c < p.E ? p.weight.as<const W>() + (column + c) * p.H : nullptr; },
+                        begin, end, vectors, vectors, sum);
   const bool whole = gridDim.z == 1;
   out += blockIdx.z * p.T * p.E;
 #pragma unroll
@@ -85,9 +84,10 @@ __global__ void __launch_bounds__(kTensorThreads) route_tensor(MoeRouter p, floa
     const T* first_piece = matrix + row * p.H + from;
     const int64_t left = rows - row, there = from < end ? (end - from + kTensorDepth - 1) / kTensorDepth : 0;
     // A piece that is not there is not read, but its address has to be one.
-    return TensorOperand{[=](int r) { return there > 0 ? first_piece + r * p.H : matrix; },
-                         static_cast<int>(left < Shape::kRows + Shape::kColumns ? left : Shape::kRows + Shape::kColumns),
-                         kTensorDepth, static_cast<int>(there)};
+    return TensorOperand{
+        [=](int r) { return there > 0 ? first_piece + r * p.H : matrix; },
+        static_cast<int>(left < Shape::kRows + Shape::kColumns ? left : Shape::kRows + Shape::kColumns), kTensorDepth,
+        static_cast<int>(there)};
   };
   multiply_tensor_tile<T, WARPS_M, N, true>(operand(p.hidden.as<const T>(), first, p.T),
                                             operand(p.weight.as<const T>(), column, p.E),
@@ -118,7 +118,8 @@ __global__ void add_pieces(MoeRouter p, const float* pieces, int count) {
   }
 }
 
-// Calls launch(grid, out, depth) for tiles of rows x columns, and adds the pieces up where it splits the inner dimension.
+// Calls launch(grid, out, depth) for tiles of rows x columns, and adds the pieces up where it splits the inner
+// dimension.
 template <class Launch>
 Status in_pieces(CudaBackend& device, const MoeRouter& p, int rows, int columns, int step, Launch&& launch) {
   constexpr int64_t kShortest = 128, kMostPieces = 32;  // of the inner dimension

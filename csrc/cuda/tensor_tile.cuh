@@ -2,9 +2,9 @@
 //
 // 256 threads, 8 warps in WARPS_M x (8 / WARPS_M), each with 32 rows x N columns. 64 of the inner dimension at a time
 // come through a ring of shared memory that cp.async fills; 16-byte pieces of a row are swizzled by the row, so that
-// ldmatrix meets every bank once. Products are exact in f32; tensor cores add them with a little less than f32's rounding,
-// so where the result must be as good as f32 (EXACT) every 64 are added up in ordinary f32 outside, in ascending order.
-// Bitwise the same from run to run. Rows must be multiples of 8 elements.
+// ldmatrix meets every bank once. Products are exact in f32; tensor cores add them with a little less than f32's
+// rounding, so where the result must be as good as f32 (EXACT) every 64 are added up in ordinary f32 outside, in
+// ascending order. Bitwise the same from run to run. Rows must be multiples of 8 elements.
 #pragma once
 #include "floats.cuh"
 
@@ -15,9 +15,10 @@ constexpr int kTensorThreads = 256, kTensorDepth = 64;
 constexpr int kTensorSharedBytes = 99 * 1024;
 
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, __nv_bfloat16*) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, __half*) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -50,8 +51,8 @@ struct TensorShape {
   }
 };
 
-// Where a thread's 16-byte pieces of one operand come from: piece(r) is that of row r < `rows` (at least one) at the first
-// step; `step` elements on is that of the next step; other rows, and step `there` and later ones, are zeros.
+// Where a thread's 16-byte pieces of one operand come from: piece(r) is that of row r < `rows` (at least one) at the
+// first step; `step` elements on is that of the next step; other rows, and step `there` and later ones, are zeros.
 template <class Piece>
 struct TensorOperand {
   Piece piece;
@@ -100,7 +101,9 @@ __device__ void multiply_tensor_tile(const A& a, const B& b, int steps, float (&
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  const auto address = [&](uint32_t stage, int row, int piece) { return stage + row * 128 + ((piece ^ (row & 7)) << 4); };
+  const auto address = [&](uint32_t stage, int row, int piece) {
+    return stage + row * 128 + ((piece ^ (row & 7)) << 4);
+  };
 
 #pragma unroll
   for (int step = 0; step < Shape::kStages - 1; step++) load(step);
@@ -123,10 +126,12 @@ __device__ void multiply_tensor_tile(const A& a, const B& b, int steps, float (&
     for (int k = 0; k < kTensorDepth / 16; k++) {
       uint32_t x[2][4], y[N / 16][4];
 #pragma unroll
-      for (int m = 0; m < 2; m++) load_matrices(x[m], address(stage, first_row + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
+      for (int m = 0; m < 2; m++)
+        load_matrices(x[m], address(stage, first_row + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
 #pragma unroll
       for (int n = 0; n < N / 16; n++) {
-        load_matrices(y[n], address(stage, first_column + n * 16 + (lane & 7) + ((lane >> 4) << 3), k * 2 + ((lane >> 3) & 1)));
+        load_matrices(
+            y[n], address(stage, first_column + n * 16 + (lane & 7) + ((lane >> 4) << 3), k * 2 + ((lane >> 3) & 1)));
       }
 #pragma unroll
       for (int m = 0; m < 2; m++) {

@@ -10,7 +10,8 @@ namespace moe {
 __global__ void write_nowhere(int* nowhere) { *nowhere = 1; }
 
 void break_device_if_asked(cudaStream_t stream) {
-  if (std::getenv("MOE_KERNELS_TEST_ILLEGAL_ACCESS") != nullptr) write_nowhere<<<1, 1, 0, stream>>>(reinterpret_cast<int*>(8));
+  if (std::getenv("MOE_KERNELS_TEST_ILLEGAL_ACCESS") != nullptr)
+    write_nowhere<<<1, 1, 0, stream>>>(reinterpret_cast<int*>(8));
 }
 
 }  // namespace moe

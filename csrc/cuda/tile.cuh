@@ -12,8 +12,8 @@ namespace moe {
 constexpr int kTileThreads = 256;
 constexpr int kTileDepth = 16;
 
-// Four consecutive elements from `k` on of a row, widened; zero at and beyond `end` or without a row. Rows of K elements
-// start on vectors of 4 where `vectors`.
+// Four consecutive elements from `k` on of a row, widened; zero at and beyond `end` or without a row. Rows of K
+// elements start on vectors of 4 where `vectors`.
 template <class T>
 __device__ __forceinline__ float4 load_four(const T* row, int64_t k, int64_t end, bool vectors) {
   if (row == nullptr) return make_float4(0, 0, 0, 0);
@@ -42,7 +42,8 @@ template <class T>
 __device__ __forceinline__ float4 load_four(const TiledRow<T>& row, int64_t k, int64_t end, bool) {
   if (row.first == nullptr || k >= end) return make_float4(0, 0, 0, 0);
   const int piece = (static_cast<int>(k) % kWeightTile / 8) ^ row.swizzle;
-  const Vec<T, 4> v = *reinterpret_cast<const Vec<T, 4>*>(row.first + k / kWeightTile * kWeightTileElements + piece * 8 + k % 8);
+  const Vec<T, 4> v =
+      *reinterpret_cast<const Vec<T, 4>*>(row.first + k / kWeightTile * kWeightTileElements + piece * 8 + k % 8);
   return make_float4(widen(v.v[0]), widen(v.v[1]), widen(v.v[2]), widen(v.v[3]));
 }
 

@@ -8,7 +8,8 @@ const values = (length, seed) =>
   Float32Array.from({ length }, (_, i) => (((i * 7919 + seed * 104729) % 2003) - 1001) / 512);
 const attempts = [];
 
-const rms = (numbers) => Math.sqrt(numbers.reduce((sum, x) => sum + Number(x) ** 2, 0) / Math.max(numbers.length, 1));
+const rms = (numbers) =>
+  Math.sqrt(numbers.reduce((sum, x) => sum + Number(x) ** 2, 0) / Math.max(numbers.length, 1));
 
 /** Runs `build` on both backends and compares what it returns. */
 function compare(name, build, tolerance = 1e-2) {
@@ -31,7 +32,8 @@ function compare(name, build, tolerance = 1e-2) {
         // Of large terms that nearly cancel only the size of the other elements says how exact their sum can be.
         const size = rms(expected[i][1]);
         const wrong = actual.findIndex(
-          (x, j) => !(Math.abs(Number(x) - Number(expected[i][1][j])) <= tolerance * (size + Math.abs(Number(x)))),
+          (x, j) =>
+            !(Math.abs(Number(x) - Number(expected[i][1][j])) <= tolerance * (size + Math.abs(Number(x)))),
         );
         if (wrong >= 0)
           throw new Error(`${name}: ${key}[${wrong}] is ${actual[wrong]}, expected ${expected[i][1][wrong]}`);

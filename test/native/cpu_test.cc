@@ -121,8 +121,9 @@ void check_close(const Data& got, const std::vector<double>& expected, const std
     if (!close(got.at(i), expected[i], slack * tolerance(got.dtype))) bad = i;
   }
   const bool good = got.count() == expected.size() && bad == expected.size();
-  check(good, what + (good ? "" : " at " + std::to_string(bad) + ": " + std::to_string(got.at(bad)) + " for " +
-                                      std::to_string(expected[bad])));
+  check(good, what + (good ? ""
+                           : " at " + std::to_string(bad) + ": " + std::to_string(got.at(bad)) + " for " +
+                                 std::to_string(expected[bad])));
 }
 
 const Kernels* kernels = usable_kernels().front();  // of the instruction set that is tested
@@ -240,9 +241,9 @@ void test_queue() {
 
 void test_allocator() {
   current = "allocator";
-  for (size_t bytes : {size_t{0}, size_t{1}, size_t{64}, size_t{65}, size_t{256}, size_t{257}, size_t{320}, size_t{321},
-                       size_t{1000}, size_t{1} << 20, (size_t{1} << 20) + 1, size_t{64} << 20,
-                       (size_t{64} << 20) + 1}) {
+  for (size_t bytes :
+       {size_t{0}, size_t{1}, size_t{64}, size_t{65}, size_t{256}, size_t{257}, size_t{320}, size_t{321}, size_t{1000},
+        size_t{1} << 20, (size_t{1} << 20) + 1, size_t{64} << 20, (size_t{64} << 20) + 1}) {
     const size_t block = Allocator::block_size(bytes);
     check(block >= bytes && block % 64 == 0 && block >= 64, "block of " + std::to_string(bytes));
     check(bytes < 256 || block <= bytes + bytes / 4 + 64, "waste of " + std::to_string(bytes));
@@ -300,7 +301,8 @@ void test_allocator() {
     const Status status = b.allocate(bytes, &none);
     check(status.code == Code::kOutOfMemory && none == nullptr, "absurd size refused");
     check(status.text.starts_with("requested " + std::to_string(bytes) + " bytes, ") &&
-              status.text.ends_with(" bytes available"), "text: " + status.text);
+              status.text.ends_with(" bytes available"),
+          "text: " + status.text);
   }
   ExpertsLayout huge{65536, int64_t{1} << 31, int64_t{1} << 30, DType::kF32, true, {}};
   check(b.allocate(b.expert_bytes(huge), &none).code == Code::kOutOfMemory, "experts beyond 64 bits of bytes");
@@ -429,11 +431,11 @@ void test_gate_golden() {
 
 void test_gate_special() {
   current = "gate special values";
-  GateCase rows({kNaN, kNaN, kNaN, kNaN,          //
-                 -kInf, -kInf, -kInf, -kInf,      //
-                 1, kInf, kNaN, kInf,             //
-                 kNaN, -kInf, 0.0f, -0.0f,        //
-                 kNaN, kNaN, kNaN, 2},
+  GateCase rows({kNaN,  kNaN,  kNaN,  kNaN,   //
+                 -kInf, -kInf, -kInf, -kInf,  //
+                 1,     kInf,  kNaN,  kInf,   //
+                 kNaN,  -kInf, 0.0f,  -0.0f,  //
+                 kNaN,  kNaN,  kNaN,  2},
                 4, 3);
   rows.run();
   check(rows.ids.ids() == std::vector<int32_t>({0, 1, 2, 0, 1, 2, 1, 3, 0, 2, 3, 1, 3, 0, 1}), "softmax ids");
@@ -495,7 +497,8 @@ void test_gate_mapping() {
   std::vector<int64_t> load(16);
   std::memcpy(load.data(), g.load.bytes.data(), 16 * 8);
   check(load[15] == 1 && load[14] == 1 && load[12] == 1 && load[13] == 1 && load[0] == 1 &&
-            std::accumulate(load.begin(), load.end(), int64_t{0}) == 5, "load counts mapped ids in range");
+            std::accumulate(load.begin(), load.end(), int64_t{0}) == 5,
+        "load counts mapped ids in range");
   const int32_t many = 99, negative = -5;
   g.p.valid_tokens = {&many, 0};
   g.run();
@@ -535,8 +538,10 @@ void test_gate_random() {
         const auto at = static_cast<size_t>(e);
         // f32 as the kernel has it, because ties are wanted here
         const double v = x[t * E + e];
-        if (g.p.scoring == Scoring::kSigmoid) score[at] = 1 / (1 + static_cast<float>(std::exp(-v)));
-        else score[at] = std::sqrt(static_cast<float>(std::log1p(double{static_cast<float>(std::exp(v))})));
+        if (g.p.scoring == Scoring::kSigmoid)
+          score[at] = 1 / (1 + static_cast<float>(std::exp(-v)));
+        else
+          score[at] = std::sqrt(static_cast<float>(std::log1p(double{static_cast<float>(std::exp(v))})));
         choice[at] = biased ? score[at] + bias[at] : score[at];
       }
       const auto better = [](float a, float b) { return std::isnan(a) ? false : std::isnan(b) ? true : a > b; };
@@ -549,16 +554,14 @@ void test_gate_random() {
       }
       std::vector<int> order(groups), candidates;
       std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-        return better(group_score[a], group_score[b]);
-      });
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int a, int b) { return better(group_score[a], group_score[b]); });
       std::sort(order.begin(), order.begin() + top);
       for (int i = 0; i < top; i++) {
         for (int e = 0; e < size; e++) candidates.push_back(order[i] * size + e);
       }
-      std::stable_sort(candidates.begin(), candidates.end(), [&](int a, int b) {
-        return better(choice[a], choice[b]);
-      });
+      std::stable_sort(candidates.begin(), candidates.end(),
+                       [&](int a, int b) { return better(choice[a], choice[b]); });
       double sum = 0;
       for (int c = 0; c < K; c++) {
         const auto e = static_cast<size_t>(candidates[static_cast<size_t>(c)]);
@@ -601,8 +604,8 @@ void test_gate_random() {
   check(first.bytes == uniform.ids.bytes, "uniform is deterministic");
 }
 
-// 256 experts in 8 groups, which have a way of their own where a set has one: rows of every kind that it takes or leaves,
-// against full sorting in double. Where a decision hangs on less than 2e-6, any side of it will do.
+// 256 experts in 8 groups, which have a way of their own where a set has one: rows of every kind that it takes or
+// leaves, against full sorting in double. Where a decision hangs on less than 2e-6, any side of it will do.
 void test_gate_grouped() {
   current = "gate grouped";
   constexpr int kExperts = 256, kGroupCount = 8, kSize = 32, kKinds = 9;
@@ -701,7 +704,11 @@ struct Layer {
   Experts experts;
 
   Layer(int64_t s, int64_t h, int64_t i, DType type, bool biases, SwiGLU swiglu, uint64_t seed)
-      : S(s), H(h), I(i), dtype(type), act(swiglu),
+      : S(s),
+        H(h),
+        I(i),
+        dtype(type),
+        act(swiglu),
         w13(Data::random(type, s * 2 * i * h, seed, 0.3f)),
         w2(Data::random(type, s * h * i, seed + 1, 0.3f)),
         b13(Data::random(DType::kF32, biases ? s * 2 * i : 0, seed + 2)),
@@ -820,11 +827,13 @@ void test_dispatch() {
   const std::vector<int32_t> sorted = {3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12};
   const std::vector<int32_t> order = doc.order.ids();
   check(std::equal(sorted.begin(), sorted.end(), order.begin()) &&
-            std::all_of(order.begin() + 16, order.end(), [](int32_t i) { return i == 12; }), "vLLM's example");
+            std::all_of(order.begin() + 16, order.end(), [](int32_t i) { return i == 12; }),
+        "vLLM's example");
   check(doc.offsets.ids() == std::vector<int32_t>({0, 0, 4, 8, 12, 16}), "offsets");
   const std::vector<int32_t> blocks = doc.block_experts.ids();
   check(std::vector<int32_t>(blocks.begin(), blocks.begin() + 4) == std::vector<int32_t>({1, 2, 3, 4}) &&
-            std::all_of(blocks.begin() + 4, blocks.end(), [](int32_t e) { return e == -1; }), "blocks");
+            std::all_of(blocks.begin() + 4, blocks.end(), [](int32_t e) { return e == -1; }),
+        "blocks");
 
   Random r(3);
   for (int round = 0; round < 60; round++) {
@@ -1029,8 +1038,7 @@ void test_shared() {
       for (int64_t h = 0; h < H; h++) logit += row[h] * gate.at(h);
       expected_projection.insert(expected_projection.end(), a.begin(), a.end());
       for (int64_t h = 0; h < H; h++) {
-        expected.push_back(routed.at(t * H + h) +
-                           (gated ? 1 / (1 + std::exp(-logit)) : 1) * y[h]);
+        expected.push_back(routed.at(t * H + h) + (gated ? 1 / (1 + std::exp(-logit)) : 1) * y[h]);
       }
     }
     SharedExperts p{};

@@ -42,7 +42,8 @@ int main() {
   for (const int64_t tokens : {5, 8, 1024}) expect("Qwen3", qwen3(tokens), Path::kWgmma);
   for (const int64_t tokens : {1, 16, 32}) expect("V3-EP", v3_ep(tokens), Path::kStream);
   for (const int64_t tokens : {33, 64, 16384}) expect("V3-EP", v3_ep(tokens), Path::kWgmma);
-  expect("few tokens that stream does not take", changed(v3_ep(1), [](Shape& s) { s.streamable = false; }), Path::kWgmma);
+  expect("few tokens that stream does not take", changed(v3_ep(1), [](Shape& s) { s.streamable = false; }),
+         Path::kWgmma);
   for (const int device : {80, 86, 89, 100, 120}) {
     expect("another device", changed(v3_ep(1), [=](Shape& s) { s.compute_capability = device; }), Path::kMma);
   }

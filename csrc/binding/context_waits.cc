@@ -4,8 +4,8 @@
 #include <cstring>
 #include <utility>
 
-#include "context_waits.h"
 #include "host_data.h"
+#include "context_waits.h"
 
 namespace moe {
 

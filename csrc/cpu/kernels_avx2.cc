@@ -14,8 +14,8 @@
 #endif
 
 #define MOE_ISA avx2
-#include "kernels_impl.h"
 #include "simd_avx2.h"
+#include "kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -17,8 +17,8 @@
 #endif
 
 #define MOE_ISA avx512
-#include "kernels_impl.h"
 #include "simd_avx512.h"
+#include "kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

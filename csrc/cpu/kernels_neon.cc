@@ -8,6 +8,6 @@
 #include "kernels.h"
 
 #define MOE_ISA neon
-#include "kernels_impl.h"
 #include "simd_neon.h"
+#include "kernels_impl.h"
 #endif

@@ -6,5 +6,5 @@
 #include "kernels.h"
 
 #define MOE_ISA scalar
-#include "kernels_impl.h"
 #include "simd_scalar.h"
+#include "kernels_impl.h"

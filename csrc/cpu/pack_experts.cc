@@ -1,10 +1,11 @@
 // pack_experts: lays weights out in the panels of experts_layout.h, converting the dtype.
 //
-// Algorithm: threads share panels. A panel's 32 rows are taken where they lie if they are stored [out, in] in the
-// packed dtype, else 128 columns at a time are converted into rows on the stack (turning what is stored [in, out]); the
-// vectors' own transposition then makes panel rows of them. Interleaved gate and up rows are taken apart by a step of
-// 2. Values are widened to f32 and rounded once (equal dtypes are copied bit by bit); biases become f32, and 0 where
-// the slot has biases and none are given. Columns beyond the matrix are 0. Limits: none.
+// Algorithm: threads share panels. What is stored [out, in] is taken where it lies if it has the packed dtype, else 128
+// columns at a time are converted into rows on the stack; the vectors' own transposition makes panel rows of them. What
+// is stored [in, out] has panel rows already: each is converted into its place, for several panels side by side, so
+// that what is read in one piece is long. Interleaved gate and up rows are taken apart by a step of 2. Values are
+// widened to f32 and rounded once (equal dtypes are copied bit by bit); biases become f32, and 0 where the slot has
+// biases and none are given. Columns beyond the matrix are 0. Limits: none.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -15,77 +16,113 @@ namespace moe {
 
 namespace {
 
-// The 16 columns of half a panel in their source matrix [rows, columns], or [columns, rows] if transposed: rows start,
+// The 16 columns of half a panel in their source matrix, stored [rows, columns] or [columns, rows]: rows start,
 // start + step, ... of it, `count` of them; the others of the half are zero.
 struct Half {
   const void* data;  // of this expert
   DType dtype;
-  int64_t rows;
-  bool transposed;
-  int64_t start, step, count;
+  int64_t rows, start, step, count;
 };
 
-// Columns begin .. begin+n-1 of a half's rows in the packed dtype, each at `width` elements from the one before.
+struct Panel {
+  Half halves[2];
+  void* to;
+};
+
+// Panels that are packed side by side.
+constexpr int64_t kMostPanels = 8;
+
+// Columns begin .. begin+n-1 of a half's rows, stored [out, in], in the packed dtype, each at `width` elements from the
+// one before.
 void convert_rows(const Kernels& kernels, const Half& half, int64_t columns, int64_t begin, int64_t n, DType dtype,
                   char* to, int64_t width) {
-  constexpr int64_t kMost = 2 * kHalf;
   const auto row = [&](int64_t j) { return to + j * width * static_cast<int64_t>(size_of(dtype)); };
-  const bool same = half.dtype == dtype;
   for (int64_t j = half.count; j < kHalf; j++) std::memset(row(j), 0, static_cast<size_t>(n) * size_of(dtype));
-  if (!half.transposed) {
-    float wide[kChunk];
-    for (int64_t j = 0; j < half.count; j++) {
-      const void* from = element(half.data, half.dtype, (half.start + j * half.step) * columns + begin);
-      if (same) {
-        std::memcpy(row(j), from, static_cast<size_t>(n) * size_of(dtype));
-      } else {
-        kernels.widen(from, half.dtype, n, wide);
-        kernels.narrow(wide, n, row(j), dtype);
-      }
-    }
-    return;
-  }
-  float wide[kMost];
-  char line[kMost * sizeof(float)];
-  const int64_t span = half.count == 0 ? 0 : (half.count - 1) * half.step + 1;
-  for (int64_t c = 0; c < n && span > 0; c++) {
-    const void* from = element(half.data, half.dtype, (begin + c) * half.rows + half.start);
-    if (!same) {
-      kernels.widen(from, half.dtype, span, wide);
-      kernels.narrow(wide, span, line, dtype);
-      from = line;
-    }
-    for (int64_t j = 0; j < half.count; j++) {
-      std::memcpy(row(j) + c * static_cast<int64_t>(size_of(dtype)), element(from, dtype, j * half.step),
-                  size_of(dtype));
+  float wide[kChunk];
+  for (int64_t j = 0; j < half.count; j++) {
+    const void* from = element(half.data, half.dtype, (half.start + j * half.step) * columns + begin);
+    if (half.dtype == dtype) {
+      std::memcpy(row(j), from, static_cast<size_t>(n) * size_of(dtype));
+    } else {
+      kernels.widen(from, half.dtype, n, wide);
+      kernels.narrow(wide, n, row(j), dtype);
     }
   }
 }
 
-// A panel of `columns` rows from its two halves.
-void pack_panel(const Kernels& kernels, const Half (&halves)[2], int64_t columns, DType dtype, void* panel) {
+// Row `k` of a half that is stored [in, out], in the packed dtype, whose bits T has.
+template <class T>
+void convert_line(const Kernels& kernels, const Half& half, int64_t k, DType dtype, T* to) {
+  const int64_t span = half.count == 0 ? 0 : (half.count - 1) * half.step + 1;
+  const void* from = element(half.data, half.dtype, k * half.rows + half.start);
+  float wide[2 * kHalf];
+  T line[2 * kHalf];
+  if (half.dtype == dtype) {
+    std::memcpy(line, from, static_cast<size_t>(span) * sizeof(T));
+  } else if (half.dtype == DType::kF32) {
+    kernels.narrow(static_cast<const float*>(from), span, line, dtype);
+  } else {
+    kernels.widen(from, half.dtype, span, wide);
+    kernels.narrow(wide, span, line, dtype);
+  }
+  for (int64_t j = 0; j < half.count; j++) to[j] = line[j * half.step];
+}
+
+// Panels of `columns` rows from what is stored [in, out].
+template <class T>
+void pack_lines(const Kernels& kernels, const Panel* panels, int64_t count, int64_t columns, DType dtype) {
+  T lines[kMostPanels][2][kHalf] = {};
+  for (int64_t k = 0; k < columns; k++) {
+    for (int64_t i = 0; i < count; i++) {
+      T* row = static_cast<T*>(panels[i].to) + k * kPanel;
+      for (int64_t h = 0; h < 2; h++) convert_line(kernels, panels[i].halves[h], k, dtype, lines[i][h]);
+      if constexpr (sizeof(T) == 2) {
+        for (int64_t j = 0; j < kHalf; j++) row[2 * j] = lines[i][0][j], row[2 * j + 1] = lines[i][1][j];
+      } else {
+        std::memcpy(row, lines[i], sizeof lines[i]);
+      }
+    }
+  }
+}
+
+// A panel of `columns` rows from what is stored [out, in].
+void pack_panel(const Kernels& kernels, const Panel& panel, int64_t columns, DType dtype) {
   constexpr int64_t kColumns = 128;
   const auto bytes = static_cast<int64_t>(size_of(dtype));
   const void* rows[kPanel];
-  const auto in_place = [&](const Half& half) {
-    return !half.transposed && half.dtype == dtype && half.count == kHalf;
-  };
-  if (in_place(halves[0]) && in_place(halves[1])) {
+  const auto in_place = [&](const Half& half) { return half.dtype == dtype && half.count == kHalf; };
+  if (in_place(panel.halves[0]) && in_place(panel.halves[1])) {
     for (int64_t j = 0; j < kPanel; j++) {
-      const Half& half = halves[j / kHalf];
+      const Half& half = panel.halves[j / kHalf];
       rows[j] = element(half.data, dtype, (half.start + j % kHalf * half.step) * columns);
     }
-    return kernels.fill_panel(rows, bytes, columns, panel);
+    return kernels.fill_panel(rows, bytes, columns, panel.to);
   }
   alignas(64) char converted[kPanel * kColumns * sizeof(float)];
   for (int64_t begin = 0; begin < columns; begin += kColumns) {
     const int64_t n = std::min(kColumns, columns - begin);
     for (int64_t h = 0; h < 2; h++) {
-      convert_rows(kernels, halves[h], columns, begin, n, dtype, converted + h * kHalf * kColumns * bytes, kColumns);
+      char* to = converted + h * kHalf * kColumns * bytes;
+      convert_rows(kernels, panel.halves[h], columns, begin, n, dtype, to, kColumns);
     }
     for (int64_t j = 0; j < kPanel; j++) rows[j] = converted + j * kColumns * bytes;
-    kernels.fill_panel(rows, bytes, n, element(panel, dtype, begin * kPanel));
+    kernels.fill_panel(rows, bytes, n, element(panel.to, dtype, begin * kPanel));
   }
+}
+
+// Packs the `count` panels that panel_at(0), panel_at(1), ... describe, on all threads.
+template <class PanelAt>
+void pack_panels(ThreadPool& pool, const Kernels& kernels, int64_t count, int64_t columns, bool transposed, DType dtype,
+                 PanelAt panel_at) {
+  const int64_t side_by_side = transposed ? kMostPanels : 1;
+  pool.parallel_for(ceil_div(count, side_by_side), 1, [&](int64_t task, int64_t) {
+    const int64_t first = task * side_by_side, n = std::min(side_by_side, count - first);
+    if (!transposed) return pack_panel(kernels, panel_at(first), columns, dtype);
+    Panel panels[kMostPanels];
+    for (int64_t i = 0; i < n; i++) panels[i] = panel_at(first + i);
+    if (size_of(dtype) == 2) return pack_lines<uint16_t>(kernels, panels, n, columns, dtype);
+    pack_lines<uint32_t>(kernels, panels, n, columns, dtype);
+  });
 }
 
 }  // namespace
@@ -104,22 +141,21 @@ Status pack_experts(Backend& backend, const PackExperts& p) {
   ThreadPool& pool = cpu(backend).pool();
 
   const int64_t panels = panels13(layout), out_panels = panels2(layout);
-  pool.parallel_for(p.count * panels, 1, [&](int64_t task, int64_t) {
-    const int64_t expert = task / panels, i = task % panels * kHalf, n = std::min(kHalf, I - i);
+  pack_panels(pool, kernels, p.count * panels, H, p.transposed, layout.dtype, [&](int64_t panel) {
+    const int64_t expert = panel / panels, i = panel % panels * kHalf, n = std::min(kHalf, I - i);
     const void* data = element(p.w13.data, p.w13.dtype, expert * 2 * I * H);
     const int64_t step = interleaved ? 2 : 1;
-    const Half gate = {data, p.w13.dtype, 2 * I, p.transposed, interleaved ? 2 * i : i, step, n};
-    const Half up = {data, p.w13.dtype, 2 * I, p.transposed, interleaved ? 2 * i + 1 : I + i, step, n};
-    pack_panel(kernels, {gate, up}, H, layout.dtype, experts.w13(p.first_slot + expert, task % panels));
+    const Half gate = {data, p.w13.dtype, 2 * I, interleaved ? 2 * i : i, step, n};
+    const Half up = {data, p.w13.dtype, 2 * I, interleaved ? 2 * i + 1 : I + i, step, n};
+    return Panel{{gate, up}, experts.w13(p.first_slot + expert, panel % panels)};
   });
-  pool.parallel_for(p.count * out_panels, 1, [&](int64_t task, int64_t) {
-    const int64_t expert = task / out_panels, h = task % out_panels * kPanel;
+  pack_panels(pool, kernels, p.count * out_panels, I, p.transposed, layout.dtype, [&](int64_t panel) {
+    const int64_t expert = panel / out_panels, h = panel % out_panels * kPanel;
     const void* data = element(p.w2.data, p.w2.dtype, expert * H * I);
     const auto half = [&](int64_t start) {
-      return Half{data, p.w2.dtype, H, p.transposed, std::min(start, H), 1, std::clamp<int64_t>(H - start, 0, kHalf)};
+      return Half{data, p.w2.dtype, H, std::min(start, H), 1, std::clamp<int64_t>(H - start, 0, kHalf)};
     };
-    pack_panel(kernels, {half(h), half(h + kHalf)}, I, layout.dtype,
-               experts.w2(p.first_slot + expert, task % out_panels));
+    return Panel{{half(h), half(h + kHalf)}, experts.w2(p.first_slot + expert, panel % out_panels)};
   });
   if (!layout.biases) return cpu(backend).finished();
 

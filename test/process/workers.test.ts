@@ -17,7 +17,7 @@ describe.each(backends.filter((backend) => backend !== 'oracle'))('workers with 
       // Only what is needed: most of the time of ${rounds * workers} workers is spent on importing
       const lib = ${JSON.stringify(pathToFileURL(join(packageRoot, 'dist', 'lib')).href)};
       const code = \`import { parentPort, workerData } from 'node:worker_threads';
-      Promise.all(['context', 'ops/fused_moe', 'ops/pack_experts'].map((name) => import('\${lib}/' + name + '.js'))).then(async (all) => {
+      Promise.all(['create_context', 'ops/fused_moe', 'ops/pack_experts'].map((name) => import('\${lib}/' + name + '.js'))).then(async (all) => {
         const { createContext, fusedMoe, packExperts } = Object.assign({}, ...all);
         const ctx = await createContext({ backend: '${backend}', threads: 2 });
         const values = (shape) => ctx.tensor('f32', shape, new Float32Array(shape.reduce((a, b) => a * b)).fill(0.01));

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "../common/thread_pool.h"
 #include "experts_layout.h"
 
 namespace moe {
@@ -48,9 +49,20 @@ constexpr int64_t groups_per_task(int64_t width) { return std::max<int64_t>(1, 1
 // Interleaves `count` rows of `width` values, widened, as the tiles of one group.
 void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width, float* out);
 
-// Reads the rows of a group before several panels are projected: a tile at a time they would be waited for.
-inline void bring_near(const Kernels& kernels, const float* x, int64_t rows, int64_t width) {
-  if (rows > kernels.tile_rows) kernels.read(x, rows * width);
+// fn(group, panel) for every panel of every group, shared among threads. The rows of a group lie at its place in `in`,
+// `width` values each; they are read before several panels go over them: a tile at a time they would be waited for.
+template <class F>
+void for_each_panel(ThreadPool& pool, const Kernels& kernels, const Group* groups, int64_t count, int64_t panels,
+                    DType dtype, const float* in, int64_t width, F&& fn) {
+  const int64_t total = count * panels;
+  pool.parallel_for(total, panels_per_task(width, dtype, total), [&](int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; task++) {
+      const Group& group = groups[task / panels];
+      const bool first = task == from || task % panels == 0;
+      if (first && group.rows > kernels.tile_rows) kernels.read(in + group.place * width, group.rows * width);
+      fn(group, task % panels);
+    }
+  });
 }
 
 // out[r * kPanel + c]: the columns of a panel of w13 for the rows of a group, w * (x W^T) + b, with w = 1 without

@@ -89,29 +89,21 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
       }
     });
 
-    const int64_t panels = panels13(experts.layout), grain = panels_per_task(H, dtype, count * panels);
-    pool.parallel_for(count * panels, grain, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; task++) {
-        const Group& group = groups[task / panels];
-        if (task == from || task % panels == 0) bring_near(kernels, x + group.place * H, group.rows, H);
-        float out[kGroupRows * kPanel];
-        project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, task % panels,
-                        p.weights_on_input ? row_weights + group.place : nullptr, out);
-        activate(kernels, experts, out, group.rows, task % panels, active + group.place * I);
-      }
-    });
+    const auto up = [&](const Group& group, int64_t panel) {
+      float out[kGroupRows * kPanel];
+      project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, panel,
+                      p.weights_on_input ? row_weights + group.place : nullptr, out);
+      activate(kernels, experts, out, group.rows, panel, active + group.place * I);
+    };
+    for_each_panel(pool, kernels, groups, count, panels13(experts.layout), dtype, x, H, up);
 
-    const int64_t out_panels = panels2(experts.layout), out_grain = panels_per_task(I, dtype, count * out_panels);
-    pool.parallel_for(count * out_panels, out_grain, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; task++) {
-        const Group& group = groups[task / out_panels];
-        const int64_t h = task % out_panels * kPanel, n = std::min(kPanel, H - h);
-        if (task == from || task % out_panels == 0) bring_near(kernels, active + group.place * I, group.rows, I);
-        float out[kGroupRows * kPanel];
-        project_down(kernels, experts, group.expert, active + group.place * I, group.rows, task % out_panels, out);
-        for (int64_t r = 0; r < group.rows; r++) std::copy_n(out + r * kPanel, n, x + (group.place + r) * H + h);
-      }
-    });
+    const auto down = [&](const Group& group, int64_t panel) {
+      const int64_t h = panel * kPanel, n = std::min(kPanel, H - h);
+      float out[kGroupRows * kPanel];
+      project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel, out);
+      for (int64_t r = 0; r < group.rows; r++) std::copy_n(out + r * kPanel, n, x + (group.place + r) * H + h);
+    };
+    for_each_panel(pool, kernels, groups, count, panels2(experts.layout), dtype, active, I, down);
 
     pool.parallel_for(here, std::max<int64_t>(1, 32768 / (H * std::max<int64_t>(C, 1))), [&](int64_t from, int64_t to) {
       constexpr int64_t kBlock = 512;

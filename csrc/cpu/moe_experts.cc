@@ -106,35 +106,27 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
       }
     });
 
-    const int64_t panels = panels13(experts.layout), grain = panels_per_task(H, dtype, pieces * panels);
-    pool.parallel_for(pieces * panels, grain, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; task++) {
-        const Group& group = piece[task / panels];
-        if (task == from || task % panels == 0) bring_near(kernels, x + group.place * H, group.rows, H);
-        float weights[kGroupRows], out[kGroupRows * kPanel];
-        for (int64_t r = 0; r < group.rows && p.order; r++) {
-          weights[r] = p.weights.as<const float>()[p.order.as<const int32_t>()[group.first + r]];
-        }
-        project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, task % panels,
-                        p.order ? weights : nullptr, out);
-        activate(kernels, experts, out, group.rows, task % panels, active + group.place * I);
+    const auto up = [&](const Group& group, int64_t panel) {
+      float weights[kGroupRows], out[kGroupRows * kPanel];
+      for (int64_t r = 0; r < group.rows && p.order; r++) {
+        weights[r] = p.weights.as<const float>()[p.order.as<const int32_t>()[group.first + r]];
       }
-    });
+      project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, panel,
+                      p.order ? weights : nullptr, out);
+      activate(kernels, experts, out, group.rows, panel, active + group.place * I);
+    };
+    for_each_panel(pool, kernels, piece, pieces, panels13(experts.layout), dtype, x, H, up);
 
-    const int64_t out_panels = panels2(experts.layout), out_grain = panels_per_task(I, dtype, pieces * out_panels);
-    pool.parallel_for(pieces * out_panels, out_grain, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; task++) {
-        const Group& group = piece[task / out_panels];
-        const int64_t h = task % out_panels * kPanel, n = std::min(kPanel, H - h);
-        if (task == from || task % out_panels == 0) bring_near(kernels, active + group.place * I, group.rows, I);
-        float out[kGroupRows * kPanel];
-        project_down(kernels, experts, group.expert, active + group.place * I, group.rows, task % out_panels, out);
-        for (int64_t r = 0; r < group.rows; r++) {
-          void* to_row = element(p.output.data, p.output.dtype, (group.first + r) * H + h);
-          kernels.narrow(out + r * kPanel, n, to_row, p.output.dtype);
-        }
+    const auto down = [&](const Group& group, int64_t panel) {
+      const int64_t h = panel * kPanel, n = std::min(kPanel, H - h);
+      float out[kGroupRows * kPanel];
+      project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel, out);
+      for (int64_t r = 0; r < group.rows; r++) {
+        void* to_row = element(p.output.data, p.output.dtype, (group.first + r) * H + h);
+        kernels.narrow(out + r * kPanel, n, to_row, p.output.dtype);
       }
-    });
+    };
+    for_each_panel(pool, kernels, piece, pieces, panels2(experts.layout), dtype, active, I, down);
   }
   return cpu(backend).finished();
 }

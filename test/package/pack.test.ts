@@ -79,6 +79,12 @@ describe('the packed tarball', () => {
   it.each([
     ['import', `import * as m from 'moe-kernels';${smoke}`, ['--input-type=module']],
     ['require', `const m = require('moe-kernels');(async () => {${smoke}})();`, ['--input-type=commonjs']],
+    [
+      // A path has no exports, only a main.
+      'require of its folder',
+      `const m = require('./node_modules/moe-kernels');(async () => {${smoke}})();`,
+      ['--input-type=commonjs'],
+    ],
   ])('works through %s, on the prebuilt addon', (_, code, flags) => {
     const [major, minor] = process.versions.node.split('.').map(Number);
     // require() of an ES module needed no flag from 20.19 and 22.12 on, and warned on 20.

@@ -1,5 +1,5 @@
 // What the CPU backend is measured by: a MoE layer beside onnxruntime's, the gate and the dispatch on one thread, what a
-// call costs, and what an import costs, with the ceilings of the same run.
+// call, loading a layer and an import cost, with the ceilings of the same run.
 //
 //   node dist/bench/cpu/layer.js [--json FILE] [--peer FOLDER]
 //
@@ -25,6 +25,7 @@ import {
 } from '../../lib/index.js';
 import { Random } from '../../test/cases/random.js';
 import { dtypeBytes, normal, routing } from '../layers.js';
+import { loads } from './load.js';
 import { moeModel } from './onnx_model.js';
 
 const shape = { name: 'layer', experts: 16, hidden: 1024, intermediate: 512, topK: 4 };
@@ -270,10 +271,18 @@ const report = {
   peer: values.peer === undefined ? 'not measured' : await peer(context, values.peer),
   oneThread: await oneThread(roofline.readOneThread),
   calls: await calls(context),
+  loads: await loads(roofline.readAllThreads),
   ...imports(),
 };
-console.log(JSON.stringify({ ...report, layers: undefined, oneThread: undefined, peer: undefined }, null, 2));
+console.log(
+  JSON.stringify(
+    { ...report, layers: undefined, oneThread: undefined, loads: undefined, peer: undefined },
+    null,
+    2,
+  ),
+);
 console.table(report.layers);
 if (typeof report.peer === 'object') console.table(report.peer.results);
 console.table(report.oneThread);
+console.table(report.loads);
 if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(report, null, 2)}\n`);

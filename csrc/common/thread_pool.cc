@@ -13,28 +13,37 @@ thread_local bool inside_loop = false;
 
 int ThreadPool::lane() { return this_lane; }
 
-void ThreadPool::take_chunks(Job& job) const {
-  const int64_t chunks = (job.n - 1) / job.grain + 1;
-  for (;;) {
-    const int64_t chunk = job.next.fetch_add(1, std::memory_order_relaxed);
-    if (chunk >= chunks || cancelled()) return;
-    const int64_t begin = chunk * job.grain;
-    job.invoke(job.fn, begin, begin + std::min(job.grain, job.n - begin));
+void ThreadPool::take_chunks(const Job& job) {
+  for (int i = 0; i < threads_; i++) {
+    Share& share = shares_[static_cast<size_t>((this_lane + i) % threads_)];
+    while (share.next.load(std::memory_order_relaxed) < share.end) {
+      const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= share.end) break;
+      if (cancelled()) return;
+      const int64_t begin = chunk * job.grain;
+      job.invoke(job.fn, begin, begin + std::min(job.grain, job.n - begin));
+    }
   }
 }
 
 void ThreadPool::run(int64_t n, int64_t grain, Invoke invoke, void* fn) {
   if (n <= 0) return;
-  Job job{invoke, fn, n, std::max<int64_t>(grain, 1)};
-  const int64_t chunks = (n - 1) / job.grain + 1;
+  grain = std::max<int64_t>(grain, 1);
+  Job job{invoke, fn, n, grain};
+  const int64_t chunks = (n - 1) / grain + 1;
   std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
   if (threads_ == 1 || chunks == 1 || inside_loop || !turn.try_lock()) {
-    take_chunks(job);
+    for (int64_t begin = 0; begin < n && !cancelled(); begin += grain) invoke(fn, begin, std::min(n, begin + grain));
     return;
   }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!started_ && !stopping_) start_workers();
+    for (int64_t i = 0; i < threads_; i++) {
+      Share& share = shares_[static_cast<size_t>(i)];
+      share.next.store(chunks / threads_ * i + std::min(i, chunks % threads_), std::memory_order_relaxed);
+      share.end = chunks / threads_ * (i + 1) + std::min(i + 1, chunks % threads_);
+    }
     job_ = &job;
     generation_.fetch_add(1, std::memory_order_release);
     const int64_t wanted = std::min<int64_t>(chunks, threads_) - 1;
@@ -93,7 +102,7 @@ void ThreadPool::work(int lane) {
     if (stopping_) return;
     seen = generation_;
     if (job_ == nullptr) continue;  // came too late
-    Job& job = *job_;
+    const Job& job = *job_;
     active_.fetch_add(1, std::memory_order_relaxed);
     lock.unlock();
     take_chunks(job);

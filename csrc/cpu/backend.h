@@ -32,6 +32,7 @@ class CpuBackend : public Backend {
   Status wait() override { return queue_.wait(); }
   void stop() override;
 
+  bool is_host_memory() const override { return true; }
   // Nothing where it cannot be there: a system that overcommits would grant it and kill the process later.
   std::shared_ptr<uint8_t[]> staging(size_t bytes) override {
     return allocator_.affords(bytes) ? host_memory(bytes) : nullptr;

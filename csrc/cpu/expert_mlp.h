@@ -1,13 +1,15 @@
 // The expert MLP in groups: up to kGroupRows rows of one expert, which share one pass over its weights. The rows of a
-// group are cut into tiles of at most Kernels::tile_rows, about equally many each, and lie interleaved in memory: tile
-// after tile, and in a tile [width][rows]. Ops make the list of groups, share groups x panels among threads, and
-// decide what becomes of the results.
+// group are cut into tiles of at most Kernels::tile_rows, about equally many each, and lie interleaved in memory in the
+// order in which a panel goes over them: chunk after chunk of kChunk columns, in a chunk tile after tile, and in a tile
+// [columns][rows]. Ops make the list of groups, share groups x panels among threads, and decide what becomes of the
+// results.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <utility>
 
 #include "../common/thread_pool.h"
+#include "backend.h"
 #include "experts_layout.h"
 
 namespace moe {
@@ -43,25 +45,58 @@ constexpr int64_t panels_per_task(int64_t width, DType dtype, int64_t total) {
   return std::clamp<int64_t>((int64_t{512} << 10) / bytes, 1, std::max<int64_t>(total / 64, 1));
 }
 
-// How many groups of rows of `width` values are loaded at a time: a few small ones are not worth a second thread.
-constexpr int64_t groups_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / width); }
-
 // Interleaves `count` rows of `width` values, widened, as the tiles of one group.
 void load_group(const Kernels& kernels, const void* const* rows, int64_t count, DType dtype, int64_t width, float* out);
 
-// fn(group, panel) for every panel of every group, shared among threads. The rows of a group lie at its place in `in`,
-// `width` values each; they are read before several panels go over them: a tile at a time they would be waited for.
+// The group that each thread is working on, interleaved. A thread loads it for itself, into memory that stays in its
+// cache while panels go over it; several do so with the same group only where there are fewer groups than threads, or
+// at the end.
+class LaneGroups {
+ public:
+  // For groups of an op that has `rows` rows of `width` values: of kGroupRows, or as many as half of `budget` holds.
+  LaneGroups(const ThreadPool& pool, int64_t rows, int64_t width, int64_t budget)
+      : lanes_(pool.threads()),
+        width_(width),
+        most_rows_(std::clamp<int64_t>(std::min(rows, budget / 2 / (lanes_ * row_bytes())), 1, kGroupRows)) {}
+
+  int64_t most_rows() const { return most_rows_; }
+  int64_t bytes() const { return lanes_ * most_rows_ * row_bytes(); }
+  Status reserve(Workspace& workspace) {
+    MOE_RETURN_IF_ERROR(workspace.take(lanes_, &held_));
+    forget();
+    return workspace.take(lanes_ * most_rows_ * width_, &data_);
+  }
+  // Before the groups that were held mean something else.
+  void forget() { std::fill_n(held_, lanes_, nullptr); }
+
+  // The rows of `group` for this thread; row(r) is where its row r lies.
+  template <class Row>
+  const float* load(const Kernels& kernels, const Group& group, DType dtype, Row&& row) {
+    const int lane = ThreadPool::lane();
+    float* out = data_ + lane * most_rows_ * width_;
+    if (held_[lane] == &group) return out;
+    const void* rows[kGroupRows];
+    for (int64_t r = 0; r < group.rows; r++) rows[r] = row(r);
+    load_group(kernels, rows, group.rows, dtype, width_, out);
+    held_[lane] = &group;
+    return out;
+  }
+
+ private:
+  int64_t row_bytes() const { return width_ * int64_t{sizeof(float)}; }
+
+  const int64_t lanes_, width_, most_rows_;
+  const Group** held_ = nullptr;
+  float* data_ = nullptr;
+};
+
+// fn(group, panel) for every panel of every group, shared among threads; a panel has `width` rows of the dtype.
 template <class F>
-void for_each_panel(ThreadPool& pool, const Kernels& kernels, const Group* groups, int64_t count, int64_t panels,
-                    DType dtype, const float* in, int64_t width, F&& fn) {
+void for_each_panel(ThreadPool& pool, const Group* groups, int64_t count, int64_t panels, DType dtype, int64_t width,
+                    F&& fn) {
   const int64_t total = count * panels;
   pool.parallel_for(total, panels_per_task(width, dtype, total), [&](int64_t from, int64_t to) {
-    for (int64_t task = from; task < to; task++) {
-      const Group& group = groups[task / panels];
-      const bool first = task == from || task % panels == 0;
-      if (first && group.rows > kernels.tile_rows) kernels.read(in + group.place * width, group.rows * width);
-      fn(group, task % panels);
-    }
+    for (int64_t task = from; task < to; task++) fn(groups[task / panels], task % panels);
   });
 }
 
@@ -74,8 +109,8 @@ void project_gate_up(const Kernels& kernels, const ExpertsView& experts, int64_t
 void activate(const Kernels& kernels, const ExpertsView& experts, const float* gate_up, int64_t rows, int64_t panel,
               float* active);
 
-// out[r * kPanel + c]: the columns of a panel of w2, with the bias.
+// out[r * stride + c], c < kPanel: the columns of a panel of w2, with the bias.
 void project_down(const Kernels& kernels, const ExpertsView& experts, int64_t expert, const float* x, int64_t rows,
-                  int64_t panel, float* out);
+                  int64_t panel, float* out, int64_t stride);
 
 }  // namespace moe

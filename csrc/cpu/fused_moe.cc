@@ -1,10 +1,10 @@
 // fused_moe: dispatch, experts and combine without gathered rows and without expert outputs in memory.
 //
 // Algorithm: tokens are taken in pieces that fit the scratch budget. Per piece, the local choices are counting-sorted
-// by expert and cut into groups of at most 128 rows (expert_mlp.h), loaded from where the tokens' rows are. Threads
-// share group x panel tasks, first gate, up and activation, then down, all into f32 scratch; and then tokens, whose
-// columns are added up in column order before anything is rounded. So f32 gives the bits of moe_dispatch, moe_experts
-// and moe_combine; narrow dtypes are rounded once instead of twice. Zero experts and weights_on_input as in
+// by expert and cut into groups of at most 128 rows (expert_mlp.h), which threads load from where the tokens' rows are.
+// Threads share group x panel tasks, first gate, up and activation, then down, all into f32 scratch; and then tokens,
+// whose columns are added up in column order before anything is rounded. So f32 gives the bits of moe_dispatch,
+// moe_experts and moe_combine; narrow dtypes are rounded once instead of twice. Zero experts and weights_on_input as in
 // moe_combine; ids neither local nor zero add nothing. Limits: T * C of one piece below 2^31. Order of accumulation:
 // kernels.h, then column order.
 #include <algorithm>
@@ -33,20 +33,24 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   const DType dtype = experts.layout.dtype;
 
   // Scratch
-  const int64_t choice_bytes = (H + I) * int64_t{sizeof(float)} + 16;
-  const int64_t fitting = cpu(backend).scratch_budget() / std::max<int64_t>(C * choice_bytes, 1);
+  const int64_t width = panels2(experts.layout) * kPanel;  // of a row of results
+  const int64_t choice_bytes = (width + I) * int64_t{sizeof(float)} + 16;
+  LaneGroups loaded(pool, T * C, H, cpu(backend).scratch_budget());
+  const int64_t budget = cpu(backend).scratch_budget() - loaded.bytes();
+  const int64_t fitting = budget / std::max<int64_t>(C * choice_bytes, 1);
   const int64_t piece = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(T, 1));
   const int64_t room = piece * C;
-  float *x = nullptr, *active = nullptr, *row_weights = nullptr;
+  float *results = nullptr, *active = nullptr, *row_weights = nullptr;
   int32_t *places = nullptr, *tokens = nullptr, *next = nullptr;
   Group* groups = nullptr;
-  MOE_RETURN_IF_ERROR(workspace.take(room * H, &x));  // what is projected up, and later what was projected down
+  MOE_RETURN_IF_ERROR(loaded.reserve(workspace));
   MOE_RETURN_IF_ERROR(workspace.take(room * I, &active));
+  MOE_RETURN_IF_ERROR(workspace.take(room * width, &results));
   MOE_RETURN_IF_ERROR(workspace.take(room, &places));       // of each choice
   MOE_RETURN_IF_ERROR(workspace.take(room, &tokens));       // of each place, within the piece
   MOE_RETURN_IF_ERROR(workspace.take(room, &row_weights));  // of each place
   MOE_RETURN_IF_ERROR(workspace.take(S + 1, &next));
-  MOE_RETURN_IF_ERROR(workspace.take(std::min(S, room) + room / kGroupRows, &groups));
+  MOE_RETURN_IF_ERROR(workspace.take(std::min(S, room) + room / loaded.most_rows(), &groups));
 
   for (int64_t begin = 0; begin < T && !pool.cancelled(); begin += piece) {
     const int64_t here = std::min(piece, T - begin), choices = here * C;
@@ -70,7 +74,9 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
     for (int64_t e = 0; e < S; e++) {
       const int64_t first = next[e], rows = next[e + 1];
       next[e + 1] += next[e];
-      for_each_part(rows, kGroupRows, [&](int64_t r, int64_t m) { groups[count++] = {e, m, first + r, first + r}; });
+      for_each_part(rows, loaded.most_rows(), [&](int64_t r, int64_t m) {
+        groups[count++] = {e, m, first + r, first + r};
+      });
     }
     for (int64_t choice = 0; choice < choices; choice++) {
       if (places[choice] < 0) continue;
@@ -80,33 +86,25 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
       row_weights[place] = weights[begin * C + choice];
     }
 
-    pool.parallel_for(count, groups_per_task(H), [&](int64_t from, int64_t to) {
-      for (int64_t at = from; at < to; at++) {
-        const Group& group = groups[at];
-        const void* rows[kGroupRows];
-        for (int64_t r = 0; r < group.rows; r++) rows[r] = hidden(tokens[group.place + r], 0);
-        load_group(kernels, rows, group.rows, p.hidden.dtype, H, x + group.place * H);
-      }
-    });
-
+    loaded.forget();
     const auto up = [&](const Group& group, int64_t panel) {
+      const auto row = [&](int64_t r) { return hidden(tokens[group.place + r], 0); };
+      const float* x = loaded.load(kernels, group, p.hidden.dtype, row);
       float out[kGroupRows * kPanel];
-      project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, panel,
+      project_gate_up(kernels, experts, group.expert, x, group.rows, panel,
                       p.weights_on_input ? row_weights + group.place : nullptr, out);
       activate(kernels, experts, out, group.rows, panel, active + group.place * I);
     };
-    for_each_panel(pool, kernels, groups, count, panels13(experts.layout), dtype, x, H, up);
+    for_each_panel(pool, groups, count, panels13(experts.layout), dtype, H, up);
 
     const auto down = [&](const Group& group, int64_t panel) {
-      const int64_t h = panel * kPanel, n = std::min(kPanel, H - h);
-      float out[kGroupRows * kPanel];
-      project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel, out);
-      for (int64_t r = 0; r < group.rows; r++) std::copy_n(out + r * kPanel, n, x + (group.place + r) * H + h);
+      project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel,
+                   results + group.place * width + panel * kPanel, width);
     };
-    for_each_panel(pool, kernels, groups, count, panels2(experts.layout), dtype, active, I, down);
+    for_each_panel(pool, groups, count, panels2(experts.layout), dtype, I, down);
 
     pool.parallel_for(here, std::max<int64_t>(1, 32768 / (H * std::max<int64_t>(C, 1))), [&](int64_t from, int64_t to) {
-      constexpr int64_t kBlock = 512;
+      constexpr int64_t kBlock = 1024;
       float sums[kBlock], row[kBlock];
       for (int64_t t = from; t < to; t++) {
         for (int64_t h = 0; h < H; h += kBlock) {
@@ -118,7 +116,7 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
               kernels.widen(hidden(t, h), p.hidden.dtype, n, row);
               kernels.add_scaled(sums, row, weight, n);
             } else if (places[choice] != kNowhere) {
-              kernels.add_scaled(sums, x + places[choice] * H + h, p.weights_on_input ? 1.0f : weight, n);
+              kernels.add_scaled(sums, results + places[choice] * width + h, p.weights_on_input ? 1.0f : weight, n);
             }
           }
           for (int64_t i = 0; i < n; i++) sums[i] *= p.output_scale;

@@ -34,9 +34,9 @@ struct Kernels {
   const char* name;
   int64_t tile_rows;  // the most rows that multiply takes at once
 
-  // out[r * kPanel + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved.
+  // out[r * stride + c] (+)= sum over k of x[k * m + r] * panel[k][c] for r < m <= tile_rows: rows interleaved.
   void (*multiply)(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, Fetch fetch, bool adds,
-                   float* out);
+                   float* out, int64_t stride);
 
   // out[i * stride + j] = sum over k of rows[i][k] * weights[j, k] for i < m, j < n. Weights are n rows of k values;
   // rows must be readable and zero up to padded(k).
@@ -49,8 +49,8 @@ struct Kernels {
   // active[c * m + r] = swiglu(gate, up) for c < n <= kHalf, from m rows [kHalf gates, kHalf ups].
   void (*activate)(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active);
 
-  // out[c * m + r] = rows[r * stride + c] for r < m <= tile_rows and c < n; rows must be readable up to padded(n).
-  void (*interleave)(const float* rows, int64_t stride, int64_t m, int64_t n, float* out);
+  // out[c * m + r] = rows[r][c] for r < m <= tile_rows and c < n; rows must be readable up to padded(n).
+  void (*interleave)(const float* const* rows, int64_t m, int64_t n, float* out);
 
   // n values to f32, exactly; and back, rounded to nearest, ties to even.
   void (*widen)(const void* from, DType dtype, int64_t n, float* to);

@@ -7,14 +7,25 @@ namespace moe::MOE_ISA {
 
 // Products ---------------------------------------------------------------------------------------------------------
 
+// Loops over an array of sums are unrolled before the compiler decides what lives in registers: sums that it keeps in
+// memory around the loop over k cost more than 70 stores a call.
+#if defined(__clang__)
+#define MOE_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define MOE_UNROLL _Pragma("GCC unroll 16")
+#else
+#define MOE_UNROLL
+#endif
+
 // m rows by kN vectors of each half of a panel.
 template <int64_t m, class T>
-inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch, bool adds, float* out) {
+inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch, bool adds, float* out,
+                          int64_t stride) {
   constexpr int64_t kN = vectors_per_half(m);
   for (int64_t v = 0; v < kHalf / kWidth; v += kN) {
     V first[m][kN], second[m][kN];
-    for (int64_t r = 0; r < m; r++) {
-      for (int64_t c = 0; c < kN; c++) first[r][c] = second[r][c] = zero();
+    MOE_UNROLL for (int64_t r = 0; r < m; r++) {
+      MOE_UNROLL for (int64_t c = 0; c < kN; c++) first[r][c] = second[r][c] = zero();
     }
     const float* values = x;
     const T* row = panel;
@@ -22,18 +33,18 @@ inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch
     for (int64_t i = 0; i < k; i++, values += m, row += kPanel) {
       for (int64_t line = 0; line < kPanel * int64_t{sizeof(T)}; line += kLine, next += fetch.stride) prefetch(next);
       V a[kN], b[kN];
-      for (int64_t c = 0; c < kN; c++) load_halves(row, v + c, a[c], b[c]);
-      for (int64_t r = 0; r < m; r++) {
+      MOE_UNROLL for (int64_t c = 0; c < kN; c++) load_halves(row, v + c, a[c], b[c]);
+      MOE_UNROLL for (int64_t r = 0; r < m; r++) {
         const V value = splat(values[r]);
-        for (int64_t c = 0; c < kN; c++) {
+        MOE_UNROLL for (int64_t c = 0; c < kN; c++) {
           first[r][c] = fma(value, a[c], first[r][c]);
           second[r][c] = fma(value, b[c], second[r][c]);
         }
       }
     }
-    for (int64_t r = 0; r < m; r++) {
-      for (int64_t c = 0; c < kN; c++) {
-        float* to = out + r * kPanel + (v + c) * kWidth;
+    MOE_UNROLL for (int64_t r = 0; r < m; r++) {
+      MOE_UNROLL for (int64_t c = 0; c < kN; c++) {
+        float* to = out + r * stride + (v + c) * kWidth;
         store(to, adds ? add(load(to), first[r][c]) : first[r][c]);
         store(to + kHalf, adds ? add(load(to + kHalf), second[r][c]) : second[r][c]);
       }
@@ -42,20 +53,21 @@ inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch
 }
 
 template <int64_t m, class T>
-inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t k, Fetch fetch, bool adds, float* out) {
+inline void multiply_rows(const float* x, int64_t rows, const T* panel, int64_t k, Fetch fetch, bool adds, float* out,
+                          int64_t stride) {
   if constexpr (m > 1) {
-    if (rows != m) return multiply_rows<m - 1>(x, rows, panel, k, fetch, adds, out);
+    if (rows != m) return multiply_rows<m - 1>(x, rows, panel, k, fetch, adds, out, stride);
   }
-  multiply_tile<m>(x, panel, k, fetch, adds, out);
+  multiply_tile<m>(x, panel, k, fetch, adds, out, stride);
 }
 
 inline void multiply(DType dtype, const float* x, int64_t m, const void* panel, int64_t k, Fetch fetch, bool adds,
-                     float* out) {
+                     float* out, int64_t stride) {
   if (dtype == DType::kF32)
-    return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, fetch, adds, out);
+    return multiply_rows<kTileRows>(x, m, static_cast<const float*>(panel), k, fetch, adds, out, stride);
   if (dtype == DType::kBF16)
-    return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, fetch, adds, out);
-  multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, fetch, adds, out);
+    return multiply_rows<kTileRows>(x, m, static_cast<const bf16*>(panel), k, fetch, adds, out, stride);
+  multiply_rows<kTileRows>(x, m, static_cast<const f16*>(panel), k, fetch, adds, out, stride);
 }
 
 // `count` < kWidth values, and zeros.
@@ -176,13 +188,13 @@ inline V activation(const SwiGLU& p, V g, V u) {
 
 // Turned over in a small buffer, so that `out` gets whole vectors: few lines that are not in the cache may be waited
 // for at once, and a line written value by value keeps its place for long.
-inline void interleave(const float* rows, int64_t stride, int64_t m, int64_t n, float* out) {
+inline void interleave(const float* const* rows, int64_t m, int64_t n, float* out) {
   float turned[kWidth * kTileRows + kWidth];
   for (int64_t first = 0; first < n; first += kWidth, out += kWidth * m) {
     // Columns run over into the start of the next, which is written later
     for (int64_t r = (m - 1) / kWidth * kWidth; r >= 0; r -= kWidth) {
       U block[kWidth];
-      for (int64_t j = 0; j < kWidth; j++) block[j] = load_words(rows + (r + j < m ? r + j : r) * stride + first);
+      for (int64_t j = 0; j < kWidth; j++) block[j] = load_words(rows[r + j < m ? r + j : r] + first);
       transpose(block);
       for (int64_t j = 0; j < kWidth; j++) store_words(turned + j * m + r, block[j]);
     }
@@ -195,13 +207,15 @@ inline void interleave(const float* rows, int64_t stride, int64_t m, int64_t n, 
 }
 
 inline void activate(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active) {
-  float values[kTileRows * kHalf];
+  float values[kTileRows][kHalf];
+  const float* activated[kTileRows];
   for (int64_t r = 0; r < m; r++, rows += kPanel) {
+    activated[r] = values[r];
     for (int64_t c = 0; c < kHalf; c += kWidth) {
-      store(values + r * kHalf + c, activation(swiglu, load(rows + c), load(rows + kHalf + c)));
+      store(values[r] + c, activation(swiglu, load(rows + c), load(rows + kHalf + c)));
     }
   }
-  interleave(values, kHalf, m, n, active);
+  interleave(activated, m, n, active);
 }
 
 template <class From, class To>

@@ -23,7 +23,7 @@ Status refuse(const char* arg, const std::string& expectation) {
 }
 
 // Marks the places that hold a row, counts groups, and checks what only the data can tell.
-Status check(const MoeExperts& p, uint8_t* taken, int64_t* groups) {
+Status check(const MoeExperts& p, uint8_t* taken, int64_t group_rows, int64_t* groups) {
   const int32_t* counts = p.counts.as<const int32_t>();
   const int32_t* offsets = p.offsets.as<const int32_t>();
   std::memset(taken, 0, static_cast<size_t>(p.P));
@@ -47,7 +47,7 @@ Status check(const MoeExperts& p, uint8_t* taken, int64_t* groups) {
                                    " choices but received " + text(choice));
       }
     }
-    *groups += ceil_div(count, kGroupRows);
+    *groups += ceil_div(count, group_rows);
   }
   return Status::Ok();
 }
@@ -60,11 +60,12 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   backend.note_path("moe_experts", kernels.name);
   Workspace workspace(cpu(backend));
   ThreadPool& pool = cpu(backend).pool();
+  LaneGroups loaded(pool, p.P, H, cpu(backend).scratch_budget());
 
   uint8_t* taken = nullptr;
   int64_t count = 0;
   MOE_RETURN_IF_ERROR(workspace.take(p.P, &taken));
-  MOE_RETURN_IF_ERROR(check(p, taken, &count));
+  MOE_RETURN_IF_ERROR(check(p, taken, loaded.most_rows(), &count));
   const size_t output_bytes = static_cast<size_t>(H) * size_of(p.output.dtype);
   pool.parallel_for(p.P, std::max<int64_t>(1, 16384 / H), [&](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; place++) {
@@ -73,22 +74,22 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   });
 
   // Groups, placed in pieces of at most `room` rows
-  const int64_t row_bytes = (H + I) * int64_t{sizeof(float)};
-  const int64_t room = std::max(kGroupRows, std::min(p.P, cpu(backend).scratch_budget() / row_bytes));
+  const int64_t budget = cpu(backend).scratch_budget() - loaded.bytes();
+  const int64_t room = std::max(loaded.most_rows(), std::min(p.P, budget / (I * int64_t{sizeof(float)})));
   Group* groups = nullptr;
   MOE_RETURN_IF_ERROR(workspace.take(count, &groups));
   int64_t filled = 0, place = 0;
   for (int64_t e = 0; e < p.S; e++) {
     const int64_t rows = p.counts.as<const int32_t>()[e], first = p.offsets.as<const int32_t>()[e];
-    for_each_part(rows, kGroupRows, [&](int64_t r, int64_t m) {
+    for_each_part(rows, loaded.most_rows(), [&](int64_t r, int64_t m) {
       if (place + m > room) place = 0;
       groups[filled++] = {e, m, first + r, place};
       place += m;
     });
   }
 
-  float *x = nullptr, *active = nullptr;
-  MOE_RETURN_IF_ERROR(workspace.take(std::min(room, p.P) * H, &x));
+  float* active = nullptr;
+  MOE_RETURN_IF_ERROR(loaded.reserve(workspace));
   MOE_RETURN_IF_ERROR(workspace.take(std::min(room, p.P) * I, &active));
   const ExpertsView experts(p.experts);
   const DType dtype = experts.layout.dtype;
@@ -97,36 +98,28 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
     const Group* piece = groups + begin;
     const int64_t pieces = end - begin;
 
-    pool.parallel_for(pieces, groups_per_task(H), [&](int64_t from, int64_t to) {
-      for (int64_t at = from; at < to; at++) {
-        const void* rows[kGroupRows];
-        for (int64_t r = 0; r < piece[at].rows; r++)
-          rows[r] = element(p.rows.data, p.rows.dtype, (piece[at].first + r) * H);
-        load_group(kernels, rows, piece[at].rows, p.rows.dtype, H, x + piece[at].place * H);
-      }
-    });
-
     const auto up = [&](const Group& group, int64_t panel) {
+      const auto row = [&](int64_t r) { return element(p.rows.data, p.rows.dtype, (group.first + r) * H); };
+      const float* x = loaded.load(kernels, group, p.rows.dtype, row);
       float weights[kGroupRows], out[kGroupRows * kPanel];
       for (int64_t r = 0; r < group.rows && p.order; r++) {
         weights[r] = p.weights.as<const float>()[p.order.as<const int32_t>()[group.first + r]];
       }
-      project_gate_up(kernels, experts, group.expert, x + group.place * H, group.rows, panel,
-                      p.order ? weights : nullptr, out);
+      project_gate_up(kernels, experts, group.expert, x, group.rows, panel, p.order ? weights : nullptr, out);
       activate(kernels, experts, out, group.rows, panel, active + group.place * I);
     };
-    for_each_panel(pool, kernels, piece, pieces, panels13(experts.layout), dtype, x, H, up);
+    for_each_panel(pool, piece, pieces, panels13(experts.layout), dtype, H, up);
 
     const auto down = [&](const Group& group, int64_t panel) {
       const int64_t h = panel * kPanel, n = std::min(kPanel, H - h);
       float out[kGroupRows * kPanel];
-      project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel, out);
+      project_down(kernels, experts, group.expert, active + group.place * I, group.rows, panel, out, kPanel);
       for (int64_t r = 0; r < group.rows; r++) {
         void* to_row = element(p.output.data, p.output.dtype, (group.first + r) * H + h);
         kernels.narrow(out + r * kPanel, n, to_row, p.output.dtype);
       }
     };
-    for_each_panel(pool, kernels, piece, pieces, panels2(experts.layout), dtype, active, I, down);
+    for_each_panel(pool, piece, pieces, panels2(experts.layout), dtype, I, down);
   }
   return cpu(backend).finished();
 }

@@ -1,5 +1,5 @@
 // Arguments in disguise: getters that change their mind, proxies, frozen and inherited options, strangers' tensors.
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import {
   allocateExperts,
   Capture,
@@ -16,18 +16,11 @@ import {
 } from '../../lib/index.js';
 import { failure, rejection } from '../failures.js';
 import { backends } from '../ops/backends.js';
+import { type Anything, setUp } from './set_up.js';
 
-// biome-ignore lint/suspicious/noExplicitAny: the point is to pass what the types forbid
-type Anything = any;
+describe.each(backends)('arguments on %s', async (backend) => {
+  const { context, f32 } = await setUp(backend);
 
-describe.each(backends)('arguments on %s', (backend) => {
-  let context: Context;
-  beforeAll(async () => {
-    context = await createContext({ backend });
-  });
-  afterAll(() => context.close());
-
-  const f32 = (...shape: number[]) => context.tensor('f32', shape);
   const logits = () => context.tensor('f32', [1, 4], Float32Array.of(1, 4, 3, 2));
   const ids = async (gate: { ids: Tensor<'i32'> }) => [...(await gate.ids.read())];
 

@@ -1,12 +1,10 @@
 // Data that a caller hands over, in every kind of buffer and disguise: copied as it is at the call, or refused.
 import { Worker } from 'node:worker_threads';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { type Context, createContext, type DType } from '../../lib/index.js';
+import { describe, expect, it } from 'vitest';
+import type { DType } from '../../lib/index.js';
 import { failure } from '../failures.js';
 import { backends } from '../ops/backends.js';
-
-// biome-ignore lint/suspicious/noExplicitAny: the point is to pass what the types forbid
-type Anything = any;
+import { type Anything, setUp } from './set_up.js';
 
 /** What newer runtimes have and the types of es2023 do not. */
 const resizable = (bytes: number, most: number): Anything =>
@@ -14,12 +12,8 @@ const resizable = (bytes: number, most: number): Anything =>
 const growable = (bytes: number, most: number): Anything =>
   new (SharedArrayBuffer as Anything)(bytes, { maxByteLength: most });
 
-describe.each(backends)('data on %s', (backend) => {
-  let context: Context;
-  beforeAll(async () => {
-    context = await createContext({ backend });
-  });
-  afterAll(() => context.close());
+describe.each(backends)('data on %s', async (backend) => {
+  const { context } = await setUp(backend);
 
   const refused = (dtype: DType, size: number, data: Anything, received: RegExp) => {
     const tensor = context.tensor(dtype, [size]);

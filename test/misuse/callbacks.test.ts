@@ -1,19 +1,13 @@
 // Functions of the caller's that throw, return promises or call back in: recorded functions, thenables, listeners.
 import { getEventListeners } from 'node:events';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { type Context, createContext, moeRouter } from '../../lib/index.js';
+import { describe, expect, it } from 'vitest';
+import { createContext, moeRouter } from '../../lib/index.js';
 import { failure, rejection } from '../failures.js';
 import { backends } from '../ops/backends.js';
+import { type Anything, setUp } from './set_up.js';
 
-// biome-ignore lint/suspicious/noExplicitAny: the point is to pass what the types forbid
-type Anything = any;
-
-describe.each(backends)('callbacks on %s', (backend) => {
-  let context: Context;
-  beforeAll(async () => {
-    context = await createContext({ backend });
-  });
-  afterAll(() => context.close());
+describe.each(backends)('callbacks on %s', async (backend) => {
+  const { context } = await setUp(backend);
   const x = () => context.tensor('f32', [4, 4], new Float32Array(16).fill(1));
 
   it('a recorded function may throw anything, and nothing of the recording stays', async () => {

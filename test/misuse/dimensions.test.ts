@@ -1,8 +1,7 @@
 // Numbers that are no sizes, sizes that no machine has, and empty tensors whose other dimensions are enormous.
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import {
   allocateExperts,
-  type Context,
   createContext,
   fusedMoe,
   moeCombine,
@@ -16,19 +15,10 @@ import {
 import { failure, rejection } from '../failures.js';
 import { backends } from '../ops/backends.js';
 import { packCase } from '../ops/packed.js';
+import { type Anything, setUp } from './set_up.js';
 
-// biome-ignore lint/suspicious/noExplicitAny: the point is to pass what the types forbid
-type Anything = any;
-
-describe.each(backends)('dimensions on %s', (backend) => {
-  let context: Context;
-  beforeAll(async () => {
-    context = await createContext({ backend });
-  });
-  afterAll(() => context.close());
-
-  const f32 = (...shape: number[]) => context.tensor('f32', shape);
-  const i32 = (...shape: number[]) => context.tensor('i32', shape);
+describe.each(backends)('dimensions on %s', async (backend) => {
+  const { context, f32, i32 } = await setUp(backend);
 
   const noSizes: [string, Anything][] = [
     ['-1', -1],

@@ -1,7 +1,6 @@
 // Work in flight: what is disposed, written, read and shared while it runs; one tensor in several places of a call.
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import {
-  type Context,
   createContext,
   fusedMoe,
   moeCombine,
@@ -15,16 +14,10 @@ import {
 } from '../../lib/index.js';
 import { failure, rejection } from '../failures.js';
 import { backends } from '../ops/backends.js';
+import { type Anything, setUp } from './set_up.js';
 
-// biome-ignore lint/suspicious/noExplicitAny: the point is to pass what the types forbid
-type Anything = any;
-
-describe.each(backends)('work in flight on %s', (backend) => {
-  let context: Context;
-  beforeAll(async () => {
-    context = await createContext({ backend });
-  });
-  afterAll(() => context.close());
+describe.each(backends)('work in flight on %s', async (backend) => {
+  const { context } = await setUp(backend);
 
   const count = (n: number) => Float32Array.from({ length: n }, (_, i) => (i % 7) - 3);
   const f32 = (...shape: number[]) =>

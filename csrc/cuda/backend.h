@@ -58,7 +58,7 @@ class CudaBackend : public Backend {
   }
   // kCounters of them for each lane, zero between its kernels: a kernel that counts on them leaves them zero.
   int32_t* counters() const { return counters_ + (beside_now_ ? kCounters : 0); }
-  static constexpr int64_t kCounters = 8192;  // mlp::kStreamCounters
+  static constexpr int64_t kCounters = 32768;  // mlp::kStreamCounters
   // Device pointer for raise_fault().
   FaultNote* fault_notes() const { return notes_device_; }
 

@@ -92,12 +92,12 @@ struct StreamCall {
   const void* routed;  // T [T, H] or null
   void* output;        // T [T, H]
   void* scratch;       // stream_scratch() bytes of any content
-  int32_t* counters;   // kStreamCounters of them, zero before and after; one call at a time may use them
+  int32_t* counters;   // kStreamCounters words, zero before and after; one call at a time may use them
   int sm_count;
   cudaStream_t stream;
 };
 
-constexpr int64_t kStreamCounters = 8192;
+constexpr int64_t kStreamCounters = 32768;
 
 // Whether `stream` takes a call of this size at all (its limits), and its scratch.
 bool stream_takes(const StreamCall& call);

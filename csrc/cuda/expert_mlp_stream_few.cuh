@@ -8,7 +8,9 @@
 namespace moe::mlp::few {
 
 constexpr int kWarps = 8;  // that multiply; as many have weights copied, one finishes
+constexpr int kWorkerRegisters = 136, kCopierRegisters = 56;  // a thread, of 96 each
 constexpr int kThreads = 32 * (2 * kWarps + 1);
+constexpr int kLeaving = 32 * (kWarps + 2);  // threads at the barrier before words are cleared
 constexpr int kColumns = 8;                        // of a product
 constexpr int kMostTokens = 4, kMostChoices = 32;  // lanes of a warp: 8 for each token, and one for each choice
 constexpr int kTileBytes = kWeightTileElements * 2;
@@ -40,20 +42,33 @@ struct Args {
   const float* gates;
   const void* routed;
   void* output;
-  void* active;       // T [rows, I]
-  float* parts;       // [block][token][8][gate, up]
-  int32_t* counters;  // [block]: parts; then units written, then blocks that know it
+  int32_t* counters;  // units written, blocks that have read them
+  uint32_t* active;   // words of T [rows, I]
+  uint32_t* parts;    // words of floats [block][token][8][gate, up]
 };
+
+// What goes from block to block goes in words that are zero before and after a call, with all bits inverted: who reads
+// a word that is not zero has it, without a fence, a flag or a second round trip. (All ones, a NaN, loses a bit.)
+__device__ __forceinline__ uint32_t word_of(uint32_t bits) { return max(~bits, 1u); }
 
 struct Shared {
   // Barriers: slices that have come, places that are free; the tokens; sums that are there, buffers that are free
   uint64_t full[kWarps][kMostStages], free[kWarps][kMostStages], hidden, summed[kBuffers], finished[kBuffers];
-  int32_t slot[kMostChoices];                     // of an entry
-  alignas(8) int8_t row[kMostChoices][kColumns];  // of activations, of an entry and a token, or -1
-  float weight[kMostChoices];                     // of a row
-  float zeros[kMostTokens];                       // weight of a token's zero experts
-  alignas(16) uint32_t nothing[4];                // in place of rows that there are not
+  int32_t slot[kMostChoices];                               // of an entry
+  alignas(8) int8_t row[kMostChoices][kColumns];            // of activations, of an entry and a token, or -1
+  alignas(8) float weight[kMostChoices][kMostTokens];       // where there is a row
+  float zeros[kMostTokens];                                 // weight of a token's zero experts
+  alignas(16) uint32_t nothing[kPieces * kWeightTile / 2];  // in place of rows that there are not
 };
+static_assert(sizeof(Shared) <= 2048, "rounded up to 1024; 4 tokens of 7,168 and 8 activations of 2,048 just fit");
+
+// The lanes with the same value as this one, of the first `lanes`: several times as quick as match.any.
+__device__ __forceinline__ unsigned equal_lanes(int value, int lanes) {
+  unsigned equal = 0;
+#pragma unroll 4
+  for (int i = 0; i < lanes; i++) equal |= static_cast<unsigned>(__shfl_sync(kAll, value, i) == value) << i;
+  return equal;
+}
 
 // Made by every warp for itself; lane c has choice c, and lane e entry e.
 struct Plan {
@@ -70,14 +85,18 @@ __device__ __forceinline__ Plan make_plan(const Args& a, int id) {
   const int expert = here ? static_cast<int>(e) : -1;
   const unsigned token_lanes = (kAll >> (32 - a.C)) << (here ? token * a.C : 0);
   // How often this token has named it before
-  const int again = __popc(__match_any_sync(kAll, expert) & token_lanes & below);
-  const unsigned same = __match_any_sync(kAll, here ? expert * kMostChoices + again : -1);
+  unsigned same = equal_lanes(expert, a.T * a.C);
+  const int again = here ? __popc(same & token_lanes & below) : 0;
+  if (__any_sync(kAll, again > 0)) same = equal_lanes(here ? expert * kMostChoices + again : -1, a.T * a.C);
   const unsigned firsts = __ballot_sync(kAll, here && (same & below) == 0);
   const unsigned local = __ballot_sync(kAll, here);
   const int entry = __popc(firsts & ((same & -same) - 1));
-  unsigned rest = firsts;
-  for (int i = 0; i < lane; i++) rest &= rest - 1;
-  const int slot = __shfl_sync(kAll, expert, __ffs(rest) - 1);
+  int slot = expert;
+  if ((firsts & (firsts + 1)) != 0) {  // not just the first so many lanes
+    unsigned rest = firsts;
+    for (int i = 0; i < lane && rest != 0; i++) rest &= rest - 1;
+    slot = __shfl_sync(kAll, expert, __ffs(rest) - 1);
+  }
   return {__popc(firsts), __popc(local), slot, here, entry, __popc(local & below)};
 }
 
@@ -89,7 +108,7 @@ __device__ __forceinline__ void write_tables(const Args& a, const Plan& plan, fl
   __syncwarp();
   if (plan.here) {
     s.row[plan.entry][lane / a.C] = static_cast<int8_t>(plan.row);
-    s.weight[plan.row] = weight;
+    s.weight[plan.entry][lane / a.C] = weight;
   }
   if (a.zero > 0 && lane < a.T) {
     float sum = 0;
@@ -101,11 +120,13 @@ __device__ __forceinline__ void write_tables(const Args& a, const Plan& plan, fl
   }
 }
 
-// Sizes, and this block's share: slices lo .. hi - 1 of gate_up, groups of 8 rows first2 .. last2 - 1 of down.
+// Sizes, and this block's share: slices lo .. hi - 1 of gate_up, groups of 8 rows first2 .. last2 - 1 of down. The
+// lanes of a warp make it for 1 to 32 entries, before the ids are there, because divisions take a while.
 struct Shape {
   int entries, along_h, along_i, units1;  // tiles along H and I; units of an entry
   int slices1, slices2;                   // of a unit of gate_up; of an entry in a unit of down
   int each, more, lo, hi, first2, last2;
+  int unit, entry;  // of slice lo
   __device__ __forceinline__ Shape(const Args& a, int n)
       : entries(n),
         along_h((a.H + 63) / 64),
@@ -119,6 +140,17 @@ struct Shape {
     hi = lo + each + (static_cast<int>(me) < more);
     const unsigned groups = static_cast<unsigned>(a.H / 8);
     first2 = static_cast<int>(me * groups / blocks), last2 = static_cast<int>((me + 1) * groups / blocks);
+    unit = static_cast<int>(static_cast<unsigned>(lo) / static_cast<unsigned>(slices1));
+    entry = static_cast<int>(static_cast<unsigned>(unit) / static_cast<unsigned>(units1));
+  }
+  // Takes the one that has been made for n entries.
+  __device__ __forceinline__ void choose(int n) {
+    const int from = max(n - 1, 0);
+    each = __shfl_sync(kAll, each, from), more = __shfl_sync(kAll, more, from);
+    lo = __shfl_sync(kAll, lo, from), hi = __shfl_sync(kAll, hi, from);
+    unit = __shfl_sync(kAll, unit, from), entry = __shfl_sync(kAll, entry, from);
+    entries = n;
+    if (n == 0) hi = lo;
   }
   // The block in whose span a slice of gate_up is
   __device__ __forceinline__ int owner(int slice) const {

@@ -5,7 +5,6 @@
 namespace moe::mlp {
 
 bool few_takes(const StreamCall& call);
-size_t few_scratch(const StreamCall& call);
 cudaError_t launch_few(const StreamCall& call);
 
 }  // namespace moe::mlp

@@ -50,71 +50,81 @@ struct Finisher {
   const Args& a;
   const Shape& shape;
   Shared& s;
-  int lane;
+  int lane, token;  // of a unit's sums
   Sums sums;
 
   __device__ __forceinline__ Finisher(const Args& a, const Shape& shape, Shared& s, char* memory)
-      : a(a), shape(shape), s(s), lane(static_cast<int>(threadIdx.x) % 32), sums(a, s, memory) {}
+      : a(a), shape(shape), s(s), lane(static_cast<int>(threadIdx.x) % 32), token(lane / 8), sums(a, s, memory) {}
 
+  // A unit whose beginning is in this span is finished, the rest of one is left to who has its beginning.
   __device__ __forceinline__ void gate_up() {
-    int unit = shape.lo / shape.slices1, whole = 0;
-    for (int begin = shape.lo, end; begin < shape.hi; begin = end, unit++) {
-      end = min((unit + 1) * shape.slices1, shape.hi);
-      const bool begun = begin > unit * shape.slices1;
-      finish_unit(unit, begun, end);
-      whole += !begun;
-    }
-    __syncwarp();
-    if (lane == 0 && whole > 0) hopper::add_release(a.counters + gridDim.x, whole);
-  }
-
-  // A unit whose beginning is in this span is finished, the rest of one is left to who has its beginning. end: the
-  // first slice of it that is not in this span.
-  __device__ __forceinline__ void finish_unit(int unit, bool begun, int end) {
-    const int entry = unit / shape.units1, i = (unit - entry * shape.units1) * 8 + lane % 8;
-    const int last = (unit + 1) * shape.slices1 - 1;
-    const bool cut = !begun && end <= last;
-    const int first_part = cut ? shape.owner(end) : 0, last_part = cut ? shape.owner(last) : -1;
-    if (cut) {  // before the wait for this block's own sums
-      int32_t* counter = a.counters + blockIdx.x;
-      if (lane == 0) {
-        while (hopper::load_acquire(counter) != last_part - first_part + 1) {
-        }
-        *counter = 0;
+    if (shape.lo == shape.hi) return;
+    const int first = shape.unit, last = (shape.hi - 1) / shape.slices1, first_here = first + begun(first);
+    const bool cut = first_here <= last && shape.hi < (last + 1) * shape.slices1;
+    float2 rest = make_float2(0, 0);  // of the last unit, from others
+    int entry = shape.entry, in_entry = first - entry * shape.units1;
+    for (int unit = first; unit <= last; unit++, in_entry++) {
+      if (in_entry == shape.units1) entry++, in_entry = 0;
+      // It has long been there: the next span begins with it.
+      if (cut && unit == max(last - 1, first_here)) rest = fetch_rest(last);
+      float2 sum = unit == last ? rest : make_float2(0, 0);
+      const Place place = place_of(entry, in_entry * 8 + lane % 8);
+      sums.await();
+      if (token < a.T) sum.x += sums.get(lane % 8, token), sum.y += sums.get(lane % 8 + 8, token);
+      sums.release();
+      if (begun(unit)) {
+        leave_rest(sum);
+      } else {
+        activate(place, sum.x, sum.y);
       }
-      __syncwarp();
     }
-    const int token = lane / 8;
-    const bool there = token < a.T;
-    float2 sum = make_float2(0, 0);
-    for (int block = first_part; there && block <= last_part; block++) {
-      const float2 more = __ldcg(part(block, token));
-      sum.x += more.x, sum.y += more.y;
-    }
-    sums.await();
-    if (there) sum.x += sums.get(lane % 8, token), sum.y += sums.get(lane % 8 + 8, token);
-    sums.release();
-    if (there && begun) __stcg(part(blockIdx.x, token), sum);
-    if (there && !begun) activate(entry, token, i, sum.x, sum.y);
-    if (!begun) return;
     __syncwarp();
-    if (lane == 0) hopper::add_release(a.counters + shape.owner(unit * shape.slices1), 1);
+    if (lane == 0) hopper::add_relaxed(a.counters, last + 1 - first_here);
   }
-  __device__ __forceinline__ void activate(int entry, int token, int i, float gate, float up) {
+  __device__ __forceinline__ bool begun(int unit) const { return unit * shape.slices1 < shape.lo; }
+
+  // Gate and up of 8 rows, from a block to the one that has the unit's beginning
+  __device__ __forceinline__ uint32_t* part(int block) const {
+    return a.parts + ((block * a.T + token) * 8 + lane % 8) * 2;
+  }
+  __device__ __forceinline__ void leave_rest(float2 sum) const {
+    if (token < a.T) {
+      hopper::store_relaxed(part(blockIdx.x), word_of(__float_as_uint(sum.x)), word_of(__float_as_uint(sum.y)));
+    }
+  }
+  __device__ __forceinline__ float2 fetch_rest(int unit) const {
+    float2 sum = make_float2(0, 0);
+    if (token >= a.T) return sum;
+    const int last = shape.owner((unit + 1) * shape.slices1 - 1);
+    for (int block = shape.owner(shape.hi); block <= last; block++) {
+      uint2 words;
+      do {
+        words = hopper::load_relaxed2(part(block));
+      } while (words.x == 0 || words.y == 0);
+      hopper::store_relaxed(part(block), 0, 0);
+      sum.x += __uint_as_float(~words.x), sum.y += __uint_as_float(~words.y);
+    }
+    return sum;
+  }
+  // What is known of this lane's activation of a unit before its sums
+  struct Place {
+    int at;  // in the activations, or -1
+    float weight, bias_g, bias_u;
+  };
+  __device__ __forceinline__ Place place_of(int entry, int i) const {
     const int row = s.row[entry][token];
-    if (row < 0) return;
-    const float weight = a.weights_on_input ? s.weight[row] : 1.0f;
-    float bias_g = 0, bias_u = 0;
+    Place p = {row >= 0 ? row * a.I + i : -1, 1, 0, 0};
+    if (a.weights_on_input && row >= 0) p.weight = s.weight[entry][token];
     if (a.experts.b13 != nullptr) {
       const float* b13 = a.experts.b13 + int64_t{s.slot[entry]} * 2 * a.I + i;
-      bias_g = b13[0], bias_u = b13[a.I];
+      p.bias_g = b13[0], p.bias_u = b13[a.I];
     }
-    const float value = swiglu(a.swiglu, gate * weight + bias_g, up * weight + bias_u);
-    static_cast<T*>(a.active)[int64_t{row} * a.I + i] = narrow<T>(value);
+    return p;
   }
-  // A block's part of a unit: gate and up of 8 rows
-  __device__ __forceinline__ float2* part(int block, int token) const {
-    return reinterpret_cast<float2*>(a.parts) + (int64_t{block} * a.T + token) * 8 + lane % 8;
+  __device__ __forceinline__ void activate(const Place& p, float gate, float up) const {
+    const T value = narrow<T>(swiglu(a.swiglu, gate * p.weight + p.bias_g, up * p.weight + p.bias_u));
+    const uint32_t bits = *reinterpret_cast<const uint16_t*>(&value), next = __shfl_down_sync(kAll, bits, 1);
+    if (p.at >= 0 && lane % 2 == 0) hopper::store_relaxed(a.active + p.at / 2, word_of(bits | next << 16));
   }
 
   __device__ __forceinline__ void down() {

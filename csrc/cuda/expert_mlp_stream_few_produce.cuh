@@ -21,9 +21,8 @@ struct Supply {
         at(shape.lo + warp),
         down(a, shape, warp),
         policy(hopper::evict_first_policy()) {
-    const int unit = static_cast<int>(static_cast<unsigned>(shape.lo) / static_cast<unsigned>(shape.slices1));
-    entry = static_cast<int>(static_cast<unsigned>(unit) / static_cast<unsigned>(shape.units1));
-    rows = unit - entry * shape.units1, unit_end = (unit + 1) * shape.slices1;
+    entry = shape.entry;
+    rows = shape.unit - entry * shape.units1, unit_end = (shape.unit + 1) * shape.slices1;
   }
   // The next slice to `to`; false when there are no more.
   __device__ __forceinline__ bool copy(uint32_t to, uint32_t full) {
@@ -56,11 +55,12 @@ struct Supply {
     if (threadIdx.x % 32 != 0) return true;
     hopper::barrier_arrive_expect(full, pieces * bytes);
     if (rest == nullptr) {
-#pragma unroll
-      for (int k = 0; k < kPieces; k++) {
-        if (k < pieces) hopper::copy_bulk(to + k * kPieceBytes, source + k * kTileBytes, bytes, full, policy);
+#pragma unroll 1
+      for (int k = 0; k < pieces; k++) {
+        hopper::copy_bulk(to + k * kPieceBytes, source + k * kTileBytes, bytes, full, policy);
       }
     } else {
+#pragma unroll 1
       for (int k = 0; k < pieces; k++) {
         hopper::copy_bulk(to + k * kPieceBytes, source + k * kTileBytes, 1024, full, policy);
         hopper::copy_bulk(to + k * kPieceBytes + 1024, rest + k * kTileBytes, 1024, full, policy);
@@ -70,9 +70,21 @@ struct Supply {
   }
 };
 
+// Words that blocks have left for each other are cleared by the last block to have read them and counted its units: by
+// one warp, once it has nothing else to do.
+__device__ __forceinline__ void clear_words(const Args& a, const Plan& plan) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  hopper::named_barrier(3, kLeaving);
+  int before = 0;
+  if (lane == 0) before = hopper::add_acquire_release(a.counters + 1, 1);
+  if (__shfl_sync(kAll, before, 0) != static_cast<int>(gridDim.x) - 1) return;
+  if (lane < 2) a.counters[lane] = 0;
+  for (int i = lane; i < plan.rows * a.I / 8; i += 32) reinterpret_cast<uint4*>(a.active)[i] = uint4{};
+}
+
 // Fills the ring of the warp that multiplies `warp`'s slices.
-__device__ __forceinline__ void copy_weights(const Args& a, Shared& s, char* memory, const Plan& plan, int warp) {
-  const Shape shape(a, plan.entries);
+__device__ __forceinline__ void copy_weights(const Args& a, Shared& s, char* memory, const Plan& plan,
+                                             const Shape& shape, int warp) {
   Supply supply(a, shape, plan.slot, warp);
   int stage = 0;
   uint32_t parity = 1;
@@ -86,9 +98,10 @@ __device__ __forceinline__ void copy_weights(const Args& a, Shared& s, char* mem
         hopper::barrier_wait(hopper::shared_address(s.full[warp] + before), parity ^ 1);
     }
     const uint32_t to = hopper::shared_address(memory) + (warp * a.layout.stages + stage) * kSliceBytes;
-    if (!supply.copy(to, hopper::shared_address(s.full[warp] + stage))) return;
+    if (!supply.copy(to, hopper::shared_address(s.full[warp] + stage))) break;
     if (++stage == a.layout.stages) stage = 0, parity ^= 1;
   }
+  if (warp == 0) clear_words(a, plan);
 }
 
 }  // namespace moe::mlp::few

@@ -14,9 +14,10 @@
 // An entry is an expert hit (once more for every time that a token names it again). All tokens are multiplied by the
 // weights of an entry; those that have not named it are left out of what follows.
 //
-// Order of sums: a warp's slices ascending, entry after entry with its routing weight in the order in which choices
-// name them first, warps ascending, zero experts last; in gate_up the parts of other blocks first. It depends on the
-// ids and the number of multiprocessors alone. NaN and infinities take their course. Limits: few_takes.
+// Order of sums: a warp's slices ascending, every fourth 16 columns by themselves, entry after entry with its routing
+// weight in the order in which choices name them first, warps ascending, zero experts last; in gate_up the parts of
+// other blocks first. It depends on the ids and the number of multiprocessors alone. NaN and infinities take their
+// course. Limits: few_takes.
 //
 // Blocks of threads wait for each other: see expert_mlp_stream_sm90a.cu.
 #include "expert_mlp_stream_few.h"
@@ -40,81 +41,78 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
   wait_for_previous_kernel();
   const bool has = lane < a.T * a.C;
   const int id = !has ? -1 : a.ids != nullptr ? a.ids[lane] : a.first_expert;
-  if (warp == 2 * kWarps) {
-    const Plan plan = make_plan(a, id);
-    hopper::named_barrier(2, kThreads);
-    const Shape shape(a, plan.entries);
-    Finisher<T> finisher(a, shape, s, memory);
-    finisher.gate_up();
-    finisher.down();
-    return;
-  }
-  if (warp >= kWarps) {  // from the first weight on
+  const float weight = warp == 0 && has && a.ids != nullptr ? a.weights[lane] : 1.0f;
+  // While the ids are on their way
+  if (warp >= kWarps && warp < 2 * kWarps) {
     const int w = warp - kWarps;
     if (lane < kMostStages) {
       hopper::barrier_init(hopper::shared_address(s.full[w] + lane), 1);
       hopper::barrier_init(hopper::shared_address(s.free[w] + lane), 1);
     }
+    if (w == 0 && lane == 0) {
+      hopper::barrier_init(hopper::shared_address(&s.hidden), 1);
+      hopper::fence_barrier_init();
+      hopper::barrier_arrive_expect(hopper::shared_address(&s.hidden), a.T * a.H * 2);
+    }
     hopper::fence_barrier_init();
     __syncwarp();
-    if (w == 0) {  // the tokens before the weights: the copy engine keeps the order
-      if (lane == 0) {
-        hopper::barrier_init(hopper::shared_address(&s.hidden), 1);
-        hopper::fence_barrier_init();
-        hopper::barrier_arrive_expect(hopper::shared_address(&s.hidden), a.T * a.H * 2);
-      }
-      __syncwarp();
-      if (lane < a.T) {
-        hopper::copy_bulk(hopper::shared_address(memory + a.layout.hidden + lane * a.layout.hidden_pitch),
-                          static_cast<const T*>(a.hidden) + int64_t{lane} * a.H, a.H * 2,
-                          hopper::shared_address(&s.hidden));
-      }
-      __syncwarp();
+    if (w == 0 && lane < a.T) {  // the tokens before the weights: the copy engine keeps the order
+      hopper::copy_bulk(hopper::shared_address(memory + a.layout.hidden + lane * a.layout.hidden_pitch),
+                        static_cast<const T*>(a.hidden) + int64_t{lane} * a.H, a.H * 2,
+                        hopper::shared_address(&s.hidden));
     }
-    const Plan plan = make_plan(a, id);
+  } else if (warp < kWarps) {
+    if (warp == 0) {
+      if (lane < kBuffers) {
+        hopper::barrier_init(hopper::shared_address(s.summed + lane), kWarps);
+        hopper::barrier_init(hopper::shared_address(s.finished + lane), 1);
+      }
+      hopper::fence_barrier_init();
+    }
+    // Zeros in place of rows, and beyond H and I
+    for (int i = thread; i < kPieces * kWeightTile / 2; i += 32 * kWarps) s.nothing[i] = 0;
+    const auto clear_beyond = [&](char* rows, int count, int pitch, int columns) {
+      const int beyond = (64 - columns % 64) % 64;
+      for (int i = thread; i < beyond * count; i += 32 * kWarps) {
+        reinterpret_cast<T*>(rows + i / beyond * pitch)[columns + i % beyond] = narrow<T>(0.0f);
+      }
+    };
+    clear_beyond(memory + a.layout.hidden, a.T, a.layout.hidden_pitch, a.H);
+    clear_beyond(memory + a.layout.active, a.T * a.C, a.layout.active_pitch, a.I);
+  }
+  Shape shape(a, lane + 1);
+  __syncwarp();
+  const Plan plan = make_plan(a, id);
+  shape.choose(plan.entries);
+  if (warp >= kWarps && warp < 2 * kWarps) {  // from the first weight on
+    hopper::fewer_registers<kCopierRegisters>();
     hopper::named_barrier_arrive(2, kThreads);
-    copy_weights(a, s, memory, plan, w);
+    copy_weights(a, s, memory, plan, shape, warp - kWarps);
     return;
   }
-  float weight = 1;
-  if (warp == 0) {
-    if (has && a.ids != nullptr) weight = a.weights[lane];
-    if (lane < kBuffers) {
-      hopper::barrier_init(hopper::shared_address(s.summed + lane), kWarps);
-      hopper::barrier_init(hopper::shared_address(s.finished + lane), 1);
-    }
-    if (lane < 4) s.nothing[lane] = 0;
-    hopper::fence_barrier_init();
-  }
-  const Plan plan = make_plan(a, id);
   if (warp == 0) write_tables(a, plan, weight, s);
-  // Zeros beyond H and I
-  const auto clear_beyond = [&](char* rows, int count, int pitch, int columns) {
-    const int beyond = (64 - columns % 64) % 64;
-    for (int i = thread; i < beyond * count; i += 32 * kWarps) {
-      reinterpret_cast<T*>(rows + i / beyond * pitch)[columns + i % beyond] = narrow<T>(0.0f);
-    }
-  };
-  clear_beyond(memory + a.layout.hidden, a.T, a.layout.hidden_pitch, a.H);
-  clear_beyond(memory + a.layout.active, plan.rows, a.layout.active_pitch, a.I);
   hopper::named_barrier(2, kThreads);
-  const Shape shape(a, plan.entries);
+  if (warp == 2 * kWarps) {
+    Finisher<T> finisher(a, shape, s, memory);
+    finisher.gate_up();
+    hopper::named_barrier_arrive(3, kLeaving);
+    finisher.down();
+    return;
+  }
+  hopper::more_registers<kWorkerRegisters>();
   Worker<T> worker(a, shape, s, memory);
   worker.gate_up();
-  worker.fetch_active(plan.rows);
-  // The last block to have them leaves the counters as they were.
-  int32_t* ready = a.counters + gridDim.x;
-  int known = 0;
-  if (thread == 0) known = atomicAdd(ready + 1, 1);
-  worker.down();
-  if (thread == 0 && known == static_cast<int>(gridDim.x) - 1) ready[0] = 0, ready[1] = 0;
+  worker.down(plan.rows);
 }
 
 namespace {
 
 int align(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
-int64_t active_bytes(const StreamCall& call) { return (call.T * call.C * call.I * 2 + 255) / 256 * 256; }
+// In ints of `counters`: two that count, the activations, the parts
+constexpr int64_t kWords = 4;
+int64_t parts_at(const StreamCall& call) { return kWords + call.T * call.C * call.I / 2; }
+int64_t words_of(const StreamCall& call) { return parts_at(call) + call.sm_count * call.T * 16; }
 
 Layout layout_of(const StreamCall& call) {
   Layout l{};
@@ -162,11 +160,7 @@ bool few_takes(const StreamCall& call) {
   if (call.dtype == DType::kF32 || call.T < 1 || call.C < 1 || call.H < 8 || call.I < 8 || call.S < 1) return false;
   if (call.H % 8 != 0 || call.I % 8 != 0 || call.T > kMostTokens || call.T * call.C > kMostChoices) return false;
   if (call.S > 1 << 20 || call.H > 1 << 15 || call.I > 1 << 15) return false;
-  return call.sm_count + 2 <= kStreamCounters && layout_of(call).stages >= kFewestStages;
-}
-
-size_t few_scratch(const StreamCall& call) {
-  return static_cast<size_t>(few::active_bytes(call) + call.sm_count * call.T * 16 * 4);
+  return words_of(call) <= kStreamCounters && layout_of(call).stages >= kFewestStages;
 }
 
 cudaError_t launch_few(const StreamCall& call) {
@@ -178,9 +172,8 @@ cudaError_t launch_few(const StreamCall& call) {
   args.H = static_cast<int>(call.H), args.I = static_cast<int>(call.I);
   args.first_expert = call.first_expert, args.zero = call.zero, args.first_zero = call.first_zero;
   args.weights_on_input = call.weights_on_input, args.output_scale = call.output_scale;
-  args.active = call.scratch;
-  args.parts = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + active_bytes(call));
-  args.counters = call.counters;
+  uint32_t* words = reinterpret_cast<uint32_t*>(call.counters);
+  args.counters = call.counters, args.active = words + kWords, args.parts = words + parts_at(call);
   const int slices2 = static_cast<int>((weight_tiles(call.I) + kPieces - 1) / kPieces);
   args.next_slice = kWarps % slices2, args.next_entry = kWarps / slices2;
   args.layout = layout_of(call);

@@ -21,6 +21,7 @@
 #include "expert_mlp_stream_few.h"
 #include "expert_mlp_stream_plan.cuh"
 #include "expert_mlp_stream_produce.cuh"
+#include "programmatic.cuh"
 
 namespace moe::mlp {
 
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   space.expert = reinterpret_cast<uint16_t*>(space.weight + choices);
   space.rank = space.expert + choices;
 
+  let_next_kernel_start();
   if (thread < a.layout.stages) {
     hopper::barrier_init(hopper::shared_address(barriers.weights_full + thread), 1);
     hopper::barrier_init(hopper::shared_address(barriers.weights_free + thread), kConsumerWarps);
@@ -56,6 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   if (thread == 0) plan.repeats = 0;
   for (int i = thread; i < space.warps * pitch / 8; i += kThreads)
     reinterpret_cast<uint4*>(space.counters)[i] = uint4{};
+  wait_for_previous_kernel();
   __syncthreads();
   // Hidden rows into L2 while the plan is made
   for (int64_t at = (int64_t{blockIdx.x} * kThreads + thread) * 128; at < int64_t{a.T} * a.H * 2;
@@ -138,17 +141,20 @@ cudaError_t launch(const Args& args, const StreamCall& call) {
       cudaFuncSetAttribute(stream_experts<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared - 1024);
   if (allowed != cudaSuccess) return allowed;
   // Blocks wait for each other, so all of them have to run at once, whatever another context has on the device: that is
-  // what a cooperative launch promises.
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  // what a cooperative launch promises. Programmatic, so that they start while the last ones of the kernel before are
+  // still at work.
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(call.sm_count);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = static_cast<size_t>(args.layout.end);
   config.stream = call.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, stream_experts<T>, args);
 }
 
@@ -169,7 +175,7 @@ bool stream_takes(const StreamCall& call) {
 }
 
 size_t stream_scratch(const StreamCall& call) {
-  if (few_takes(call)) return few_scratch(call);
+  if (few_takes(call)) return 0;
   const int64_t parts = int64_t{call.sm_count} * stream::kConsumerWarps * stream::part_rows(call) * 16 * 4;
   return static_cast<size_t>(stream::active_bytes(call) + parts);
 }

@@ -134,6 +134,34 @@ __device__ __forceinline__ int32_t add_acquire_release(int32_t* counter, int32_t
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(n) : "memory");
   return before;
 }
+__device__ __forceinline__ void add_relaxed(int32_t* counter, int32_t n) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(n) : "memory");
+}
+__device__ __forceinline__ int32_t load_relaxed(const int32_t* counter) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+// Words each by itself: one may be there and the next not.
+__device__ __forceinline__ uint2 load_relaxed2(const uint32_t* words) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(words) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_relaxed4(const uint32_t* words) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(words)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_relaxed(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint32_t* words, uint32_t first, uint32_t second) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(words), "r"(first), "r"(second) : "memory");
+}
 __device__ __forceinline__ int32_t load_acquire(const int32_t* counter) {
   int32_t value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");

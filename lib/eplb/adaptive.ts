@@ -7,38 +7,30 @@
 //    reaches so far.
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
-import { changeEvidence, deviceNoise, evidenceNeeded, surplusEvidence } from './chance.js';
-import { choose, drawCourses, leastOf } from './course.js';
+import { byChance, changeEvidence, deviceNoise, evidenceNeeded, surplusEvidence } from './chance.js';
+import { choose, drawCourses, type Steps } from './course.js';
 import { pastDecay } from './forecast.js';
 import { LayerState } from './layer_state.js';
+import { type Memory, pastOf, remember, totalsOf } from './memory.js';
 import type { PlanProblem, Policy } from './policy.js';
 import { type Aim, buildLayer, windowTarget } from './rebuild.js';
-import { type PastWindow, type Scenarios, scenariosOf } from './scenario.js';
+import { fineBlocks, type Scenarios, scenariosOf } from './scenario.js';
 
 /** A full plan finds this much more in noise than a search from the placement in use does; among single steps more. */
 const fullSearch = 1.25;
-const fineSearch = 3;
+const fineSearch = 4;
+/** Surplus of steps that differ by more than sampling reaches this many times what chance alone makes. */
+const fineSurplus = 1.5;
 /** A difference of window peaks that is none. */
 const barely = 1e-4;
 /** How far above the optimum of the window a small layer may stay for the sake of earlier windows. */
 const leewayOfReplans = 0.01;
-const windowsKept = 4;
+/** Variance of a device's load in a single step from which on its window is not worth balancing exactly. */
+const rough = 0.04;
 /** Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. */
 const leastDecay = 0.3;
-const leastWeight = 0.02;
 
 type Shape = Pick<PlanProblem, 'devices' | 'slots'>;
-
-interface Memory {
-  /** Totals of the windows seen, oldest first, f64[layers * experts] each. */
-  windows: Float64Array[];
-}
-
-function totalsOf({ loads }: PlanProblem): Float64Array {
-  const totals = new Float64Array(loads.layers * loads.experts);
-  for (let layer = 0; layer < loads.layers; layer++) totals.set(loads.total(layer), layer * loads.experts);
-  return totals;
-}
 
 /** Devices by what they hold. The search sees them in this order, so that their names cannot change a plan. */
 function canonicalOrder(placement: Placement): number[] {
@@ -81,7 +73,7 @@ function aimOf(
   if (thisWindow) return { target, leeway: 0 };
   const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
   return {
-    target: target + (fine ? 30 * variance * uncertainty : 0),
+    target: target + (fine && variance >= rough ? 30 * variance * uncertainty : 0),
     leeway: earlier > 0 ? leewayOfReplans : 0,
   };
 }
@@ -115,12 +107,14 @@ function fullPlan(layer: Layer, aim: Aim): FullPlan {
   const built = buildLayer(scenarios, devices, slots, aim);
   const rows = Int32Array.from(matchRows(rowsOf(built.rows, slots), rowsOf(start, slots)).flat());
   const before = state.value;
-  const chance = leastOf(state, layer.noise);
+  const chance = byChance(state, layer.noise);
   const surplus = surplusEvidence(state, layer.noise, built.windowPeak);
   const uneven = state.windowPeak > Math.max(built.windowPeak, windowTarget(slots)) + barely;
   state.set(rows);
   const gain = before - state.value;
-  const evidence = Math.max(surplus, gain / (chance * (scenarios.fine ? fineSearch : fullSearch)));
+  const evidence = scenarios.fine
+    ? Math.max(surplus / fineSurplus, gain / (chance * fineSearch))
+    : Math.max(surplus, gain / (chance * fullSearch));
   return { rows, moves: state.moves, gain, evidence, uneven };
 }
 
@@ -142,36 +136,39 @@ function planWithin(
   layerDone: () => void,
 ): void {
   const courses = drawCourses(layers, maxMoves, maxMovesPerLayer, layerDone);
-  const wanted = courses.reduce((sum, course) => sum + (course.certain ? course.moved : 0), 0);
-  const full: (FullPlan | undefined)[] = layers.map(() => undefined);
-  if (wanted < maxMoves) {
-    const plans = layers.map((layer) => {
-      layer.state.set(layer.start);
-      return fullPlan(layer, aimOf(layer.state.scenarios, layer.state, false));
-    });
-    for (const [index, need] of needed(layers, plans, false).entries()) if (need) full[index] = plans[index];
-    const all = full.reduce((sum, plan) => sum + (plan?.moves ?? 0), 0);
-    if (all <= maxMoves && full.every((plan) => plan === undefined || plan.moves <= maxMovesPerLayer)) {
-      for (const [index, { state, start }] of layers.entries()) state.set(full[index]?.rows ?? start);
-      return;
-    }
-  }
+  const wanted = courses.reduce((sum, { certain, moved }) => sum + (certain ? moved : 0), 0);
+  const full = wanted < maxMoves ? neededPlans(layers) : layers.map(() => undefined);
+  const all = full.reduce((sum, plan) => sum + (plan?.moves ?? 0), 0);
+  const fit = all <= maxMoves && full.every((plan) => plan === undefined || plan.moves <= maxMovesPerLayer);
   const steps = courses.map((course, index) => {
-    const { moves, gains } = course.certain ? course : { moves: [], gains: [] };
     const plan = full[index];
-    return plan !== undefined && plan.gain > (gains.at(-1) ?? 0)
+    const { moves, gains } = course.certain && !(fit && plan !== undefined) ? course : none;
+    return !fit && plan !== undefined && plan.gain > (gains.at(-1) ?? 0)
       ? { moves: [...moves, plan.moves], gains: [...gains, plan.gain] }
       : { moves, gains };
   });
-  const taken = choose(steps, maxMoves, maxMovesPerLayer);
+  const taken = choose(steps, fit ? maxMoves - all : maxMoves, maxMovesPerLayer);
   for (const [index, { state, start }] of layers.entries()) {
     const { changes, certain } = courses[index]!;
-    if (taken[index]! > (certain ? changes.length : 0)) state.set(full[index]!.rows);
+    const plan = full[index];
+    if (plan !== undefined && (fit || taken[index]! > (certain ? changes.length : 0))) state.set(plan.rows);
     else {
       state.set(start);
       for (const change of changes.slice(0, taken[index])) state.apply(change);
     }
   }
+}
+
+const none: Steps = { moves: [], gains: [] };
+
+/** The full plans of the layers that need them. */
+function neededPlans(layers: readonly Layer[]): (FullPlan | undefined)[] {
+  const plans = layers.map((layer) => {
+    layer.state.set(layer.start);
+    return fullPlan(layer, aimOf(layer.state.scenarios, layer.state, false));
+  });
+  const need = needed(layers, plans, false);
+  return plans.map((plan, index) => (need[index] ? plan : undefined));
 }
 
 export const adaptive: Policy = {
@@ -180,31 +177,28 @@ export const adaptive: Policy = {
   keepsBudget: true,
   plan(problem, layerDone) {
     const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer, movesAreFree } = problem;
-    const totals = totalsOf(problem);
     const history = (problem.memory as Memory | undefined)?.windows ?? [];
-    const memory: Memory = { windows: [...history, totals].slice(-windowsKept) };
+    const past = pastOf(history, Math.max(leastDecay, pastDecay(loads, history.map(totalsOf))));
+    const scenarios = current.map((_, layer) => scenariosOf(loads, layer, devices, past));
+    const memory = remember(history, loads, scenarios.some(({ fine }) => fine) ? fineBlocks : 1);
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;
     if (first && unlimited) {
-      const placements = current.map((_, layer) => {
-        const scenarios = scenariosOf(loads, layer, devices, []);
-        const state = buildLayer(scenarios, devices, slots, aimOf(scenarios, problem, movesAreFree));
+      const placements = scenarios.map((ofLayer) => {
+        const state = buildLayer(ofLayer, devices, slots, aimOf(ofLayer, problem, movesAreFree));
         layerDone();
         return placementOf(state);
       });
       return { placements, memory };
     }
 
-    const decay = Math.max(leastDecay, pastDecay(loads, history, totals));
-    const past: PastWindow[] = history
-      .map((window, index) => ({ totals: window, weight: decay ** (history.length - index) }))
-      .filter(({ weight }) => weight > leastWeight);
+    const last = history.length > 0 ? totalsOf(history.at(-1)!) : undefined;
     const layers = current.map((placement, layer) => {
       const order = canonicalOrder(placement);
       const start = canonicalRows(placement, order);
-      const state = new LayerState(scenariosOf(loads, layer, devices, past), devices, slots);
+      const state = new LayerState(scenarios[layer]!, devices, slots);
       state.start(start);
       const noise = deviceNoise(state, loads, layer);
-      const before = history.at(-1)?.subarray(layer * loads.experts, (layer + 1) * loads.experts);
+      const before = last?.subarray(layer * loads.experts, (layer + 1) * loads.experts);
       const change = before === undefined ? 0 : changeEvidence(state, noise, before);
       return { order, start, state, noise, change };
     });

@@ -5,6 +5,10 @@ import type { Loads } from './loads.js';
 
 /** Standard errors beyond which a gain is no chance; searches on noise reach 2.9. */
 const surely = 3.2;
+/** Those beyond which it is more likely a gain than not, where steps vary by more than sampling. */
+const likely = 1.6;
+/** What a layer must gain in any case, in PAR. */
+const leastGain = 0.002;
 /** Standard deviations of the surplus of noise; noise alone reaches 3.7 in thousands of layers. */
 const surelySurplus = 4.5;
 /** A surplus that is nothing even without noise. */
@@ -12,18 +16,31 @@ const smallest = 1e-4;
 
 /**
  * What a search may gain, in units of the state's value, by fitting nothing but the sampling noise of the mean: the
- * difference of the expected peaks sqrt(2 ln D) sd with and without an imbalance of `surely` standard errors of the
+ * difference of the expected peaks sqrt(2 ln D) sd with and without an imbalance of `errors` standard errors of the
  * mean. Searches on pure noise stay below it (test/eplb/adaptive.test.ts measures that over sizes and batches).
  */
-export function noiseGain(state: LayerState, noise: Float64Array): number {
+function noiseGain(state: LayerState, noise: Float64Array, errors: number, uncertainty: number): number {
   const variance = state.noise + state.spread + 1e-9;
   const measured = noise.reduce((sum, value) => sum + value, 0) / noise.length;
-  const chance = surely ** 2 * Math.max(state.noise, measured) * state.scenarios.uncertainty;
+  const chance = errors ** 2 * Math.max(state.noise, measured) * uncertainty;
   return (
     peakDeviates(state.devices) *
     Math.min(Math.sqrt(variance + chance) - Math.sqrt(variance), 0.375 * Math.sqrt(chance))
   );
 }
+
+/** What a layer must gain to be no chance. `noise` is f64[devices], as of deviceNoise. */
+export const byChance = (state: LayerState, noise: Float64Array): number =>
+  Math.max(leastGain, noiseGain(state, noise, surely, state.scenarios.uncertainty));
+
+/**
+ * What it must gain for moves that a budget allows. Real steps vary by more than sampling, and every window tells more
+ * about how: there what is likely pays, because rows made for few steps are far from what more steps allow.
+ */
+export const likelyByChance = (state: LayerState, noise: Float64Array): number =>
+  state.scenarios.fine
+    ? Math.max(leastGain, noiseGain(state, noise, likely, state.scenarios.pooledUncertainty))
+    : byChance(state, noise);
 
 /** Steps that what experts' own noise makes likely counts for, beside what the steps of the window show. */
 const priorSteps = 8;

@@ -1,21 +1,15 @@
 // The changes that pay most per move, one layer's after another's: what a plan with a budget chooses from.
-import { noiseGain } from './chance.js';
+import { likelyByChance } from './chance.js';
 import { propose } from './improve.js';
 import type { Change, LayerState } from './layer_state.js';
 
 /** PAR that one expert moved must gain in its layer. */
 const worthwhile = 1e-4;
-/** A layer is left alone unless it gains this much PAR, and more than a search on nothing but noise would. */
-const leastGain = 0.002;
 const mostChanges = 64;
 /** How many changes a course is continued by at a time, and how many its rate looks back on. */
 const stride = 4;
 /** Courses are drawn until they could use this many times the budget, so that there is something to choose from. */
 const ample = 1.5;
-
-/** What a layer must gain to be no chance. `noise` is f64[devices], as of chance.ts. */
-export const leastOf = (state: LayerState, noise: Float64Array): number =>
-  Math.max(leastGain, noiseGain(state, noise));
 
 /** What has been moved and gained after each step, in the order the steps would be taken. */
 export interface Steps {
@@ -36,7 +30,7 @@ export class Course implements Steps {
   constructor(state: LayerState, noise: Float64Array) {
     this.#state = state;
     this.#start = state.value;
-    this.#least = leastOf(state, noise);
+    this.#least = likelyByChance(state, noise);
   }
 
   /** True where no further change pays. */

@@ -18,7 +18,7 @@ const scaled = (totals: Float64Array, layer: number, experts: number): Float64Ar
  * The decay that suits this trace. `history` holds totals of earlier windows, f64[layers, experts], oldest first.
  * The tests are: the window's second half from its first half and the past, and every past window from those before.
  */
-export function pastDecay(loads: Loads, history: readonly Float64Array[], totals: Float64Array): number {
+export function pastDecay(loads: Loads, history: readonly Float64Array[]): number {
   if (history.length === 0) return 0;
   const { layers, experts, steps } = loads;
   const errors = new Float64Array(decays.length);
@@ -51,7 +51,7 @@ export function pastDecay(loads: Loads, history: readonly Float64Array[], totals
     }
     if (history.length >= 2) {
       judged = true;
-      const windows = [...past, scaled(totals, layer, experts)];
+      const windows = [...past, scaled(loads.total(layer), 0, experts)];
       for (let index = 2; index < windows.length; index++)
         judge(windows[index]!, windows[index - 1]!, windows.slice(0, index - 1));
     }

@@ -100,7 +100,7 @@ export const rebuild: Policy = {
   keepsBudget: false,
   plan({ loads, devices, slots, current, first }, layerDone) {
     const placements = current.map((placement, layer) => {
-      const state = buildLayer(scenariosOf(loads, layer, devices, []), devices, slots);
+      const state = buildLayer(scenariosOf(loads, layer, devices), devices, slots);
       let rows = Array.from({ length: devices }, (_, device) =>
         Array.from(state.rows.subarray(device * slots, (device + 1) * slots)),
       );

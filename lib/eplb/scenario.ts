@@ -3,10 +3,11 @@
 // because a step waits for its own peak, whatever its batch size. Deviations of blocks from the window's mean are
 // shrunk by the share that sampling noise explains, so that the planner does not fit what will not come again.
 import type { Loads } from './loads.js';
+import type { EarlierLoads, Past } from './memory.js';
 
 export interface Scenarios {
   experts: number;
-  /** Number of scenarios, and how many of them, the last ones, are earlier windows. */
+  /** Number of scenarios, and how many of them, the last ones, are of earlier windows. */
   blocks: number;
   earlier: number;
   /** f64[experts, blocks]: load of an expert, in units of the mean device load. */
@@ -27,50 +28,56 @@ export interface Scenarios {
   structure: number;
   /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
   uncertainty: number;
+  /** The same of all scenarios' weighted mean, earlier steps included. */
+  pooledUncertainty: number;
   /** Steps of the window that had any load. */
   steps: number;
 }
 
 const mostBlocks = 8;
 /** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
-const fineBlocks = 24;
+export const fineBlocks = 24;
 const structured = 1.2;
-/** Variance of a device's load from step to step, in units of the mean load squared, above which that matters. */
+/**
+ * Variance of a device's load from step to step, in units of the mean load squared, above which that matters, and the
+ * part of it that sampling alone makes, above which it matters in a window of few steps.
+ */
 const uneven = 0.1;
-
-/** An earlier window's totals, f64[layers, experts], and its weight relative to this window's 1. */
-export interface PastWindow {
-  totals: Float64Array;
-  weight: number;
-}
+const sampled = 0.01;
+const nothing: Past = { windows: [], runs: [] };
 
 /** How the steps of a window are cut at first: enough blocks to see bursts, at least two steps each to see noise. */
 const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mostBlocks, steps >> 1));
 
-/** The scenarios of one layer. `past` may be empty. A layer without load gives equal loads. */
-export function scenariosOf(
-  loads: Loads,
-  layer: number,
-  devices: number,
-  past: readonly PastWindow[],
-): Scenarios {
-  const scenarios = recentOf(loads, layer, devices, past.length);
-  if (past.length > 0 && scenarios.steps > 0) joinEarlier(scenarios, past, layer, devices);
+/** The scenarios of one layer. A layer without load gives equal loads. */
+export function scenariosOf(loads: Loads, layer: number, devices: number, past: Past = nothing): Scenarios {
+  const coarse = coarseBlocks(loads.steps);
+  const scenarios = cut(loads, layer, devices, coarse, past.windows.length, false);
+  if (isUneven(loads, layer, devices, scenarios.noise)) {
+    const fine = Math.min(fineBlocks, loads.steps);
+    const finer = cut(loads, layer, devices, fine, past.runs.length, true);
+    joinEarlier(finer, past.runs, layer, devices);
+    return finer;
+  }
+  joinEarlier(scenarios, past.windows, layer, devices);
   return scenarios;
 }
 
-/** The window alone, with room for `earlier` windows after its own scenarios. */
-function recentOf(loads: Loads, layer: number, devices: number, earlier: number): Scenarios {
-  const coarse = coarseBlocks(loads.steps);
-  const fine = Math.min(fineBlocks, loads.steps);
-  const scenarios = cut(loads, layer, devices, coarse, earlier);
-  const variance = scenarios.noise.reduce((sum, value) => sum + value, 0) / devices;
-  if (fine <= coarse || variance < uneven || dispersionOf(loads, layer, coarse) < structured)
-    return scenarios;
-  const finer = cut(loads, layer, devices, fine, earlier);
-  finer.fine = true;
-  return finer;
+/**
+ * Whether single steps are scenarios of their own: they differ by more than sampling, and by enough to matter. Few
+ * steps are told apart over the whole window; of many, only what differs inside a block is lost in the block.
+ */
+function isUneven(loads: Loads, layer: number, devices: number, noise: Float64Array): boolean {
+  if (loads.steps < 2) return false;
+  if (loads.steps <= fineBlocks)
+    return devices / tokensOf(loads, layer) >= sampled && dispersionOf(loads, layer, 1) >= structured;
+  const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
+  return variance >= uneven && dispersionOf(loads, layer, coarseBlocks(loads.steps)) >= structured;
 }
+
+/** Mean counts of a step. */
+const tokensOf = (loads: Loads, layer: number): number =>
+  loads.total(layer).reduce((sum, value) => sum + value, 0) / loads.steps;
 
 /** Variance of the steps' shares around their block's, over that of Poisson counts. */
 function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, blocks: number): number {
@@ -106,7 +113,14 @@ function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, 
   return poisson > 0 ? observed / poisson : 1;
 }
 
-function cut(loads: Loads, layer: number, devices: number, recent: number, earlier: number): Scenarios {
+function cut(
+  loads: Loads,
+  layer: number,
+  devices: number,
+  recent: number,
+  earlier: number,
+  fine: boolean,
+): Scenarios {
   const { experts, steps, layers, counts } = loads;
   const blocks = recent + earlier;
   const x = new Float64Array(experts * blocks);
@@ -165,6 +179,7 @@ function cut(loads: Loads, layer: number, devices: number, recent: number, earli
       fine: false,
       structure: 0,
       uncertainty: 1,
+      pooledUncertainty: 1,
       steps: 0,
     };
   }
@@ -206,8 +221,9 @@ function cut(loads: Loads, layer: number, devices: number, recent: number, earli
     dispersion > 0 ? Math.max(Math.min(1, least / dispersion), Math.min(1, freshDispersion / dispersion)) : 1;
   const expected =
     blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
-  const kept = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
-  if (kept > 0 && blocksUsed === recent) recencyWeights(x, experts, blocks, recent, weights);
+  const explained = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
+  const kept = fine ? 1 : explained;
+  if (explained > 0 && blocksUsed === recent) recencyWeights(x, experts, blocks, recent, weights);
   const mean = new Float64Array(experts);
   for (let expert = 0; expert < experts; expert++) {
     const row = expert * blocks;
@@ -232,34 +248,41 @@ function cut(loads: Loads, layer: number, devices: number, recent: number, earli
     window,
     noise,
     fresh,
-    fine: false,
-    structure: kept,
+    fine,
+    structure: explained,
     uncertainty,
+    pooledUncertainty: uncertainty,
     steps: stepsUsed,
   };
 }
 
 /** Earlier windows as scenarios after the recent ones; all windows are shrunk towards their mean by what noise explains. */
 function joinEarlier(
-  { experts, blocks, earlier, loads: x, weights, mean, noise, steps }: Scenarios,
-  past: readonly PastWindow[],
+  scenarios: Scenarios,
+  past: readonly EarlierLoads[],
   layer: number,
   devices: number,
 ): void {
+  const { experts, blocks, earlier, loads: x, weights, mean, noise, steps, fine, uncertainty } = scenarios;
+  if (earlier === 0 || steps === 0) return;
   const recent = blocks - earlier;
   let pastWeight = 0;
   for (let block = recent; block < blocks; block++) {
-    const { totals, weight } = past[block - recent]!;
+    const { counts, weight } = past[block - recent]!;
     let sum = 0;
-    for (let expert = 0; expert < experts; expert++) sum += totals[layer * experts + expert]!;
+    for (let expert = 0; expert < experts; expert++) sum += counts[layer * experts + expert]!;
     weights[block] = sum > 0 ? weight : 0;
     pastWeight += weights[block]!;
     for (let expert = 0; expert < experts; expert++)
       x[expert * blocks + block] =
-        sum > 0 ? (totals[layer * experts + expert]! * devices) / sum : mean[expert]!;
+        sum > 0 ? (counts[layer * experts + expert]! * devices) / sum : mean[expert]!;
   }
   if (pastWeight === 0) return;
   for (let block = 0; block < blocks; block++) weights[block]! /= 1 + pastWeight;
+  if (fine) {
+    scenarios.pooledUncertainty = uncertainty / (1 + pastWeight) ** 2;
+    for (let block = recent; block < blocks; block++) scenarios.pooledUncertainty += weights[block]! ** 2;
+  }
   let apart = 0;
   let byNoise = 0;
   const pooled = new Float64Array(experts);
@@ -272,7 +295,7 @@ function joinEarlier(
     }
     pooled[expert]! += mean[expert]! / (1 + pastWeight);
   }
-  const real = apart > 0 ? Math.max(0, 1 - byNoise / apart) : 0;
+  const real = fine ? 1 : apart > 0 ? Math.max(0, 1 - byNoise / apart) : 0;
   for (let expert = 0; expert < experts; expert++) {
     const row = expert * blocks;
     const shift = (1 - real) * (pooled[expert]! - mean[expert]!);

@@ -107,6 +107,27 @@ describe.skipIf(!here)('real loads', () => {
     }
   });
 
+  it('adaptive with a quarter of the moves of flashlb is no worse than it in windows of 160 tokens', async () => {
+    const trace = await readLoads(resolve(folder, files.qwen3_sharegpt![0]));
+    const ratios: number[] = [];
+    for (const [devices, slots] of [
+      [8, 18],
+      [16, 9],
+      [32, 5],
+    ] as const)
+      for (const offset of [0, 3, 6]) {
+        const loads = trace.window(offset, trace.steps - offset);
+        const shape = { devices, slots, window: 8 };
+        const [flashlb] = await simulate(loads, { ...shape, policies: ['flashlb'] });
+        const maxMoves = Math.floor(flashlb!.moves / 4);
+        const [ours] = await simulate(loads, { ...shape, policies: ['adaptive'], maxMoves });
+        expect(ours!.moves).toBeLessThanOrEqual(maxMoves);
+        ratios.push(ours!.parStepNext / flashlb!.parStepNext);
+        expect(ratios.at(-1), `${devices}x${slots} from step ${offset}`).toBeLessThanOrEqual(1.01);
+      }
+    expect(ratios.reduce((sum, ratio) => sum + ratio, 0) / ratios.length).toBeLessThan(1);
+  });
+
   it('adaptive moves little where the steps of Qwen3 come in no order: the noise of real traffic is no drift', async () => {
     const trace = await readLoads(resolve(folder, files.qwen3_sharegpt![0]));
     const row = trace.layers * trace.experts;

@@ -26,7 +26,7 @@ build_experts() {
     arch=90
     [[ $source == *_sm90a.cu ]] && arch=90a
     local but=()
-    [[ $source == *_sm90a.cu ]] || but=(-not -name hopper.cuh -not -name "*_sm90a.cuh")
+    [[ $source == *_sm90a.cu ]] || but=(-not -name "*_sm90a.cuh")
     [ "$object" -nt "$source" ] && [ -z "$(find "$root/csrc" "$root/bench/cuda" \( -name "*.h" -o -name "*.cuh" \) "${but[@]}" -newer "$object")" ] && continue
     echo "$(basename "$source")"
     nvcc -std=c++20 -O3 --compress-mode=size --expt-relaxed-constexpr "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v -c "$source" -o "$object" \
@@ -37,7 +37,7 @@ build_experts() {
 # The object file of one source of kernels.
 kernels() {
   local source="$root/csrc/cuda/$1.cu" object="$out/objects/$1.o"
-  if [ ! "$object" -nt "$source" ] || [ -n "$(find "$root/csrc/cuda" \( -name "moe_*.cuh" -o -name programmatic.cuh \) -newer "$object")" ]; then
+  if [ ! "$object" -nt "$source" ] || [ -n "$(find "$root/csrc/cuda" \( -name "moe_*.cuh" -o -name hopper.cuh -o -name launch_early.cuh -o -name programmatic.cuh \) -newer "$object")" ]; then
     nvcc "${flags[@]}" -Xptxas -v -c "$source" -o "$object" 2> "$object.ptxas" || { cat "$object.ptxas" >&2; return 1; }
   fi
   echo "$object"

@@ -1,5 +1,5 @@
 // Checks the CUDA moe_dispatch against the CPU kernel, and times it. NOTES.md has the command lines.
-//   dispatch_bench check [dry] | dispatch_bench time [dry] | dispatch_bench sanitize
+//   dispatch_bench check [dry] | time [dry | tokens [hidden]] | sanitize | profile [tokens [hidden]]
 #include <memory>
 
 #include "../../csrc/backend.h"
@@ -13,7 +13,8 @@ namespace {
 
 std::unique_ptr<Backend> cpu_backend;
 int failures = 0, cases = 0;
-const char* const chain_names[] = {"default", "plain", "overlapped", "cooperative", "cluster"};
+bool small = false;  // for the sanitizer: fewer shapes, and each path once
+const char* const chain_names[] = {"default", "plain", "overlapped", "cooperative", "clusters"};
 
 enum class Routing { kUniform, kOne, kRemote, kSkewed, kNone };
 
@@ -115,6 +116,7 @@ void check(int64_t T, int C, int experts, int first, int block, int64_t H, DType
   static cudaStream_t stream = nullptr;  // not the default stream, where nothing overlaps
   if (!dry && stream == nullptr) CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (int chain = 0; chain < 5; chain++) {
+    if (small && chain > (T * C <= 1024 ? 1 : 3)) break;  // these take what the default takes
     order.poison(), inverse.poison(), counts.poison(), offsets.poison(), block_experts.poison(), rows.poison(),
         scratch.poison();
     const char* path = "";
@@ -160,13 +162,13 @@ void check(int64_t T, int C, int experts, int first, int block, int64_t H, DType
   }
 }
 
-void run_checks(bool small) {
+void run_checks() {
   const std::vector<int64_t> batches =
       small ? std::vector<int64_t>{3, 33, 600}
             : std::vector<int64_t>{0, 1, 2, 31, 32, 33, 127, 455, 456, 511, 512, 513, 4097, 40000};
   for (const int64_t T : batches) {
     if (dry && T > 600) continue;
-    for (const Routing routing : small ? std::vector<Routing>{Routing::kUniform, Routing::kRemote}
+    for (const Routing routing : small ? std::vector<Routing>{T < 600 ? Routing::kUniform : Routing::kRemote}
                                        : std::vector<Routing>{Routing::kUniform, Routing::kOne, Routing::kRemote,
                                                               Routing::kSkewed, Routing::kNone}) {
       const int64_t H = T <= 600 ? 40 : 0;
@@ -183,7 +185,10 @@ void run_checks(bool small) {
     check(131072, 9, 257, 0, 128, 0, DType::kF32, Routing::kUniform);
     check(4096, 9, 257, 0, 128, 512, DType::kBF16, Routing::kUniform);
     check(300, 40, 257, 0, 0, 2050, DType::kBF16, Routing::kSkewed);
+    check(3300, 3, 257, 0, 0, 2048, DType::kBF16, Routing::kRemote);
+    check(3300, 2, 32, 0, 0, 7168, DType::kBF16, Routing::kUniform);
   }
+  if (!dry) check(3168, 2, 32, 0, 0, 2048, DType::kBF16, Routing::kRemote);
   std::printf("checks: %d cases, %d failed\n", cases, failures);
 }
 
@@ -191,55 +196,78 @@ struct Set {
   Buffer ids, hidden, order, inverse, counts, offsets, block_experts, rows, scratch;
 };
 
+Set make_set(const MoeDispatch& p, uint64_t seed) {
+  Random random(seed);
+  const std::vector<int32_t> ids = route(p.T, static_cast<int>(p.C), p.experts, 0, Routing::kUniform, random);
+  Set s{Buffer(p.T * p.C * 4), Buffer(p.T * p.H * 2), Buffer(p.P * 4),
+        Buffer(p.T * p.C * 4), Buffer(p.experts * 4), Buffer(p.experts * 4 + 4),
+        Buffer(p.blocks * 4),  Buffer(p.P * p.H * 2), Buffer(1 << 20)};
+  s.ids.put(ids.data(), ids.size() * 4);
+  if (!dry && p.H > 0) CHECK(cudaMemset(s.hidden.data, 17 + static_cast<int>(seed), p.T * p.H * 2));
+  if (dispatch::scratch_bytes(p, 132, dispatch::Chain::kPlain) > s.scratch.bytes) std::exit(1);
+  return s;
+}
+
+MoeDispatch shape(int64_t T, int C, int experts, int block, int64_t H) {
+  MoeDispatch p{};
+  p.T = T, p.C = C, p.H = H, p.P = capacity(T * C, experts, block), p.experts = experts, p.block_size = block;
+  p.blocks = block > 0 ? p.P / block : 0;
+  return p;
+}
+
+const char* launch(MoeDispatch p, const Set& s, cudaStream_t stream, dispatch::Chain chain) {
+  p.ids = {s.ids.data, DType::kI32, p.T * p.C};
+  p.order = {s.order.data, DType::kI32, p.P}, p.inverse = {s.inverse.data, DType::kI32, p.T * p.C};
+  p.counts = {s.counts.data, DType::kI32, p.experts}, p.offsets = {s.offsets.data, DType::kI32, p.experts + 1};
+  if (p.blocks > 0) p.block_experts = {s.block_experts.data, DType::kI32, p.blocks};
+  if (p.H > 0) p.hidden = {s.hidden.data, DType::kBF16, p.T * p.H}, p.rows = {s.rows.data, DType::kBF16, p.P * p.H};
+  const char* path = "";
+  if (!dry) CHECK(dispatch::launch(p, 132, s.scratch.data, stream, &path, chain));
+  return path;
+}
+
 void time_case(Timer& timer, int64_t T, int C, int experts, int block, int64_t H, double copy, double empty) {
   const int rotations = H > 0 ? 4 : 40;
-  const int64_t P = capacity(T * C, experts, block), blocks = block > 0 ? P / block : 0;
+  const MoeDispatch p = shape(T, C, experts, block, H);
   std::vector<Set> sets;
-  MoeDispatch p{};
-  p.T = T, p.C = C, p.H = H, p.P = P, p.blocks = blocks, p.experts = experts, p.block_size = block;
-  for (int i = 0; i < rotations; i++) {
-    Random random(i + 1);
-    const std::vector<int32_t> ids = route(T, C, experts, 0, Routing::kUniform, random);
-    sets.push_back({Buffer(T * C * 4), Buffer(T * H * 2), Buffer(P * 4), Buffer(T * C * 4), Buffer(experts * 4),
-                    Buffer(experts * 4 + 4), Buffer(blocks * 4), Buffer(P * H * 2), Buffer(1 << 20)});
-    sets[i].ids.put(ids.data(), T * C * 4);
-    if (!dry && H > 0) CHECK(cudaMemset(sets[i].hidden.data, 17 + i, T * H * 2));
-  }
-  const double bytes = 4.0 * (2 * T * C + P + blocks + 2 * experts) + (H > 0 ? 2.0 * H * (T + P) : 0);
+  for (int i = 0; i < rotations; i++) sets.push_back(make_set(p, i + 1));
+  const double bytes = 4.0 * (2 * T * C + p.P + p.blocks + 2 * experts) + (H > 0 ? 2.0 * H * (T + p.P) : 0);
   const double floor = std::max(empty, bytes / copy * 1e-6);
   std::printf("dispatch %d experts %d columns block %-4d H %-5lld %7lld | floor %7.2f |", experts, C, block,
               static_cast<long long>(H), static_cast<long long>(T), floor);
   for (int chain = 0; chain < 5; chain++) {
-    const char* path = "";
-    const double us = timer.graph(rotations, [&](int i) {
-      MoeDispatch d = p;
-      Set& s = sets[i];
-      d.ids = {s.ids.data, DType::kI32, T * C};
-      d.order = {s.order.data, DType::kI32, P}, d.inverse = {s.inverse.data, DType::kI32, T * C};
-      d.counts = {s.counts.data, DType::kI32, experts}, d.offsets = {s.offsets.data, DType::kI32, experts + 1};
-      if (block > 0) d.block_experts = {s.block_experts.data, DType::kI32, blocks};
-      if (H > 0) d.hidden = {s.hidden.data, DType::kBF16, T * H}, d.rows = {s.rows.data, DType::kBF16, P * H};
-      if (dispatch::scratch_bytes(d, 132, dispatch::Chain::kPlain) > s.scratch.bytes) std::exit(1);
-      if (!dry)
-        CHECK(dispatch::launch(d, 132, s.scratch.data, timer.stream, &path, static_cast<dispatch::Chain>(chain)));
-    });
+    const double us =
+        timer.graph(rotations, [&](int i) { launch(p, sets[i], timer.stream, static_cast<dispatch::Chain>(chain)); });
     std::printf(" %s: %7.2f (%.2f)", chain_names[chain], us, us / floor);
   }
   std::printf("\n");
   std::fflush(stdout);
 }
 
-void run_times() {
+// For ncu.
+void profile(int64_t T, int64_t H) {
+  const MoeDispatch p = shape(T, 9, 257, H > 0 ? 0 : 128, H);
+  launch(p, make_set(p, 1), nullptr, dispatch::Chain::kDefault);
+  if (!dry) CHECK(cudaDeviceSynchronize());
+}
+
+// Of everything, or of one batch, or of one batch with rows.
+void run_times(int64_t tokens, int64_t hidden) {
   Timer timer;
   double copy = 0, empty = 0;
   ceilings(timer, &copy, &empty);
   std::printf("copy %.2f TB/s, empty node %.2f us\n", copy, empty);
-  for (const int64_t T : {1, 8, 64, 455, 512, 1024, 4096, 5000, 10000, 20000, 40000, 131072})
-    time_case(timer, T, 9, 257, 128, 0, copy, empty);
-  for (const int64_t T : {64, 4096, 40000}) time_case(timer, T, 9, 257, 0, 0, copy, empty);
-  for (const int64_t T : {4096}) time_case(timer, T, 8, 256, 0, 0, copy, empty);
-  for (const int64_t T : {64, 1024, 4096}) time_case(timer, T, 9, 257, 0, 7168, copy, empty);
-  time_case(timer, 4096, 9, 257, 128, 7168, copy, empty);
+  if (hidden > 0) return time_case(timer, tokens, 9, 257, 0, hidden, copy, empty);
+  const auto time = [&](int64_t T, int C, int experts, int block, int64_t H) {
+    if (tokens == 0 || T == tokens) time_case(timer, T, C, experts, block, H, copy, empty);
+  };
+  for (const int64_t T : {1, 8, 64, 455, 512, 1024, 2048, 4096, 5000, 10000, 20000, 40000, 131072})
+    time(T, 9, 257, 128, 0);
+  for (const int64_t T : {64, 4096, 40000}) time(T, 9, 257, 0, 0);
+  time(4096, 8, 256, 0, 0);
+  time(4096, 6, 4096, 8, 0);
+  for (const int64_t T : {64, 1024, 4096}) time(T, 9, 257, 0, 7168);
+  time(4096, 9, 257, 128, 7168);
 }
 
 }  // namespace
@@ -252,26 +280,9 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.text.c_str());
     return 1;
   }
-  if (mode == "check" || mode == "sanitize") run_checks(mode == "sanitize");
-  if (mode == "time") run_times();
-  if (mode == "profile") {
-    for (const int64_t T : {64, 4096, 40000}) {
-      Random random(1);
-      const std::vector<int32_t> ids = route(T, 9, 257, 0, Routing::kUniform, random);
-      const int64_t P = capacity(T * 9, 257, 128);
-      Set s{Buffer(T * 36), Buffer(0),      Buffer(P * 4), Buffer(T * 36), Buffer(4096),
-            Buffer(4096),   Buffer(P / 32), Buffer(0),     Buffer(1 << 20)};
-      s.ids.put(ids.data(), T * 36);
-      MoeDispatch d{};
-      d.T = T, d.C = 9, d.P = P, d.blocks = P / 128, d.experts = 257, d.block_size = 128;
-      d.ids = {s.ids.data, DType::kI32, T * 9}, d.order = {s.order.data, DType::kI32, P},
-      d.inverse = {s.inverse.data, DType::kI32, T * 9};
-      d.counts = {s.counts.data, DType::kI32, 257}, d.offsets = {s.offsets.data, DType::kI32, 258},
-      d.block_experts = {s.block_experts.data, DType::kI32, P / 128};
-      const char* path = "";
-      CHECK(dispatch::launch(d, 132, s.scratch.data, nullptr, &path, dispatch::Chain::kPlain));
-      CHECK(cudaDeviceSynchronize());
-    }
-  }
+  small = mode == "sanitize";
+  if (mode == "check" || small) run_checks();
+  if (mode == "time") run_times(argc > 2 ? std::atoll(argv[2]) : 0, argc > 3 ? std::atoll(argv[3]) : 0);
+  if (mode == "profile") profile(argc > 2 ? std::atoll(argv[2]) : 4096, argc > 3 ? std::atoll(argv[3]) : 0);
   return failures > 0;
 }

@@ -11,7 +11,7 @@ namespace moe::dispatch {
 
 // How kernels of one dispatch follow each other and the kernel before them. The default is what moe_dispatch uses on
 // sm_90; plain uses neither programmatic launch nor blocks that wait for each other.
-enum class Chain { kDefault, kPlain, kOverlapped, kCooperative, kCluster };
+enum class Chain { kDefault, kPlain, kOverlapped, kCooperative, kClusters };
 
 // Bytes of scratch that launch() needs, of any content.
 size_t scratch_bytes(const MoeDispatch& p, int sm_count, Chain chain = Chain::kDefault);

@@ -33,9 +33,11 @@ __global__ void __launch_bounds__(32) sort_tiny(const __grid_constant__ Args a) 
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int32_t id = load_id(a, lane);
+  const uint32_t first = first_place(a);
 #pragma unroll
   for (uint32_t k = 0; k < kTinyPlaces; k += 32) {
-    if (begin + k + lane < a.places) a.order[begin + k + lane] = static_cast<int32_t>(a.choices);
+    const uint32_t place = begin + k + lane;
+    if (place < a.places && a.experts_before == 0) a.order[place] = static_cast<int32_t>(a.choices);
   }
   const uint32_t expert = local_expert(a, id);
   if (expert != kNone) masks[expert] = 0;
@@ -61,12 +63,12 @@ __global__ void __launch_bounds__(32) sort_tiny(const __grid_constant__ Args a) 
       all += sums;
     }
   }
-  if (thread <= a.experts) a.offsets[thread] = static_cast<int32_t>((before_thread >> 6) * a.block_size);
+  if (thread <= a.experts) a.offsets[thread] = static_cast<int32_t>(first + (before_thread >> 6) * a.block_size);
   if (thread < a.experts) a.counts[thread] = static_cast<int32_t>(of_thread & 0x3f);
-  const uint32_t at = (before_expert >> 6) * a.block_size + rank;
+  const uint32_t at = first + (before_expert >> 6) * a.block_size + rank;
   if (expert != kNone && at - begin < kTinyPlaces) a.order[at] = static_cast<int32_t>(lane);
   if (thread < a.choices) write_choice(a, lane, expert, at);
-  if (thread >= all >> 6 && thread < a.blocks) a.block_experts[thread] = -1;
+  if (thread >= blocks_of(a, first) + (all >> 6) && thread < a.blocks) a.block_experts[thread] = -1;
 }
 
 __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args a, uint32_t places_of_block) {
@@ -79,6 +81,7 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int32_t id = load_id(a, choice);
+  const uint32_t first = first_place(a);
   const uint32_t begin = blockIdx.x * places_of_block, end = min(begin + places_of_block, a.places);
   empty_places(a, begin, end);
 #pragma unroll 1
@@ -93,13 +96,13 @@ __global__ void __launch_bounds__(1024, 1) sort_few(const __grid_constant__ Args
   if (equal >> lane == 1) *counter = static_cast<uint16_t>(rank + 1);
   __syncthreads();
   const uint32_t count = has_pair ? add_rows(counters, shape.rows, pairs) : 0, low = count & 0xffff, high = count >> 16;
-  scan_pairs(pairs, sums, start, padded(a, low), padded(a, high));
+  scan_pairs(pairs, sums, start, first, padded(a, low), padded(a, high));
   const uint32_t at = expert != kNone ? start[expert] + *counter + rank : 0;
   if (expert != kNone && at >= begin && at < end) a.order[at] = static_cast<int32_t>(choice);
   if (!last_block) return;
   const uint32_t total = start[2 * pairs];
   if (choice < a.choices) write_choice(a, choice, expert, at);
-  if (has_pair) write_pair(a, start, low, high);
+  if (has_pair) write_pair(a, low, high, start[2 * threadIdx.x], start[2 * threadIdx.x + 1]);
   if (threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);
 #pragma unroll 1
   for (uint32_t b = blocks_of(a, total) + threadIdx.x; b < a.blocks; b += blockDim.x) a.block_experts[b] = -1;

@@ -5,17 +5,26 @@
 
 namespace moe::dispatch {
 
+struct Rows {
+  const char* hidden;
+  char* rows;
+  const int32_t *inverse, *order;
+  int64_t tokens, columns, places, bytes;  // bytes of a row
+};
+
 #ifdef __CUDACC__
 
-// A warp has a piece of 4 vectors a lane: of a token, for all its places, or of zeros, for the empty ones of 32 places.
-// The first vectors are on their way before the sort is over.
+// A warp has a piece of 4 vectors a lane, of a token, for all its places, or of zeros, for the empty
+// ones of 32 places. The first vectors are on their way before the sort is over.
 template <class V>
-__global__ void __launch_bounds__(256) gather(const V* hidden, V* rows, const int32_t* inverse, const int32_t* order,
-                                              int64_t tokens, int columns, int64_t vectors, int64_t places) {
+__global__ void __launch_bounds__(256) gather(const __grid_constant__ Rows r) {
   constexpr int kEach = 4;
   const int lane = threadIdx.x % 32;
-  const int64_t pieces = (vectors + 32 * kEach - 1) / (32 * kEach), choices = tokens * columns;
-  const int64_t items = (tokens + (places + 31) / 32) * pieces;
+  const V* const hidden = reinterpret_cast<const V*>(r.hidden);
+  V* const rows = reinterpret_cast<V*>(r.rows);
+  const int64_t vectors = r.bytes / static_cast<int64_t>(sizeof(V));
+  const int64_t pieces = (vectors + 32 * kEach - 1) / (32 * kEach), choices = r.tokens * r.columns;
+  const int64_t items = (r.tokens + (r.places + 31) / 32) * pieces;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
   bool waited = false;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
@@ -24,20 +33,20 @@ __global__ void __launch_bounds__(256) gather(const V* hidden, V* rows, const in
     V values[kEach] = {};
 #pragma unroll
     for (int k = 0; k < kEach; k++) {
-      if (t < tokens && first + 32 * k < vectors) values[k] = __ldcs(hidden + t * vectors + first + 32 * k);
+      if (t < r.tokens && first + 32 * k < vectors) values[k] = __ldcs(hidden + t * vectors + first + 32 * k);
     }
     if (!waited) wait_for_previous_kernel();
     waited = true;
-    const int candidates = t < tokens ? columns : 32;
-    for (int base = 0; base < candidates; base += 32) {
+    const int64_t candidates = t < r.tokens ? r.columns : 32;
+    for (int64_t base = 0; base < candidates; base += 32) {
       int64_t mine = -1;
-      if (t < tokens) {
-        if (base + lane < columns) mine = inverse[t * columns + base + lane];
+      if (t < r.tokens) {
+        if (base + lane < r.columns) mine = r.inverse[t * r.columns + base + lane];
       } else {
-        const int64_t place = (t - tokens) * 32 + lane;
-        if (place < places && order[place] == choices) mine = place;
+        const int64_t place = (t - r.tokens) * 32 + lane;
+        if (place < r.places && r.order[place] == choices) mine = place;
       }
-      for (unsigned rest = __ballot_sync(kAll, mine >= 0 && mine < places); rest != 0; rest &= rest - 1) {
+      for (unsigned rest = __ballot_sync(kAll, mine >= 0 && mine < r.places); rest != 0; rest &= rest - 1) {
         const int64_t place = __shfl_sync(kAll, mine, __ffs(static_cast<int>(rest)) - 1);
 #pragma unroll
         for (int k = 0; k < kEach; k++) {

@@ -3,7 +3,7 @@
 // A block owns consecutive choices, a warp of it `rounds` times 32 consecutive ones. Masks give a choice its rank among
 // equal experts of the round, a counter per warp and expert what came in the rounds before. Counters become prefixes
 // over the warps of the block, over the blocks, and over the experts.
-// - The blocks of a cluster write their counters into each other's shared memory. For middle batches one is enough.
+// - The blocks of a cluster write their counters into each other's shared memory.
 // - Clusters that all run at once leave their sums in global memory and meet at the barrier of the grid.
 // - Where more would be needed than run at once, the same kernel runs twice, once to count and once to place.
 // All places are made empty before the exchange, which keeps that apart from filling them. Blocks of many choices sort
@@ -13,14 +13,14 @@
 
 #include <utility>
 
+#include "moe_dispatch_cluster.cuh"
 #include "moe_dispatch_sort.cuh"
 
 namespace moe::dispatch {
 
-enum class Exchange { kCluster, kGrid, kCount, kPlace };
+enum class Exchange { kGrid, kCount, kPlace };
 
-constexpr uint32_t kClusterBlocks = 16;  // of a cluster that is alone
-constexpr uint32_t kMostRounds = 15, kInFlight = 16, kPackedInFlight = 4;
+constexpr uint32_t kMostRounds = 15, kInFlight = 16;
 
 struct ManyShape {
   uint32_t pairs, rows, rounds, threads;  // rows: warps that have choices, at most the warps
@@ -55,31 +55,6 @@ struct ManyMemory {
 
 #ifdef __CUDACC__
 
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ uint32_t rank_in_cluster() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// Writes the same word of another block of the cluster.
-__device__ __forceinline__ void write_remote(uint32_t* word, uint32_t block, uint32_t value) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(remote)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))), "r"(block));
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
-}
-#else  // there are no clusters to launch
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ uint32_t rank_in_cluster() { return 0; }
-__device__ __forceinline__ void write_remote(uint32_t*, uint32_t, uint32_t) {}
-#endif
-
 // Copies a word into shared memory, asynchronously.
 __device__ __forceinline__ void copy_word(uint32_t* to, const int32_t* from) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -110,7 +85,7 @@ __device__ __forceinline__ void rank_choices(const Args& a, const ManyShape& m, 
 // Sorts the block's choices by expert; their places become those in the block.
 __device__ __forceinline__ void sort_block(const ManyShape& m, const ManyMemory& s, uint32_t count) {
   const uint32_t warp = threadIdx.x / 32;
-  scan_pairs(m.pairs, s.local_sums, s.local, count & 0xffff, count >> 16);
+  scan_pairs(m.pairs, s.local_sums, s.local, 0, count & 0xffff, count >> 16);
   if (warp >= m.rows) return;
   const uint16_t* counter = reinterpret_cast<const uint16_t*>(s.counters + warp * m.pairs);
 #pragma unroll 2
@@ -127,24 +102,6 @@ __device__ __forceinline__ void sort_block(const ManyShape& m, const ManyMemory&
 struct PairCounts {
   uint32_t low = 0, high = 0, low_before = 0, high_before = 0;
 };
-
-// Adds up packed counters in shared memory, of one cluster that is alone and of which this is the rank-th block.
-__device__ __forceinline__ PairCounts add_packed(const uint32_t* counts, uint32_t rank, uint32_t pairs) {
-  PairCounts n;
-#pragma unroll 1
-  for (uint32_t base = 0; base < kClusterBlocks; base += kPackedInFlight) {
-    uint32_t all = 0, before = 0;  // of four blocks 16 bits hold
-#pragma unroll
-    for (uint32_t k = base; k < base + kPackedInFlight; k++) {
-      const uint32_t word = counts[k * pairs];
-      all += word;
-      if (k < rank) before += word;
-    }
-    n.low += all & 0xffff, n.high += all >> 16;
-    n.low_before += before & 0xffff, n.high_before += before >> 16;
-  }
-  return n;
-}
 
 // Adds up what read() gives of `parts` parts, this one the rank-th. All reads of up to 16 are under way at once.
 template <class Read>
@@ -171,7 +128,7 @@ __global__ void __launch_bounds__(1024, 1)
   const ManyMemory s(memory, m);
   const uint32_t warp = threadIdx.x / 32, first = blockIdx.x * m.choices();
   const bool has_pair = threadIdx.x < m.pairs;
-  if (X == Exchange::kCluster || m.cluster > 1) cluster_arrive();  // that others may write here
+  if (m.cluster > 1) cluster_arrive_first();
   // The ids that `place` reads before it waits were there before `count` let it start.
   if (X != Exchange::kPlace) {
     wait_for_previous_kernel();
@@ -198,19 +155,7 @@ __global__ void __launch_bounds__(1024, 1)
 
   // Exchange
   PairCounts n{count & 0xffff, count >> 16, 0, 0};
-  if constexpr (X == Exchange::kCluster) {
-    cluster_wait();
-    if (has_pair) {
-#pragma unroll 4
-      for (uint32_t k = 0; k < kClusterBlocks; k++) {
-        write_remote(s.counts + blockIdx.x * m.pairs + threadIdx.x, k, count);
-      }
-    }
-    cluster_arrive();
-    if (m.sorted) sort_block(m, s, count);
-    cluster_wait();
-    if (has_pair) n = add_packed(s.counts + threadIdx.x, blockIdx.x, m.pairs);
-  } else if (m.cluster > 1) {
+  if (m.cluster > 1) {
     cluster_wait();
     if (has_pair) {
 #pragma unroll 4
@@ -227,34 +172,32 @@ __global__ void __launch_bounds__(1024, 1)
       });
     }
   }
-  if constexpr (X != Exchange::kCluster) {
-    uint2* const sums = reinterpret_cast<uint2*>(a.rows) + threadIdx.x;
-    const uint32_t clusters = gridDim.x / m.cluster, cluster = blockIdx.x / m.cluster;
-    if (X != Exchange::kPlace && has_pair && rank_in_cluster() == 0) {
-      sums[cluster * m.pairs] = make_uint2(n.low, n.high);
-    }
-    if constexpr (X == Exchange::kCount) return;
-    if constexpr (X == Exchange::kGrid) {
-      const auto grid = cooperative_groups::this_grid();
-      auto token = grid.barrier_arrive();
-      if (m.sorted) sort_block(m, s, count);
-      grid.barrier_wait(std::move(token));
-    } else {
-      if (m.sorted) sort_block(m, s, count);
-      wait_for_previous_kernel();
-    }
-    if (has_pair) {
-      const PairCounts all = add_counts(clusters, cluster, [&](uint32_t k) { return __ldcg(sums + k * m.pairs); });
-      n = {all.low, all.high, n.low_before + all.low_before, n.high_before + all.high_before};
-    }
+  uint2* const sums = reinterpret_cast<uint2*>(a.rows) + threadIdx.x;
+  const uint32_t clusters = gridDim.x / m.cluster, cluster = blockIdx.x / m.cluster;
+  if (X != Exchange::kPlace && has_pair && rank_in_cluster() == 0) {
+    sums[cluster * m.pairs] = make_uint2(n.low, n.high);
+  }
+  if constexpr (X == Exchange::kCount) return;
+  if constexpr (X == Exchange::kGrid) {
+    const auto grid = cooperative_groups::this_grid();
+    auto token = grid.barrier_arrive();
+    if (m.sorted) sort_block(m, s, count);
+    grid.barrier_wait(std::move(token));
+  } else {
+    if (m.sorted) sort_block(m, s, count);
+    wait_for_previous_kernel();
+  }
+  if (has_pair) {
+    const PairCounts all = add_counts(clusters, cluster, [&](uint32_t k) { return __ldcg(sums + k * m.pairs); });
+    n = {all.low, all.high, n.low_before + all.low_before, n.high_before + all.high_before};
   }
 
   // First places of the experts
-  scan_pairs(m.pairs, s.sums, s.place, padded(a, n.low), padded(a, n.high));
+  scan_pairs(m.pairs, s.sums, s.place, first_place(a), padded(a, n.low), padded(a, n.high));
   const uint32_t total = s.place[2 * m.pairs];
   if (has_pair) {
     uint2* place = reinterpret_cast<uint2*>(s.place) + threadIdx.x;
-    if (blockIdx.x == gridDim.x - 1) write_pair(a, s.place, n.low, n.high);
+    if (blockIdx.x == gridDim.x - 1) write_pair(a, n.low, n.high, place->x, place->y);
     *place = make_uint2(place->x + n.low_before, place->y + n.high_before);
   }
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) a.offsets[a.experts] = static_cast<int32_t>(total);

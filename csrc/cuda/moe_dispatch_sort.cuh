@@ -16,12 +16,13 @@ struct Args {
   uint32_t* rows;  // scratch: counters of the blocks of the grid
   uint32_t choices, places, blocks;
   uint32_t experts, first_expert;
+  uint32_t experts_before;  // sorted already: places begin at offsets[0], and what is written elsewhere stays
   uint32_t block_size, block_magic, block_shift;  // block_size 1 where places are not padded
 };
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr uint32_t kNone = 0xffffffffu;  // in place of a local expert
-constexpr uint32_t kManyExperts = 1024;  // masks and counters of more do not fit
+constexpr uint32_t kManyExperts = 1024;  // more do not fit, and are sorted so many at a time
 constexpr uint32_t kRowsAtOnce = 8;
 
 // Words of shared memory for the sums of 64 experts each, and for what scan_pairs makes of the pairs.
@@ -48,6 +49,11 @@ __device__ __forceinline__ uint32_t local_expert(const Args& a, int32_t id) {
   return id >= 0 && expert < a.experts ? expert : kNone;
 }
 
+// Where the first expert begins; after the wait for the kernel before.
+__device__ __forceinline__ uint32_t first_place(const Args& a) {
+  return a.experts_before > 0 ? static_cast<uint32_t>(__ldcg(a.offsets)) : 0;
+}
+
 // The lanes that have the same local expert; masks[experts] are the warp's own and 0. With 32 warps an atomic takes 60%
 // of the time of a ballot per bit, and 40% of match_any.
 __device__ __forceinline__ unsigned equal_lanes(uint32_t* masks, uint32_t expert) {
@@ -68,6 +74,7 @@ __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
 
 // Makes places [begin, end) empty, by a block.
 __device__ __forceinline__ void empty_places(const Args& a, uint32_t begin, uint32_t end) {
+  if (a.experts_before > 0) return;
   const int32_t empty = static_cast<int32_t>(a.choices);
   if (reinterpret_cast<uintptr_t>(a.order + begin) % 16 == 0) {
     const uint32_t vectors = begin < end ? (end - begin) / 4 : 0;
@@ -99,16 +106,15 @@ __device__ __forceinline__ uint32_t add_rows(uint32_t* counters, uint32_t rows, 
   return sum;
 }
 
-// A thread has the sizes of a pair of experts, 0 beyond the pairs: start[] becomes where they begin, and after the last
-// pair the total. Only the warps of the pairs work, for integer instructions are what a full block runs short of.
-__device__ __forceinline__ void scan_pairs(uint32_t pairs, uint32_t* sums, uint32_t* start, uint32_t low,
-                                           uint32_t high) {
+// The sum of the sizes of the threads before, of `threads` that have one; sums[] is 0 and used up. Only their warps
+// work, for integer instructions are what a full block runs short of.
+__device__ __forceinline__ uint32_t sum_before(uint32_t threads, uint32_t* sums, uint32_t size) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool works = warp * 32 < pairs;
+  const bool works = warp * 32 < threads;
   uint32_t before = 0;
   if (works) {
-    const uint32_t after = inclusive_sum(low + high);
-    before = after - low - high;
+    const uint32_t after = inclusive_sum(size);
+    before = after - size;
     if (lane == 31) sums[warp] = after;
   }
   __syncthreads();
@@ -121,29 +127,39 @@ __device__ __forceinline__ void scan_pairs(uint32_t pairs, uint32_t* sums, uint3
       if (k + 2 < warp) before += four.z;
       if (k + 3 < warp) before += four.w;
     }
-    if (threadIdx.x < pairs) reinterpret_cast<uint2*>(start)[threadIdx.x] = make_uint2(before, before + low);
-    if (threadIdx.x == pairs - 1) start[2 * pairs] = before + low + high;
   }
+  return before;
+}
+
+// A thread has the sizes of a pair of experts, 0 beyond the pairs: start[] becomes where they begin, the first of them
+// at `first`, and after the last pair where all end.
+__device__ __forceinline__ void scan_pairs(uint32_t pairs, uint32_t* sums, uint32_t* start, uint32_t first,
+                                           uint32_t low, uint32_t high) {
+  const uint32_t before = first + sum_before(pairs, sums, low + high);
+  if (threadIdx.x < pairs) reinterpret_cast<uint2*>(start)[threadIdx.x] = make_uint2(before, before + low);
+  if (threadIdx.x == pairs - 1) start[2 * pairs] = before + low + high;
   __syncthreads();
 }
 
 // Writes where a choice went, `at` only where it has a local expert. The first place of every used block has a choice,
 // which names the block's expert.
 __device__ __forceinline__ void write_choice(const Args& a, uint32_t choice, uint32_t expert, uint32_t at) {
-  a.inverse[choice] = expert != kNone ? static_cast<int32_t>(at) : -1;
+  if (expert != kNone || a.experts_before == 0) a.inverse[choice] = expert != kNone ? static_cast<int32_t>(at) : -1;
   if (expert == kNone || a.blocks == 0) return;
   const uint32_t block = blocks_of(a, at);
-  if (block * a.block_size == at && block < a.blocks) a.block_experts[block] = static_cast<int32_t>(expert);
+  if (block * a.block_size != at || block >= a.blocks) return;
+  a.block_experts[block] = static_cast<int32_t>(a.experts_before + expert);
 }
 
 // Counts and first places of this thread's pair of experts.
-__device__ __forceinline__ void write_pair(const Args& a, const uint32_t* start, uint32_t low, uint32_t high) {
+__device__ __forceinline__ void write_pair(const Args& a, uint32_t low, uint32_t high, uint32_t begin,
+                                           uint32_t middle) {
   const uint32_t e = 2 * threadIdx.x;
   a.counts[e] = static_cast<int32_t>(low);
-  a.offsets[e] = static_cast<int32_t>(start[e]);
+  a.offsets[e] = static_cast<int32_t>(begin);
   if (e + 1 == a.experts) return;
   a.counts[e + 1] = static_cast<int32_t>(high);
-  a.offsets[e + 1] = static_cast<int32_t>(start[e + 1]);
+  a.offsets[e + 1] = static_cast<int32_t>(middle);
 }
 
 #endif  // __CUDACC__

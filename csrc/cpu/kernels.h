@@ -22,6 +22,12 @@ inline constexpr int64_t kChunk = 256;  // a panel's chunk of f32 and a tile's r
 
 inline constexpr int kGateRows = 16;
 
+// Of each expert, where the first of its choices goes, as two words.
+inline constexpr int kRankedExperts = 320;
+struct alignas(64) FirstPlaces {
+  uint16_t low[kRankedExperts], high[kRankedExperts];
+};
+
 // What multiply brings into the cache on its way: a line from `at` on, and every `stride` bytes, for each line of the
 // panel that it reads.
 inline constexpr int64_t kLine = 64;
@@ -67,6 +73,15 @@ struct Kernels {
   // the row needs the general path. Null where this set has none.
   uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum,
                             int32_t* chosen);
+
+  // For moe_dispatch; both null where this set has none. Counts n < 2^16 ids, each `first` and less than `experts` more,
+  // and tells how many of the same expert came before it. False where an id is outside: counts and ranks are then of
+  // no use. `seen` is `counts` again.
+  bool (*rank_choices)(const int32_t* ids, int64_t n, uint32_t first, uint32_t experts, uint16_t* counts,
+                       const uint16_t* seen, uint16_t* ranks);
+  // inverse[i] = where the first of the expert of ids[i] goes + ranks[i].
+  void (*find_places)(const int32_t* ids, int64_t n, uint32_t first, const FirstPlaces& places, const uint16_t* ranks,
+                      int32_t* inverse);
 
   // For rooflines: reads n values; runs `rounds` of independent fused multiply-adds and tells how many those were. What
   // they compute is of no interest but depends on all of it.

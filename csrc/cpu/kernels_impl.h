@@ -302,7 +302,7 @@ extern const Kernels MOE_TABLE(MOE_ISA);
 const Kernels MOE_TABLE(MOE_ISA) = {
     MOE_NAME(MOE_ISA), MOE_ISA::kTileRows,  MOE_ISA::multiply, MOE_ISA::dots,         MOE_ISA::fill_panel,
     MOE_ISA::activate, MOE_ISA::interleave, MOE_ISA::widen,    MOE_ISA::narrow,       MOE_ISA::add_scaled,
-    MOE_ISA::sigmoids, MOE_ISA::choose,     MOE_ISA::read,     MOE_ISA::multiply_add,
+    MOE_ISA::sigmoids, MOE_ISA::choose,     MOE_ISA::rank,     MOE_ISA::find,   MOE_ISA::read,     MOE_ISA::multiply_add,
 };
 
 }  // namespace moe

@@ -10,6 +10,12 @@ constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
 uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int32_t* chosen);
 constexpr auto choose = &choose_of_256;  // gate_avx512.cc
+bool rank_choices(const int32_t* ids, int64_t n, uint32_t first, uint32_t experts, uint16_t* counts,
+                  const uint16_t* seen, uint16_t* ranks);
+void find_places(const int32_t* ids, int64_t n, uint32_t first, const FirstPlaces& places, const uint16_t* ranks,
+                 int32_t* inverse);
+constexpr auto rank = &rank_choices;  // dispatch_avx512.cc
+constexpr auto find = &find_places;
 
 using V = __m512;
 using U = __m512i;

@@ -9,6 +9,8 @@ constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 4 : 2; }  // of 
 constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+constexpr decltype(Kernels::rank_choices) rank = nullptr;
+constexpr decltype(Kernels::find_places) find = nullptr;
 
 using V = float32x4_t;
 using U = uint32x4_t;

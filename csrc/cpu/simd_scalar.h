@@ -9,6 +9,8 @@ constexpr int64_t vectors_per_half(int64_t) { return 1; }  // of a panel, at onc
 constexpr int64_t kDotRows = 2, kDotWeights = 2;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+constexpr decltype(Kernels::rank_choices) rank = nullptr;
+constexpr decltype(Kernels::find_places) find = nullptr;
 
 // Compilers that know vectors keep them in registers; an array they would not.
 #if defined(__GNUC__)

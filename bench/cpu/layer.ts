@@ -41,7 +41,7 @@ const LAYERS = 3;
 const TOKENS = [1, 4, 16, 64, 256, 1024];
 const PEER_TOKENS = [1, 16, 256, 1024];
 const GATE_TOKENS = 16384;
-const ENQUEUED = 16;
+const ENQUEUED = 8;
 
 /** The parts of onnxruntime-node that are used; it is no dependency, so its types are not there. */
 interface Ort {
@@ -194,7 +194,12 @@ async function oneThread(readOneThread: number) {
       };
     };
     const waited = await times(1);
-    return { op, ...waited, enqueued: await times(ENQUEUED), path: context.describe().paths[op.split(' ')[0]] };
+    return {
+      op,
+      ...waited,
+      enqueued: await times(ENQUEUED),
+      path: context.describe().paths[op.split(' ')[0]],
+    };
   };
   const dispatch = async (tokens: number, rows: boolean) => {
     const { ids } = routing(context, tokens, { ...shape, experts: 256, topK: 8 });

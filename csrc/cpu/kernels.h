@@ -21,6 +21,7 @@ inline constexpr int64_t kPanel = 32, kHalf = 16;
 inline constexpr int64_t kChunk = 256;  // a panel's chunk of f32 and a tile's rows stay in a 48 KiB L1
 
 inline constexpr int kGateRows = 16;
+inline constexpr int64_t kGatePad = 64;
 
 // Of each expert, where the first of its choices goes, as two words.
 inline constexpr int kRankedExperts = 320;
@@ -67,6 +68,16 @@ struct Kernels {
 
   // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
   void (*sigmoids)(const float* x, int64_t n, float* out);
+
+  // The next three take rows of n values, a multiple of kGatePad, whose end is NaN, and may decline: false where a value
+  // is out of the ordinary, or there are too many equal ones, and a slower way is needed.
+  //
+  // out[i] = e^(x[i] - the highest) by the reciprocal of their sum, NaN for NaN, which is left out of the sum.
+  bool (*softmax)(const float* x, int64_t n, float* out);
+  // The k <= 32 highest of them, highest first, the lower index first among equals.
+  bool (*top)(const float* values, int64_t n, int k, int32_t* chosen);
+  // The highest and the second of every group of `size` values; both outputs have room for a multiple of kGatePad.
+  bool (*best_two)(const float* values, int64_t groups, int64_t size, float* firsts, float* seconds);
 
   // For up to kGateRows rows of 256 experts in 8 groups, of which at least 3 are kept: the 8 best by sigmoid score and
   // bias (which may be null, and must be finite), best first, in chosen[8 * row ..]. Bit `row` of the result is 0 where

@@ -27,6 +27,8 @@ inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V least(V a, V b) { return _mm256_min_ps(a, b); }
 inline V most(V a, V b) { return _mm256_max_ps(a, b); }
+inline V where_greater(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline uint64_t reaches(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
 inline V nearest(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // In two steps, for 2^n alone may be beyond the floats.
 inline V times_power(V a, V n) {

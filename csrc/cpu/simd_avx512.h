@@ -32,6 +32,10 @@ inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V least(V a, V b) { return _mm512_min_ps(a, b); }
 inline V most(V a, V b) { return _mm512_max_ps(a, b); }
+inline V where_greater(V a, V b, V yes, V no) {
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
+}
+inline uint64_t reaches(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline V nearest(V a) { return _mm512_roundscale_ps(a, 0); }
 inline V times_power(V a, V n) { return _mm512_scalef_ps(a, n); }
 inline float sum_of(V a) {

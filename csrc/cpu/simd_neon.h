@@ -33,6 +33,11 @@ inline V div(V a, V b) { return vdivq_f32(a, b); }
 inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 inline V least(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 inline V most(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline V where_greater(V a, V b, V yes, V no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
+inline uint64_t reaches(V a, V b) {
+  const uint32_t bit[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
+}
 inline V nearest(V a) { return vrndnq_f32(a); }
 // In two steps, for 2^n alone may be beyond the floats.
 inline V times_power(V a, V n) {

@@ -72,6 +72,15 @@ inline V least(V a, V b) {
 inline V most(V a, V b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+inline V where_greater(V a, V b, V yes, V no) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i]; });
+}
+// A bit for every lane of a that is at least that of b.
+inline uint64_t reaches(V a, V b) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; i++) bits |= static_cast<uint64_t>(a.lane[i] >= b.lane[i]) << i;
+  return bits;
+}
 // For numbers far below 2^22 in size.
 inline V nearest(V a) {
   return each([&](int i) { return (a.lane[i] + 0x1.8p23f) - 0x1.8p23f; });

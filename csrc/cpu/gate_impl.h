@@ -7,16 +7,6 @@ namespace moe::MOE_ISA {
 constexpr float kLeast = __builtin_bit_cast(float, 0xff7fffffu);  // that is finite
 constexpr float kInfinite = __builtin_bit_cast(float, 0x7f800000u);
 
-// Of lanes without NaN.
-inline float highest_of(V a) {
-  float lanes[kWidth];
-  store(lanes, a);
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  }
-  return lanes[0];
-}
-
 inline bool softmax(const float* x, int64_t n, float* out) {
   V maxima = splat(-kInfinite);
   for (int64_t i = 0; i < n; i += kWidth) maxima = most(load(x + i), maxima);  // of NaN and another: the second
@@ -33,20 +23,24 @@ inline bool softmax(const float* x, int64_t n, float* out) {
   return true;
 }
 
-// What exactly k of kBuckets values reach, or more if some are equal.
+// above[v] = how many of n values are greater, lane by lane.
+template <int kVectors>
+inline void count_above(const float* values, int n, const V* lanes, V* above) {
+  for (int v = 0; v < kVectors; v++) above[v] = zero();
+  for (int i = 0; i < n; i++) {
+    const V value = splat(values[i]);
+    for (int v = 0; v < kVectors; v++) above[v] = add(above[v], where_greater(value, lanes[v], splat(1.0f), zero()));
+  }
+}
+
+// The least that fewer than k of kBuckets values are above.
 template <int kBuckets>
 inline float kth_highest(const V* values, int k) {
   constexpr int kVectors = kBuckets / kWidth;
   float each[kBuckets];
   V above[kVectors];
-  for (int v = 0; v < kVectors; v++) {
-    store(each + v * kWidth, values[v]);
-    above[v] = zero();
-  }
-  for (int i = 0; i < kBuckets; i++) {
-    const V value = splat(each[i]);
-    for (int v = 0; v < kVectors; v++) above[v] = add(above[v], where_greater(value, values[v], splat(1.0f), zero()));
-  }
+  for (int v = 0; v < kVectors; v++) store(each + v * kWidth, values[v]);
+  count_above<kVectors>(each, kBuckets, values, above);
   V negative = splat(-kInfinite);
   for (int v = 0; v < kVectors; v++) {
     const V turned = sub(zero(), values[v]);
@@ -65,17 +59,9 @@ inline int lowest_bit(uint64_t bits) {
 #endif
 }
 
-// In the order of choices: the higher value first, the lower id among equals.
-inline int64_t key_of(float value, int64_t id) {
-  const int32_t bits = __builtin_bit_cast(int32_t, value + 0.0f);  // -0 becomes 0
-  const int32_t ordered = bits ^ static_cast<int32_t>(static_cast<uint32_t>(bits >> 31) >> 1);
-  return static_cast<int64_t>(ordered) * 0x100000000 + (0xffffffff - id);
-}
-
-constexpr int64_t kNoKey = static_cast<int64_t>(0x8000000000000000u);
-
 // Candidates are what reaches the k-th highest of the maxima of kBuckets >= 2 k interleaved parts: at least k, and less
-// than half as many more where values are in no order. They are ranked by counting who beats them.
+// than half as many more where values are in no order. Their places are the numbers of those above them; equal ones
+// follow each other by id.
 template <int kBuckets>
 inline bool top_of(const float* values, int64_t n, int k, int32_t* chosen) {
   constexpr int kVectors = kBuckets / kWidth, kStep = 16, kMostCandidates = 2 * kBuckets;
@@ -87,25 +73,32 @@ inline bool top_of(const float* values, int64_t n, int k, int32_t* chosen) {
   const float bound = kth_highest<kBuckets>(maxima, k);
   if (!(bound > -kInfinite)) return false;
 
-  int64_t keys[kMostCandidates];
+  float found[kMostCandidates];
+  int32_t ids[kMostCandidates], order[kMostCandidates];
   int count = 0;
   for (int64_t first = 0; first < n; first += kGatePad) {
-    uint64_t found = 0;
-    for (int64_t i = 0; i < kGatePad; i += kWidth) found |= reaches(load(values + first + i), splat(bound)) << i;
-    for (; found != 0; found &= found - 1) {
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < kGatePad; i += kWidth) bits |= reaches(load(values + first + i), splat(bound)) << i;
+    for (; bits != 0; bits &= bits - 1) {
       if (count == kMostCandidates) return false;
-      const int64_t id = first + lowest_bit(found);
-      keys[count++] = key_of(values[id], id);
+      const int64_t id = first + lowest_bit(bits);
+      found[count] = values[id];
+      order[count] = -1;
+      ids[count++] = static_cast<int32_t>(id);
     }
   }
-  for (int i = count; i % kStep != 0; i++) keys[i] = kNoKey;
-  int32_t order[kMostCandidates];
-  for (int i = 0; i < count; i++) {
-    int64_t rank = 0;
-    for (int block = 0; block < count; block += kStep) {
-      for (int j = 0; j < kStep; j++) rank += keys[block + j] > keys[i];  // as many as fill vectors
+  for (int i = count; i % kStep != 0; i++) found[i] = -kInfinite;
+  for (int block = 0; block < count; block += kStep) {
+    V lanes[kStep / kWidth], above[kStep / kWidth];
+    float places[kStep];
+    for (int v = 0; v < kStep / kWidth; v++) lanes[v] = load(found + block + v * kWidth);
+    count_above<kStep / kWidth>(found, count, lanes, above);
+    for (int v = 0; v < kStep / kWidth; v++) store(places + v * kWidth, above[v]);
+    for (int i = block; i < count && i < block + kStep; i++) {
+      int place = static_cast<int>(places[i - block]);
+      while (order[place] >= 0) place++;
+      order[place] = ids[i];
     }
-    order[rank] = static_cast<int32_t>(0xffffffff - (keys[i] & 0xffffffff));
   }
   for (int i = 0; i < k; i++) chosen[i] = order[i];
   return true;

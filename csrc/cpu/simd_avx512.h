@@ -44,6 +44,7 @@ inline float sum_of(V a) {
   const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
+inline float highest_of(V a) { return _mm512_reduce_max_ps(a); }
 
 inline V load(const bf16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -51,6 +51,7 @@ inline float sum_of(V a) {
   const float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
   return vget_lane_f32(vpadd_f32(b, b), 0);
 }
+inline float highest_of(V a) { return vmaxvq_f32(a); }
 
 inline V load(const bf16* p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));

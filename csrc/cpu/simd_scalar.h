@@ -94,6 +94,10 @@ inline V times_power(V a, V n) {
   });
 }
 inline float sum_of(V a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
+inline float highest_of(V a) {
+  const float b = a.lane[0] > a.lane[1] ? a.lane[0] : a.lane[1], c = a.lane[2] > a.lane[3] ? a.lane[2] : a.lane[3];
+  return b > c ? b : c;
+}
 
 inline V load(const bf16* p) {
   return each([&](int i) { return to_float(p[i]); });

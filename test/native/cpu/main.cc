@@ -15,6 +15,7 @@ int main() {
     std::printf("-- %s\n", each->name);
     kernels = each;
     test_conversions();
+    test_gate_steps();
     test_gate_golden();
     test_gate_special();
     test_gate_mapping();

@@ -133,6 +133,7 @@ void test_pool();
 void test_queue();
 void test_allocator();
 void test_conversions();
+void test_gate_steps();
 void test_gate_golden();
 void test_gate_special();
 void test_gate_mapping();

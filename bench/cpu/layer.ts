@@ -25,7 +25,7 @@ import {
 } from '../../lib/index.js';
 import { Random } from '../../test/cases/random.js';
 import { dtypeBytes, normal, routing } from '../layers.js';
-import { loads } from './load.js';
+import { gates } from './gates.js';
 import { moeModel } from './onnx_model.js';
 
 const shape = { name: 'layer', experts: 16, hidden: 1024, intermediate: 512, topK: 4 };
@@ -282,13 +282,14 @@ const report = {
   isa: context.describe().paths.fused_moe,
   peer: values.peer === undefined ? 'not measured' : await peer(context, values.peer),
   oneThread: await oneThread(roofline.readOneThread),
+  gates: await gates(median),
   calls: await calls(context),
   loads: await loads(roofline.readAllThreads),
   ...imports(),
 };
 console.log(
   JSON.stringify(
-    { ...report, layers: undefined, oneThread: undefined, loads: undefined, peer: undefined },
+    { ...report, layers: undefined, oneThread: undefined, gates: undefined, peer: undefined },
     null,
     2,
   ),
@@ -298,4 +299,5 @@ if (typeof report.peer === 'object') console.table(report.peer.results);
 console.table(
   report.oneThread.map(({ enqueued, ...waited }) => ({ ...waited, enqueued: enqueued.ofReadBandwidth })),
 );
+console.table(report.gates);
 if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(report, null, 2)}\n`);

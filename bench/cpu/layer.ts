@@ -205,7 +205,7 @@ async function oneThread(readOneThread: number) {
     const { ids } = routing(context, tokens, { ...shape, experts: 256, topK: 8 });
     using hidden = rows ? normal(context, 'bf16', [tokens, shape.hidden], 3) : undefined;
     const inputs = hidden === undefined ? { ids } : { ids, hidden };
-    return line(
+    return await line(
       `moe_dispatch ${tokens} x 8${rows ? ', bf16 rows of 1024' : ' ids'}`,
       tokens * 8 * (12 + (rows ? 4 * shape.hidden : 0)),
       () => moeDispatch(inputs, { experts: 256 }),

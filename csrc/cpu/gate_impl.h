@@ -2,6 +2,10 @@
 // multiples of kGatePad with NaN, which is never a maximum, adds nothing and is no candidate.
 #pragma once
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#endif
+
 namespace moe::MOE_ISA {
 
 constexpr float kLeast = __builtin_bit_cast(float, 0xff7fffffu);  // that is finite

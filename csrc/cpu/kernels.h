@@ -69,8 +69,8 @@ struct Kernels {
   // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
   void (*sigmoids)(const float* x, int64_t n, float* out);
 
-  // The next three take rows of n values, a multiple of kGatePad, whose end is NaN, and may decline: false where a value
-  // is out of the ordinary, or there are too many equal ones, and a slower way is needed.
+  // The next three take rows of n values, a multiple of kGatePad, whose end is NaN, and may decline: false where a
+  // value is out of the ordinary, or there are too many equal ones, and a slower way is needed.
   //
   // out[i] = e^(x[i] - the highest) by the reciprocal of their sum, NaN for NaN, which is left out of the sum.
   bool (*softmax)(const float* x, int64_t n, float* out);
@@ -85,9 +85,9 @@ struct Kernels {
   uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum,
                             int32_t* chosen);
 
-  // For moe_dispatch; both null where this set has none. Counts n < 2^16 ids, each `first` and less than `experts` more,
-  // and tells how many of the same expert came before it. False where an id is outside: counts and ranks are then of
-  // no use. `seen` is `counts` again.
+  // For moe_dispatch; both null where this set has none. Counts n < 2^16 ids, each `first` and less than `experts`
+  // more, and tells how many of the same expert came before it. False where an id is outside: counts and ranks are
+  // then of no use. `seen` is `counts` again.
   bool (*rank_choices)(const int32_t* ids, int64_t n, uint32_t first, uint32_t experts, uint16_t* counts,
                        const uint16_t* seen, uint16_t* ranks);
   // inverse[i] = where the first of the expert of ids[i] goes + ranks[i].

@@ -95,7 +95,8 @@ bool keep_groups_fast(const Kernels& kernels, const MoeFusedGate& p, Row& row) {
   float scores[kMostExperts], seconds[kMostExperts];
   int32_t best[kMostChoices];
   const int64_t groups = p.groups;
-  if (p.top_groups > kMostChoices || !kernels.best_two(row.choices, groups, p.E / groups, scores, seconds)) return false;
+  if (p.top_groups > kMostChoices) return false;
+  if (!kernels.best_two(row.choices, groups, p.E / groups, scores, seconds)) return false;
   for (int64_t g = 0; g < groups && p.group_score == GroupScore::kTop2Sum; g++) scores[g] += seconds[g];
   std::fill(scores + groups, scores + padded(groups), kNaN);
   if (!kernels.top(scores, padded(groups), p.top_groups, best)) return false;
@@ -104,6 +105,7 @@ bool keep_groups_fast(const Kernels& kernels, const MoeFusedGate& p, Row& row) {
   return true;
 }
 
+// The same for any choices, one by one.
 void keep_groups(const MoeFusedGate& p, Row& row) {
   const int64_t groups = p.groups, size = p.E / groups;
   uint64_t ranks[kMostExperts], sorted[kMostExperts];

@@ -65,7 +65,8 @@ void test_gate_steps() {
     check(right, "softmax of " + std::to_string(n));
 
     const int group = 1 + r.below(n), groups = n / group;
-    const bool numbers = std::all_of(row.begin(), row.begin() + groups * group, [](float v) { return std::isfinite(v); });
+    const auto is_number = [](float value) { return std::isfinite(value); };
+    const bool numbers = std::all_of(row.begin(), row.begin() + groups * group, is_number);
     std::vector<float> firsts(static_cast<size_t>(1024)), seconds = firsts;
     const bool paired = kernels->best_two(row.data(), groups, group, firsts.data(), seconds.data());
     check(paired == (numbers && group > 1), "best_two declines single values and what is no number");

@@ -104,7 +104,8 @@ inline bool close(double a, double b, double limit) {
 }
 
 // `slack`: how many roundings to the narrow dtype lie behind a value.
-inline void check_close(const Data& got, const std::vector<double>& expected, const std::string& what, double slack = 1) {
+inline void check_close(const Data& got, const std::vector<double>& expected, const std::string& what,
+                        double slack = 1) {
   size_t bad = got.count() == expected.size() ? expected.size() : 0;
   for (size_t i = 0; i < expected.size() && bad == expected.size(); i++) {
     if (!close(got.at(i), expected[i], slack * tolerance(got.dtype))) bad = i;

@@ -26,6 +26,7 @@ import {
 import { Random } from '../../test/cases/random.js';
 import { dtypeBytes, normal, routing } from '../layers.js';
 import { gates } from './gates.js';
+import { loads } from './load.js';
 import { moeModel } from './onnx_model.js';
 
 const shape = { name: 'layer', experts: 16, hidden: 1024, intermediate: 512, topK: 4 };
@@ -289,7 +290,14 @@ const report = {
 };
 console.log(
   JSON.stringify(
-    { ...report, layers: undefined, oneThread: undefined, gates: undefined, peer: undefined },
+    {
+      ...report,
+      layers: undefined,
+      oneThread: undefined,
+      gates: undefined,
+      loads: undefined,
+      peer: undefined,
+    },
     null,
     2,
   ),
@@ -300,4 +308,5 @@ console.table(
   report.oneThread.map(({ enqueued, ...waited }) => ({ ...waited, enqueued: enqueued.ofReadBandwidth })),
 );
 console.table(report.gates);
+console.table(report.loads);
 if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(report, null, 2)}\n`);

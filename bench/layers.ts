@@ -62,10 +62,7 @@ export function routing(
   { experts, topK }: LayerShape,
 ): { ids: Tensor<'i32'>; weights: Tensor<'f32'>; experts: number } {
   const random = new Random(tokens);
-  const ids = Int32Array.from({ length: tokens }, () => 0).reduce<number[]>(
-    (all) => all.concat(random.distinct(topK, experts)),
-    [],
-  );
+  const ids = Array.from({ length: tokens }, () => random.distinct(topK, experts)).flat();
   return {
     ids: context.tensor('i32', [tokens, topK], Int32Array.from(ids)),
     weights: context.tensor('f32', [tokens, topK], new Float32Array(tokens * topK).fill(1 / topK)),

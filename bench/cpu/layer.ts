@@ -25,6 +25,7 @@ import {
 } from '../../lib/index.js';
 import { Random } from '../../test/cases/random.js';
 import { dtypeBytes, normal, routing } from '../layers.js';
+import { gates } from './gates.js';
 import { loads } from './load.js';
 import { moeModel } from './onnx_model.js';
 
@@ -41,6 +42,7 @@ const LAYERS = 3;
 const TOKENS = [1, 4, 16, 64, 256, 1024];
 const PEER_TOKENS = [1, 16, 256, 1024];
 const GATE_TOKENS = 16384;
+const ENQUEUED = 8;
 
 /** The parts of onnxruntime-node that are used; it is no dependency, so its types are not there. */
 interface Ort {
@@ -172,40 +174,51 @@ async function peer(context: Context, folder: string) {
   return { onnxruntime: version, threads, results };
 }
 
-/** Bytes per second of the gate and of dispatch (ids alone, and with bf16 rows) on one thread. */
+/**
+ * Bytes per second of the gate and of dispatch (ids alone, and with bf16 rows) on one thread: of calls that are waited
+ * for one by one, and of calls that are enqueued ENQUEUED at a time, where JavaScript works on the next one meanwhile.
+ */
 async function oneThread(readOneThread: number) {
   await using context = await createContext({ backend: 'cpu', threads: 1 });
   using logits = normal(context, 'f32', [GATE_TOKENS, 256], 1);
   using bias = normal(context, 'f32', [256], 2, 0.1);
-  const gateMs = await median(() => {
-    const { ids, weights } = moeFusedGate({ logits, bias }, gateOptions);
-    ids.dispose();
-    weights.dispose();
-    context.synchronizeSync();
-  });
-  const { ids } = routing(context, 4096, { ...shape, experts: 256, topK: 8 });
-  using hidden = normal(context, 'bf16', [4096, shape.hidden], 3);
-  const dispatchMs = (inputs: Parameters<typeof moeDispatch>[0]) =>
-    median(() => {
-      for (const tensor of Object.values(moeDispatch(inputs, { experts: 256 }))) tensor?.dispose();
-      context.synchronizeSync();
-    });
-  const line = (op: string, ms: number, bytes: number) => ({
-    op,
-    ms: round(ms),
-    gigabytesPerSecond: round(bytes / ms / 1e6),
-    ofReadBandwidth: round(bytes / (ms / 1e3) / readOneThread),
-    path: context.describe().paths[op.split(' ')[0]],
-  });
-  const choices = 4096 * 8;
+  const line = async (op: string, bytes: number, call: () => object) => {
+    const times = async (calls: number) => {
+      const ms = await median(() => {
+        for (let i = 0; i < calls; i++) for (const tensor of Object.values(call())) tensor?.dispose();
+        context.synchronizeSync();
+      });
+      return {
+        ms: round(ms / calls),
+        gigabytesPerSecond: round((bytes * calls) / ms / 1e6),
+        ofReadBandwidth: round((bytes * calls) / (ms / 1e3) / readOneThread),
+      };
+    };
+    const waited = await times(1);
+    return {
+      op,
+      ...waited,
+      enqueued: await times(ENQUEUED),
+      path: context.describe().paths[op.split(' ')[0]],
+    };
+  };
+  const dispatch = async (tokens: number, rows: boolean) => {
+    const { ids } = routing(context, tokens, { ...shape, experts: 256, topK: 8 });
+    using hidden = rows ? normal(context, 'bf16', [tokens, shape.hidden], 3) : undefined;
+    const inputs = hidden === undefined ? { ids } : { ids, hidden };
+    return await line(
+      `moe_dispatch ${tokens} x 8${rows ? ', bf16 rows of 1024' : ' ids'}`,
+      tokens * 8 * (12 + (rows ? 4 * shape.hidden : 0)),
+      () => moeDispatch(inputs, { experts: 256 }),
+    );
+  };
   return [
-    line('moe_fused_gate 256/8/4/8 f32', gateMs, GATE_TOKENS * (256 * 4 + 8 * 8)),
-    line('moe_dispatch 4096 x 8 ids', await dispatchMs({ ids }), 12 * choices),
-    line(
-      'moe_dispatch 4096 x 8, bf16 rows of 1024',
-      await dispatchMs({ ids, hidden }),
-      choices * (12 + 4 * shape.hidden),
+    await line('moe_fused_gate 256/8/4/8 f32', GATE_TOKENS * (256 * 4 + 8 * 8), () =>
+      moeFusedGate({ logits, bias }, gateOptions),
     ),
+    await dispatch(4096, false),
+    await dispatch(GATE_TOKENS, false),
+    await dispatch(4096, true),
   ];
 }
 
@@ -270,19 +283,30 @@ const report = {
   isa: context.describe().paths.fused_moe,
   peer: values.peer === undefined ? 'not measured' : await peer(context, values.peer),
   oneThread: await oneThread(roofline.readOneThread),
+  gates: await gates(median),
   calls: await calls(context),
   loads: await loads(roofline.readAllThreads),
   ...imports(),
 };
 console.log(
   JSON.stringify(
-    { ...report, layers: undefined, oneThread: undefined, loads: undefined, peer: undefined },
+    {
+      ...report,
+      layers: undefined,
+      oneThread: undefined,
+      gates: undefined,
+      loads: undefined,
+      peer: undefined,
+    },
     null,
     2,
   ),
 );
 console.table(report.layers);
 if (typeof report.peer === 'object') console.table(report.peer.results);
-console.table(report.oneThread);
+console.table(
+  report.oneThread.map(({ enqueued, ...waited }) => ({ ...waited, enqueued: enqueued.ofReadBandwidth })),
+);
+console.table(report.gates);
 console.table(report.loads);
 if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(report, null, 2)}\n`);

@@ -1,8 +1,13 @@
 #include "isa.h"
 
-#if defined(_MSC_VER) && defined(_M_X64)
-#include <immintrin.h>
+#include <cstdint>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__GNUC__) || defined(__clang__)
+#include <cpuid.h>
+#else
 #include <intrin.h>
+#endif
 #endif
 
 namespace moe {
@@ -16,28 +21,53 @@ extern const Kernels kernels_neon;
 
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__)
-bool runs_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(__x86_64__) || defined(_M_X64)
+// By the instruction itself: compilers differ in the features that their own tests know.
+struct Cpuid {
+  uint32_t eax, ebx, ecx, edx;
+};
+Cpuid cpuid(uint32_t leaf) {
+  Cpuid words{};
+#if defined(__GNUC__) || defined(__clang__)
+  __cpuid_count(leaf, 0, words.eax, words.ebx, words.ecx, words.edx);
+#else
+  int all[4];
+  __cpuidex(all, static_cast<int>(leaf), 0);
+  words = {static_cast<uint32_t>(all[0]), static_cast<uint32_t>(all[1]), static_cast<uint32_t>(all[2]),
+           static_cast<uint32_t>(all[3])};
+#endif
+  return words;
 }
-bool runs_avx512() {
-  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+
+// The registers that the system keeps for every thread; only where it says that it keeps any (OSXSAVE).
+uint32_t kept_registers() {
+#if defined(__GNUC__) || defined(__clang__)
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+#else
+  return static_cast<uint32_t>(_xgetbv(0));
+#endif
 }
-#elif defined(_M_X64)
-// What the processor has and the system saves when it switches threads.
-bool has(int leaf, int word, int bit, unsigned long long saved) {
-  int words[4];
-  __cpuidex(words, 1, 0);
-  if ((words[2] >> 27 & 1) == 0 || (_xgetbv(0) & saved) != saved) return false;
-  __cpuid(words, 0);
-  if (words[0] < leaf) return false;
-  __cpuidex(words, leaf, 0);
-  return (words[word] >> bit & 1) != 0;
-}
-bool runs_avx2() { return has(1, 2, 12, 6) && has(1, 2, 29, 6) && has(7, 1, 5, 6); }  // fma, f16c, avx2
-bool runs_avx512() {
-  return runs_avx2() && has(7, 1, 16, 0xe6) && has(7, 1, 17, 0xe6) && has(7, 1, 30, 0xe6) && has(7, 1, 31, 0xe6);
+
+constexpr bool has(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
+
+struct Usable {
+  bool avx2 = false, avx512 = false;
+};
+Usable usable() {
+  constexpr uint32_t kFma = 1u << 12, kPopcnt = 1u << 23, kOsxsave = 1u << 27, kF16c = 1u << 29;  // leaf 1, ecx
+  constexpr uint32_t kBmi1 = 1u << 3, kAvx2 = 1u << 5;                                            // leaf 7, ebx
+  constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;               // of AVX-512, there
+  constexpr uint32_t kYmm = 0x06, kZmm = 0xe6;  // registers up to those of AVX, up to those of AVX-512
+  if (cpuid(0).eax < 7) return {};
+  const uint32_t first = cpuid(1).ecx;
+  if (!has(first, kOsxsave | kFma | kF16c | kPopcnt)) return {};
+  const uint32_t kept = kept_registers(), seventh = cpuid(7).ebx;
+  Usable found;
+  found.avx2 = has(kept, kYmm) && has(seventh, kAvx2);
+  found.avx512 = found.avx2 && has(kept, kZmm) && has(seventh, kF | kDq | kBw | kVl | kBmi1);
+  return found;
 }
 #endif
 
@@ -47,11 +77,9 @@ const std::vector<const Kernels*>& usable_kernels() {
   static const std::vector<const Kernels*> all = [] {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__) || defined(_M_X64)
-#if defined(__GNUC__)
-    __builtin_cpu_init();
-#endif
-    if (runs_avx512()) found.push_back(&kernels_avx512);
-    if (runs_avx2()) found.push_back(&kernels_avx2);
+    const Usable here = usable();
+    if (here.avx512) found.push_back(&kernels_avx512);
+    if (here.avx2) found.push_back(&kernels_avx2);
 #elif defined(__aarch64__) || defined(_M_ARM64)
     found.push_back(&kernels_neon);
 #endif

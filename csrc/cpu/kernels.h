@@ -21,6 +21,13 @@ inline constexpr int64_t kPanel = 32, kHalf = 16;
 inline constexpr int64_t kChunk = 256;  // a panel's chunk of f32 and a tile's rows stay in a 48 KiB L1
 
 inline constexpr int kGateRows = 16;
+inline constexpr int64_t kGatePad = 64;
+
+// Of each expert, where the first of its choices goes, as two words.
+inline constexpr int kRankedExperts = 320;
+struct alignas(64) FirstPlaces {
+  uint16_t low[kRankedExperts], high[kRankedExperts];
+};
 
 // What multiply brings into the cache on its way: a line from `at` on, and every `stride` bytes, for each line of the
 // panel that it reads.
@@ -62,11 +69,30 @@ struct Kernels {
   // out[i] = 1 / (1 + e^-x[i]); NaN for NaN.
   void (*sigmoids)(const float* x, int64_t n, float* out);
 
+  // The next three take rows of n values, a multiple of kGatePad, whose end is NaN, and may decline: false where a
+  // value is out of the ordinary, or there are too many equal ones, and a slower way is needed.
+  //
+  // out[i] = e^(x[i] - the highest) by the reciprocal of their sum, NaN for NaN, which is left out of the sum.
+  bool (*softmax)(const float* x, int64_t n, float* out);
+  // The k <= 32 highest of them, highest first, the lower index first among equals.
+  bool (*top)(const float* values, int64_t n, int k, int32_t* chosen);
+  // The highest and the second of every group of `size` values; both outputs have room for a multiple of kGatePad.
+  bool (*best_two)(const float* values, int64_t groups, int64_t size, float* firsts, float* seconds);
+
   // For up to kGateRows rows of 256 experts in 8 groups, of which at least 3 are kept: the 8 best by sigmoid score and
   // bias (which may be null, and must be finite), best first, in chosen[8 * row ..]. Bit `row` of the result is 0 where
   // the row needs the general path. Null where this set has none.
   uint32_t (*choose_of_256)(const float* logits, int rows, const float* bias, int top_groups, bool sum,
                             int32_t* chosen);
+
+  // For moe_dispatch; both null where this set has none. Counts n < 2^16 ids, each `first` and less than `experts`
+  // more, and tells how many of the same expert came before it. False where an id is outside: counts and ranks are
+  // then of no use. `seen` is `counts` again.
+  bool (*rank_choices)(const int32_t* ids, int64_t n, uint32_t first, uint32_t experts, uint16_t* counts,
+                       const uint16_t* seen, uint16_t* ranks);
+  // inverse[i] = where the first of the expert of ids[i] goes + ranks[i].
+  void (*find_places)(const int32_t* ids, int64_t n, uint32_t first, const FirstPlaces& places, const uint16_t* ranks,
+                      int32_t* inverse);
 
   // For rooflines: reads n values; runs `rounds` of independent fused multiply-adds and tells how many those were. What
   // they compute is of no interest but depends on all of it.

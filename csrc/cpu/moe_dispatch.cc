@@ -2,12 +2,14 @@
 //
 // Algorithm: a stable counting sort. Choices are cut into pieces (one, or up to 16 where there are many choices and
 // few experts); every piece is counted, the counts are turned into first places expert by expert and piece by piece,
-// and every piece places its choices. Threads share pieces and, for the gather, places. The result is the same for
-// any number of pieces: buckets by expert, choices ascending inside, T * C in empty places. Ids that are not local,
-// negative ones included, get inverse -1. Limits: 2^31 - 1 places. No arithmetic on values.
+// and every piece places its choices: by counters that go on, or, where the instruction set has a way and all ids of a
+// piece are local, by the ranks that counting told. Threads share pieces and, for the gather, places. The result is the
+// same either way and for any number of pieces: buckets by expert, choices ascending inside, T * C in empty places. Ids
+// that are not local, negative ones included, get inverse -1. Limits: 2^31 - 1 places. No arithmetic on values.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <string>
 
@@ -18,6 +20,7 @@ namespace moe {
 namespace {
 
 constexpr int64_t kMostPieces = 16;
+constexpr int64_t kWorthRanks = 1024;  // choices
 
 // The experts from `first` on; what is negative wraps around and is none of them.
 struct Local {
@@ -54,6 +57,25 @@ void place_choices(const int32_t* ids, int64_t first, int64_t n, Local local, in
   }
 }
 
+// The same by ranks: places of a block, and what goes to those of the block before it. Stores that far apart take a
+// cycle each; this way they never wait for where they go.
+void place_ranked(const Kernels& kernels, const int32_t* ids, int64_t first, int64_t n, Local local,
+                  const int32_t* next, const uint16_t* ranks, int32_t* order, int32_t* inverse) {
+  constexpr int64_t kBlock = 64;
+  FirstPlaces places{};
+  for (uint32_t e = 0; e < local.count; e++) {
+    places.low[e] = static_cast<uint16_t>(next[e]);
+    places.high[e] = static_cast<uint16_t>(static_cast<uint32_t>(next[e]) >> 16);
+  }
+  const int64_t last = first + n;
+  for (int64_t done = first, block = first; done < last; block = std::min(block + kBlock, last)) {
+    const int64_t found = std::min(kBlock, last - block);
+    kernels.find_places(ids + block, found, local.first, places, ranks + block, inverse + block);
+#pragma GCC unroll 8
+    for (; done < block; done++) order[inverse[done]] = static_cast<int32_t>(done);
+  }
+}
+
 }  // namespace
 
 Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
@@ -68,15 +90,29 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   ThreadPool& pool = cpu(backend).pool();
   const int64_t pieces = experts <= 4096 ? std::clamp(choices / 32768, int64_t{1}, kMostPieces) : 1;
   const int64_t piece = ceil_div(std::max(choices, int64_t{1}), pieces);
-  backend.note_path("moe_dispatch", pieces > 1 ? "counting sort, parallel" : "counting sort");
+  const Kernels& kernels = cpu(backend).kernels();
+  const bool ranked = kernels.rank_choices != nullptr && experts <= kRankedExperts && choices >= kWorthRanks &&
+                      piece <= std::numeric_limits<uint16_t>::max();
+  const bool parallel = pieces > 1;
+  backend.note_path("moe_dispatch", ranked ? (parallel ? "counting sort by ranks, parallel" : "counting sort by ranks")
+                                           : (parallel ? "counting sort, parallel" : "counting sort"));
   const Local local = {static_cast<uint32_t>(p.first_expert), static_cast<uint32_t>(experts)};
   const auto length = [&](int64_t at) { return std::max(std::min(choices - at * piece, piece), int64_t{0}); };
 
   // Count every piece
   int32_t* next = nullptr;  // [pieces, experts]: counts, then the next place
-  bool all_local[kMostPieces];
+  uint16_t* ranks = nullptr;
+  bool all_local[kMostPieces], all_ranked[kMostPieces] = {};
   MOE_RETURN_IF_ERROR(workspace.take(pieces * experts, &next));
+  if (ranked) MOE_RETURN_IF_ERROR(workspace.take(choices, &ranks));
   pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
+    if (ranked) {
+      uint16_t counts[kRankedExperts] = {};
+      all_ranked[at] = kernels.rank_choices(ids + at * piece, length(at), local.first, local.count, counts, counts,
+                                            ranks + at * piece);
+      std::copy(counts, counts + experts, next + at * experts);
+      if (all_ranked[at]) return;
+    }
     all_local[at] = count_choices(ids + at * piece, length(at), local, next + at * experts);
   });
   MOE_RETURN_IF_ERROR(cpu(backend).finished());
@@ -109,6 +145,9 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
   // Place the choices
   std::fill(order + place, order + p.P, static_cast<int32_t>(choices));
   pool.parallel_for(pieces, 1, [&](int64_t at, int64_t) {
+    if (all_ranked[at]) {
+      return place_ranked(kernels, ids, at * piece, length(at), local, next + at * experts, ranks, order, inverse);
+    }
     const auto place = all_local[at] ? place_choices<true> : place_choices<false>;
     place(ids, at * piece, length(at), local, next + at * experts, order, inverse);
   });

@@ -1,13 +1,15 @@
 // moe_fused_gate: scores, groups, the K best, weights, shared experts, mapping and load of every token.
 //
-// Algorithm: one thread per token, 16 tokens a task, all in arrays on its stack; groups are cut by selection, the K
-// best are kept in an insertion-sorted list. 256 experts in 8 groups have a way of their own where Kernels does. The
-// load is counted afterwards on one thread. Limits: 1024 experts, 32 choices; any group count that divides the experts.
+// Algorithm: one thread per token, 16 tokens a task, all in arrays on its stack. Scores, the two best of groups and the
+// K best come from Kernels; where these decline (an infinity or NaN among groups, fewer numbers than are wanted, too
+// many equal ones) groups are cut by selection and the K best kept in an insertion-sorted list, with the same result.
+// 256 experts in 8 groups have a way of their own where Kernels does. The load is counted afterwards on one thread.
+// Limits: 1024 experts, 32 choices; any group count that divides the experts.
 //
 // Ranks are unsigned keys with the order of the floats, -0 equal to 0 and NaN below -inf; equal keys go to the lower
 // id, for experts and for groups. A NaN logit or bias, or a choice that became NaN (+inf score, -inf bias), has weight
-// 0. Order of accumulation: softmax sums run in id order, sums over chosen experts in slot order, everything in f32;
-// sigmoids to a unit in the last place (those that choose among 256 in 8 groups to 2e-7), the other exp and log1p
+// 0. Order of accumulation: softmax sums run lane by lane, sums over chosen experts in slot order, everything in f32;
+// sigmoids and exp to a unit in the last place (sigmoids that choose among 256 in 8 groups to 2e-7), log1p and its exp
 // rounded from f64.
 #include <algorithm>
 #include <bit>
@@ -25,6 +27,8 @@ namespace {
 
 constexpr int64_t kMostExperts = 1024;
 constexpr int kMostChoices = 32;
+constexpr int64_t padded(int64_t n) { return (n + kGatePad - 1) / kGatePad * kGatePad; }
+static_assert(padded(kMostExperts) == kMostExperts);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -58,24 +62,18 @@ void divide_by_sum(float* values, int64_t n) {
   }
 }
 
-void softmax(const float* x, int64_t n, float* out) {
-  float most = -kInfinity;
-  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-  for (int64_t i = 0; i < n; i++) {
-    if (std::isnan(x[i])) {
-      out[i] = kNaN;
-    } else if (most == -kInfinity) {
-      out[i] = 0;
-    } else {
-      out[i] = x[i] == most ? 1.0f : static_cast<float>(std::exp(static_cast<double>(x[i] - most)));
-    }
-  }
-  if (most != -kInfinity) divide_by_sum(out, n);
+// Of values with room up to padded(n).
+void softmax(const Kernels& kernels, float* x, int64_t n, float* out) {
+  std::fill(x + n, x + padded(n), kNaN);
+  if (kernels.softmax(x, padded(n), out)) return;
+  const bool infinite = std::any_of(x, x + n, [](float value) { return value == kInfinity; });
+  for (int64_t i = 0; i < n; i++) out[i] = std::isnan(x[i]) ? kNaN : infinite && x[i] == kInfinity ? 1.0f : 0.0f;
+  if (infinite) divide_by_sum(out, n);
 }
 
-// NaN stays NaN.
-void score(const Kernels& kernels, Scoring scoring, const float* x, int64_t n, float* out) {
-  if (scoring == Scoring::kSoftmax) return softmax(x, n, out);
+// NaN stays NaN. `x` has room up to padded(n).
+void score(const Kernels& kernels, Scoring scoring, float* x, int64_t n, float* out) {
+  if (scoring == Scoring::kSoftmax) return softmax(kernels, x, n, out);
   if (scoring == Scoring::kSigmoid) return kernels.sigmoids(x, n, out);
   for (int64_t i = 0; i < n; i++) {
     const auto power = static_cast<float>(std::exp(static_cast<double>(std::min(x[i], 21.0f))));
@@ -85,18 +83,31 @@ void score(const Kernels& kernels, Scoring scoring, const float* x, int64_t n, f
 }
 
 struct Row {
-  float x[kMostExperts];       // logits; NaN where the bias is
-  float scores[kMostExperts];  // NaN where x is
-  float choices[kMostExperts];
+  float x[kMostExperts];        // logits; NaN where the bias is
+  float scores[kMostExperts];   // NaN where x is
+  float choices[kMostExperts];  // NaN also from E to padded(E)
   uint32_t keys[kMostExperts];
   bool kept[kMostExperts];  // per group
 };
 
-// Marks the groups whose experts are candidates.
+// Marks the groups whose experts are candidates. False where Kernels decline.
+bool keep_groups_fast(const Kernels& kernels, const MoeFusedGate& p, Row& row) {
+  float scores[kMostExperts], seconds[kMostExperts];
+  int32_t best[kMostChoices];
+  const int64_t groups = p.groups;
+  if (p.top_groups > kMostChoices) return false;
+  if (!kernels.best_two(row.choices, groups, p.E / groups, scores, seconds)) return false;
+  for (int64_t g = 0; g < groups && p.group_score == GroupScore::kTop2Sum; g++) scores[g] += seconds[g];
+  std::fill(scores + groups, scores + padded(groups), kNaN);
+  if (!kernels.top(scores, padded(groups), p.top_groups, best)) return false;
+  std::fill(row.kept, row.kept + groups, false);
+  for (int i = 0; i < p.top_groups; i++) row.kept[best[i]] = true;
+  return true;
+}
+
+// The same for any choices, one by one.
 void keep_groups(const MoeFusedGate& p, Row& row) {
   const int64_t groups = p.groups, size = p.E / groups;
-  std::fill(row.kept, row.kept + groups, true);
-  if (p.top_groups >= p.groups) return;
   uint64_t ranks[kMostExperts], sorted[kMostExperts];
   for (int64_t g = 0; g < groups; g++) {
     float first = kNaN, second = kNaN;
@@ -117,7 +128,7 @@ void keep_groups(const MoeFusedGate& p, Row& row) {
   for (int64_t g = 0; g < groups; g++) row.kept[g] = ranks[g] >= sorted[p.top_groups - 1];
 }
 
-// The K best candidates, best first.
+// The K best candidates by row.keys, best first.
 void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
   const int64_t size = p.E / p.groups;
   uint32_t keys[kMostChoices];
@@ -136,6 +147,23 @@ void choose(const MoeFusedGate& p, const Row& row, int32_t* chosen) {
       chosen[at] = static_cast<int32_t>(e);
     }
   }
+}
+
+// The K best choices, best first, of groups that are kept.
+void choose_by_score(const Kernels& kernels, const MoeFusedGate& p, Row& row, int32_t* chosen) {
+  const int64_t E = p.E, size = E / p.groups;
+  std::fill(row.choices + E, row.choices + padded(E), kNaN);
+  if (p.top_groups >= p.groups) {
+    std::fill(row.kept, row.kept + p.groups, true);
+  } else {
+    if (!keep_groups_fast(kernels, p, row)) keep_groups(p, row);
+    for (int64_t g = 0; g < p.groups; g++) {
+      if (!row.kept[g]) std::fill_n(row.choices + g * size, size, kNaN);
+    }
+  }
+  if (kernels.top(row.choices, padded(E), p.K, chosen)) return;
+  for (int64_t e = 0; e < E; e++) row.keys[e] = rank_key(row.choices[e]);
+  choose(p, row, chosen);
 }
 
 // Whether the columns of a row are its chosen experts and nothing else.
@@ -169,31 +197,28 @@ void route(const Kernels& kernels, const MoeFusedGate& p, int64_t t, Row& row) {
   const int64_t E = p.E;
   const float* bias = p.bias.as<const float>();
   kernels.widen(element(p.logits.data, p.logits.dtype, t * E), p.logits.dtype, E, row.x);
-  for (int64_t e = 0; e < E && bias != nullptr; e++) {
-    if (std::isnan(bias[e])) row.x[e] = kNaN;
-  }
+  for (int64_t e = 0; e < E && bias != nullptr; e++) row.x[e] = std::isnan(bias[e]) ? kNaN : row.x[e];
 
   // Who is chosen
   const bool by_logits = p.selection == Selection::kLogits;
   if (!by_logits) score(kernels, p.scoring, row.x, E, row.scores);
+  int32_t chosen[kMostChoices];
   if (p.selection == Selection::kUniform) {
     const uint32_t h = mix(p.seed ^ (static_cast<uint32_t>(t) + 1) * 0x9e3779b1u);
     for (int64_t e = 0; e < E; e++) row.keys[e] = mix(h ^ (static_cast<uint32_t>(e) + 1) * 0x85ebca77u);
     std::fill(row.kept, row.kept + p.groups, true);
+    choose(p, row, chosen);
   } else {
     for (int64_t e = 0; e < E; e++) {
       row.choices[e] = by_logits ? row.x[e] : bias != nullptr ? row.scores[e] + bias[e] : row.scores[e];
-      row.keys[e] = rank_key(row.choices[e]);
     }
-    keep_groups(p, row);
+    choose_by_score(kernels, p, row, chosen);
   }
-  int32_t chosen[kMostChoices];
-  choose(p, row, chosen);
 
   // What it weighs
-  float weights[kMostChoices];
+  float weights[padded(kMostChoices)];
   if (by_logits) {
-    float logits[kMostChoices];
+    float logits[padded(kMostChoices)];
     for (int c = 0; c < p.K; c++) logits[c] = row.x[chosen[c]];
     score(kernels, p.scoring, logits, p.K, weights);
   } else {

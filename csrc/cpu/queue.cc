@@ -1,5 +1,6 @@
 #include "queue.h"
 
+#include <algorithm>
 #include <exception>
 #include <new>
 #include <string>
@@ -81,6 +82,8 @@ void Queue::run() {
     lock.lock();
     if (!fault.ok() && fault_.ok()) fault_ = std::move(fault);
     finished_.store(++done, std::memory_order_release);
+    if (done < awaited_) continue;
+    awaited_ = kNobody;  // who waits for a later one says so again
     progress_.notify_all();
   }
 }
@@ -92,7 +95,10 @@ Status Queue::wait() {
   };
   spin_until(reached);
   std::unique_lock<std::mutex> lock(mutex_);
-  progress_.wait(lock, reached);
+  while (!reached()) {
+    awaited_ = std::min(awaited_, ticket);
+    progress_.wait(lock);
+  }
   if (!fault_.ok()) return fault_;
   if (finished_ < ticket) return Status::Error(Code::kAborted, "the context was closed before its work was done");
   return Status::Ok();

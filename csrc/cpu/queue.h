@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <thread>
 
@@ -29,6 +30,8 @@ class Queue {
   void stop();
 
  private:
+  static constexpr uint64_t kNobody = std::numeric_limits<uint64_t>::max();
+
   Status push(std::function<void()>& work);
   void run();
 
@@ -36,6 +39,7 @@ class Queue {
   std::condition_variable wake_, progress_;
   std::deque<std::function<void()>> work_;
   std::atomic<uint64_t> submitted_{0}, finished_{0};
+  uint64_t awaited_ = kNobody;  // the first that somebody sleeps for: waking costs more than many a kernel
   std::atomic<bool> stopping_{false};
   Status fault_;  // work was lost: whoever waits has to know
   std::thread thread_;

@@ -9,6 +9,8 @@ constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 2 : 1; }  // of 
 constexpr int64_t kDotRows = 4, kDotWeights = 2;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+constexpr decltype(Kernels::rank_choices) rank = nullptr;
+constexpr decltype(Kernels::find_places) find = nullptr;
 
 using V = __m256;
 using U = __m256i;
@@ -25,6 +27,8 @@ inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V least(V a, V b) { return _mm256_min_ps(a, b); }
 inline V most(V a, V b) { return _mm256_max_ps(a, b); }
+inline V where_greater(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline uint64_t reaches(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
 inline V nearest(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // In two steps, for 2^n alone may be beyond the floats.
 inline V times_power(V a, V n) {
@@ -38,6 +42,11 @@ inline float sum_of(V a) {
   const __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+inline float highest_of(V a) {
+  const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
 inline V load(const bf16* p) {

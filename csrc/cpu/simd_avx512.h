@@ -10,6 +10,12 @@ constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
 uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top_groups, bool sum, int32_t* chosen);
 constexpr auto choose = &choose_of_256;  // gate_avx512.cc
+bool rank_choices(const int32_t* ids, int64_t n, uint32_t first, uint32_t experts, uint16_t* counts,
+                  const uint16_t* seen, uint16_t* ranks);
+void find_places(const int32_t* ids, int64_t n, uint32_t first, const FirstPlaces& places, const uint16_t* ranks,
+                 int32_t* inverse);
+constexpr auto rank = &rank_choices;  // dispatch_avx512.cc
+constexpr auto find = &find_places;
 
 using V = __m512;
 using U = __m512i;
@@ -26,6 +32,10 @@ inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V least(V a, V b) { return _mm512_min_ps(a, b); }
 inline V most(V a, V b) { return _mm512_max_ps(a, b); }
+inline V where_greater(V a, V b, V yes, V no) {
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
+}
+inline uint64_t reaches(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline V nearest(V a) { return _mm512_roundscale_ps(a, 0); }
 inline V times_power(V a, V n) { return _mm512_scalef_ps(a, n); }
 inline float sum_of(V a) {
@@ -34,6 +44,7 @@ inline float sum_of(V a) {
   const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
+inline float highest_of(V a) { return _mm512_reduce_max_ps(a); }
 
 inline V load(const bf16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

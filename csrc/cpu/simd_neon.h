@@ -9,6 +9,8 @@ constexpr int64_t vectors_per_half(int64_t m) { return m <= 3 ? 4 : 2; }  // of 
 constexpr int64_t kDotRows = 4, kDotWeights = 4;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+constexpr decltype(Kernels::rank_choices) rank = nullptr;
+constexpr decltype(Kernels::find_places) find = nullptr;
 
 using V = float32x4_t;
 using U = uint32x4_t;
@@ -31,6 +33,11 @@ inline V div(V a, V b) { return vdivq_f32(a, b); }
 inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 inline V least(V a, V b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 inline V most(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline V where_greater(V a, V b, V yes, V no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
+inline uint64_t reaches(V a, V b) {
+  const uint32_t bit[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
+}
 inline V nearest(V a) { return vrndnq_f32(a); }
 // In two steps, for 2^n alone may be beyond the floats.
 inline V times_power(V a, V n) {
@@ -44,6 +51,7 @@ inline float sum_of(V a) {
   const float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
   return vget_lane_f32(vpadd_f32(b, b), 0);
 }
+inline float highest_of(V a) { return vmaxvq_f32(a); }
 
 inline V load(const bf16* p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));

@@ -9,6 +9,8 @@ constexpr int64_t vectors_per_half(int64_t) { return 1; }  // of a panel, at onc
 constexpr int64_t kDotRows = 2, kDotWeights = 2;
 
 constexpr decltype(Kernels::choose_of_256) choose = nullptr;
+constexpr decltype(Kernels::rank_choices) rank = nullptr;
+constexpr decltype(Kernels::find_places) find = nullptr;
 
 // Compilers that know vectors keep them in registers; an array they would not.
 #if defined(__GNUC__)
@@ -70,6 +72,15 @@ inline V least(V a, V b) {
 inline V most(V a, V b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+inline V where_greater(V a, V b, V yes, V no) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i]; });
+}
+// A bit for every lane of a that is at least that of b.
+inline uint64_t reaches(V a, V b) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; i++) bits |= static_cast<uint64_t>(a.lane[i] >= b.lane[i]) << i;
+  return bits;
+}
 // For numbers far below 2^22 in size.
 inline V nearest(V a) {
   return each([&](int i) { return (a.lane[i] + 0x1.8p23f) - 0x1.8p23f; });
@@ -83,6 +94,10 @@ inline V times_power(V a, V n) {
   });
 }
 inline float sum_of(V a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
+inline float highest_of(V a) {
+  const float b = a.lane[0] > a.lane[1] ? a.lane[0] : a.lane[1], c = a.lane[2] > a.lane[3] ? a.lane[2] : a.lane[3];
+  return b > c ? b : c;
+}
 
 inline V load(const bf16* p) {
   return each([&](int i) { return to_float(p[i]); });

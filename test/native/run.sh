@@ -13,6 +13,6 @@ ${CXX:-g++} -std=c++20 -O1 -Wall -Wextra -Wpedantic test/native/expert_items_tes
 for sanitizers in address,undefined thread; do
   echo "== -fsanitize=$sanitizers"
   ${CXX:-g++} -std=c++20 -O2 -g -Wall -Wextra -Wpedantic -fsanitize=$sanitizers -fno-sanitize-recover=all \
-    test/native/cpu_test.cc csrc/common/*.cc csrc/cpu/*.cc -o "$out/cpu_test" -pthread
+    test/native/cpu/*.cc csrc/common/*.cc csrc/cpu/*.cc -o "$out/cpu_test" -pthread
   "$out/cpu_test"
 done

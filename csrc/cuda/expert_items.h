@@ -1,5 +1,5 @@
-// How the persistent kernel of the expert MLP cuts a product into work items. Without CUDA, so that it is tested
-// anywhere.
+// The order of the expert MLP's row tiles, and how its persistent kernel cuts a product into work items. Without CUDA,
+// so that it is tested anywhere.
 #pragma once
 #include <cstdint>
 
@@ -37,20 +37,30 @@ MOE_BOTH Blocks blocks_of(int32_t all, int32_t grid, int32_t steps) {
   return {all - rest + rest * most, all - rest, most};
 }
 
-// An item: a block from step `first` on. `slot`: the place of a part among all parts of the product.
+// An item: a block from step `first` on. Of a cut block: which part it is, and the place of its first part among all
+// parts of the product.
 struct Piece {
-  int32_t block, first, steps, parts, slot;
+  int32_t block, first, steps, parts, part, slot;
 };
 MOE_BOTH Piece piece_of(const Blocks& blocks, int32_t index, int32_t steps) {
-  if (index < blocks.whole) return {index, 0, steps, 1, 0};
-  const int32_t slot = index - blocks.whole, cut = slot / blocks.parts, part = slot - cut * blocks.parts;
+  if (index < blocks.whole) return {index, 0, steps, 1, 0, 0};
+  const int32_t place = index - blocks.whole, cut = place / blocks.parts, part = place - cut * blocks.parts;
   const int32_t first = part * steps / blocks.parts, last = (part + 1) * steps / blocks.parts;
-  return {blocks.whole + cut, first, last - first, blocks.parts, slot};
+  return {blocks.whole + cut, first, last - first, blocks.parts, part, place - part};
 }
 
 // The sums of parts meet in a binary tree: at `width` 1, 2, 4, ... below `parts`, what the parts from carrier() on have
 // is added to what its sibling has, if there is one (below `parts`).
-MOE_BOTH int32_t carrier(int32_t part, int32_t width) { return part / width * width; }
+MOE_BOTH int32_t carrier(int32_t part, int32_t width) { return part & -width; }
 MOE_BOTH int32_t sibling_of(int32_t carrier, int32_t width) { return carrier ^ width; }
+
+// Two lists, of `a` and of `b` elements, in one as evenly as they can be: where the elements of the first go, and of
+// the second.
+MOE_BOTH int32_t place_of_first(int32_t i, int32_t a, int32_t b) {
+  return static_cast<int32_t>((int64_t{i + 1} * (a + b) + a - 1) / a) - 1;
+}
+MOE_BOTH int32_t place_of_second(int32_t i, int32_t a, int32_t b) {
+  return static_cast<int32_t>(int64_t{i} * (a + b) / b);
+}
 
 }  // namespace moe::mlp

@@ -19,9 +19,9 @@
 
 namespace moe::mlp {
 
-// Rows first .. first + rows - 1 belong to `expert` (a slot).
-struct RowTile {
-  int32_t expert, first, rows;
+// Rows first .. first + rows - 1 belong to `expert` (a slot). `alone`: 1 where they are all of its rows.
+struct alignas(16) RowTile {
+  int32_t expert, first, rows, alone;
 };
 
 // Inputs of the rows: row r of H elements is `rows[r]`, or `rows[order[r] / columns]`.
@@ -54,8 +54,7 @@ struct GroupedCall {
   SwiGLU swiglu;
   RowSource source;
   RowWeights weights;
-  const RowTile* tiles;  // on the device, like the rest; the tiles of an expert lie together, experts ascending
-  int64_t slots;         // experts that rows may belong to
+  const RowTile* tiles;  // on the device, like the rest, in the order of expert_tiles.h
   int tile_rows;         // rows of a tile at most, as expert_paths.h chose
   const int32_t* tile_count;
   int64_t most_tiles;  // an upper bound of *tile_count known to the host

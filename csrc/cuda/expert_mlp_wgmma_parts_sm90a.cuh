@@ -6,19 +6,21 @@
 
 namespace moe::mlp::wgmma {
 
-// Whether this warpgroup came last and has the whole sums. `word`: shared memory of its own.
+// Whether this warpgroup came last and has the whole sums of item `n`, which is read each time: the sums leave no
+// registers to keep it in.
 template <int SUMS>
-__device__ __forceinline__ bool add_parts(const Params& p, const Item& item, float (&sum)[2][SUMS], uint32_t word,
-                                          int group, int thread) {
+__device__ __forceinline__ bool add_parts(const Params& p, Shared shared, int n, float (&sum)[2][SUMS], int group,
+                                          int thread) {
   static_assert(SUMS % 4 == 0);
-  const int part = item.slot % item.parts;
-  const auto place = [&](int other) {
-    const int slot = item.product * static_cast<int>(gridDim.x) + item.slot - part + other;
-    return int64_t{slot} * kConsumers + group;
-  };
 #pragma unroll 1
-  for (int width = 1; width < item.parts; width *= 2) {
-    const int mine = carrier(part, width), sibling = sibling_of(mine, width);
+  for (int width = 1;; width *= 2) {
+    const Item item = item_at(shared, n);
+    if (width >= item.parts) return true;
+    const auto place = [&](int part) {
+      const int slot = item.product * static_cast<int>(gridDim.x) + item.slot + part;
+      return int64_t{slot} * kConsumers + group;
+    };
+    const int mine = carrier(item.part, width), sibling = sibling_of(mine, width);
     if (sibling >= item.parts) continue;
     float4* to = reinterpret_cast<float4*>(p.parts + place(mine) * p.part_floats) + thread;
 #pragma unroll
@@ -30,10 +32,10 @@ __device__ __forceinline__ bool add_parts(const Params& p, const Item& item, flo
     }
     hopper::named_barrier(1 + group, 128);
     if (thread == 0) {
-      hopper::store_shared(word, hopper::add_acquire_release(p.arrived + place(max(mine, sibling)), 1));
+      hopper::store_shared(shared.word(group), hopper::add_acquire_release(p.arrived + place(max(mine, sibling)), 1));
     }
     hopper::named_barrier(1 + group, 128);
-    if (hopper::load_shared_word(word) == 0) return false;
+    if (hopper::load_shared_word(shared.word(group)) == 0) return false;
     const float4* from = reinterpret_cast<const float4*>(p.parts + place(sibling) * p.part_floats) + thread;
 #pragma unroll
     for (int a = 0; a < 2; a++) {
@@ -44,7 +46,6 @@ __device__ __forceinline__ bool add_parts(const Params& p, const Item& item, flo
       }
     }
   }
-  return true;
 }
 
 }  // namespace moe::mlp::wgmma

@@ -5,7 +5,7 @@
 // their row tile has been through all blocks of gate_up. Items are handed out in this order by an atomic counter, to
 // blocks of threads that run, so what is waited for is always under way.
 //
-// Warpgroup 0 loads: one thread the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16
+// Warpgroup 0 loads: one warp the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16
 // bytes at a time into the same swizzle. Warpgroups 1 and 2 multiply, 128 weight rows each (weights are M, tokens N, so
 // that N fits the tile to 16 rows), and write out; the loads for the next item go on meanwhile. A stage is 64 along K.
 //
@@ -24,7 +24,7 @@ namespace wgmma {
 
 using namespace hopper;
 
-// Quick, because no weights are asked for meanwhile.
+// Quick, because no weights are asked for meanwhile: `gate_up` and `down` stay in registers.
 __device__ __forceinline__ Item item_of(const Params& p, int32_t index, const Blocks& gate_up, const Blocks& down) {
   Item item{};
   item.product = index >= gate_up.items;
@@ -32,67 +32,64 @@ __device__ __forceinline__ Item item_of(const Params& p, int32_t index, const Bl
   item.none = item.product == 1 && index >= down.items;
   if (item.none) return item;
   const Product& product = p.product[item.product];
-  const Piece piece = piece_of(item.product == 0 ? gate_up : down, index, product.steps);
+  const auto of = [&](int32_t Blocks::* field) { return item.product == 0 ? gate_up.*field : down.*field; };
+  const Blocks blocks = {of(&Blocks::items), of(&Blocks::whole), of(&Blocks::parts)};
+  const Piece piece = piece_of(blocks, index, product.steps);
   item.tile = static_cast<int32_t>(quotient(piece.block, product.blocks));
   item.block = piece.block - item.tile * product.blocks.value;
   item.rows = p.tiles[item.tile];
-  item.k = piece.first, item.steps = piece.steps, item.parts = piece.parts, item.slot = piece.slot;
+  item.k = piece.first, item.steps = piece.steps;
+  item.parts = piece.parts, item.part = piece.part, item.slot = piece.slot;
   return item;
 }
 
-// Items go from the thread that loads weights to all other warps, which take item n = 0, 1, ... by await_item(n),
-// item_at(n) as often as they like, and release_item(n).
-__device__ __forceinline__ void send(Shared shared, int n, const Item& item) {
-  barrier_wait(shared.item_empty(n), n / kItems % 2 ^ 1);
-  store_shared(shared.item(n), {item.product, item.block, item.tile, item.none});
-  store_shared(shared.item(n) + 16, {item.rows.expert, item.rows.first, item.rows.rows, item.k});
-  store_shared(shared.item(n) + 32, {item.steps, item.parts, item.slot, 0});
-  barrier_arrive(shared.item_full(n));
-}
-__device__ __forceinline__ void await_item(Shared shared, int n) { barrier_wait(shared.item_full(n), n / kItems % 2); }
-__device__ __forceinline__ Item item_at(Shared shared, int n) {
-  const uint32_t at = shared.item(n);
-  const int4 a = load_shared(at), b = load_shared(at + 16), c = load_shared(at + 32);
-  return {a.x, a.y, a.z, a.w != 0, {b.x, b.y, b.z}, b.w, c.x, c.y, c.z};
-}
-__device__ __forceinline__ void release_item(Shared shared, int n) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_empty(n));
-}
+__device__ __forceinline__ int32_t from_first_lane(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// One thread: the weights, and the items.
+// One warp: the weights, and the items. All lanes have the same, taken from the first where the compiler would not know
+// it: so addresses are in uniform registers, where a copy wants them. It takes a loop over the lanes to bring them
+// there from others, and the copies of a step then come late.
 __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
-  const int32_t tiles = *p.tile_count;
-  Stage stage;
+  const int32_t tiles = from_first_lane(*p.tile_count);
   const auto cut = [&](const Product& product) {
     return blocks_of(tiles * static_cast<int32_t>(product.blocks.value), gridDim.x, product.steps);
   };
   const Blocks gate_up = p.gate_up ? cut(p.product[0]) : Blocks{}, down = p.down ? cut(p.product[1]) : Blocks{};
   const uint64_t once = evict_first_policy();
-  Item item = item_of(p, atomicAdd(p.next, 1), gate_up, down);
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const auto take = [&] { return from_first_lane(first_lane ? atomicAdd(p.next, 1) : 0); };
+  Stage stage;
+  Item item = item_of(p, take(), gate_up, down);
   for (int n = 0;; n++) {
-    send(shared, n, item);
+    if (first_lane) send(shared, n, item);
     if (item.none) return let_next_kernel_start();
-    const int32_t next = atomicAdd(p.next, 1);
+    const int32_t next = take();
     const Product& product = p.product[item.product];
-    const int steps = item.steps, present = min(kBlockTiles, product.weight_tiles - item.block * kBlockTiles);
+    const int32_t block = from_first_lane(item.block), steps = from_first_lane(item.steps);
+    const bool read_once = from_first_lane(item.rows.alone) != 0;
+    const int present = min(kBlockTiles, product.weight_tiles - block * kBlockTiles);
     const int64_t tile_run = int64_t{product.steps} * kTileBytes;
-    const char* from = product.weights + item.rows.expert * product.slot_bytes + item.block * kBlockTiles * tile_run +
-                       int64_t{item.k} * kTileBytes;
+    const char* from = product.weights + from_first_lane(item.rows.expert) * product.slot_bytes +
+                       block * kBlockTiles * tile_run + int64_t{from_first_lane(item.k)} * kTileBytes;
     for (int k = 0; k < steps; k++, from += kTileBytes) {
       // Late enough for `next` to be known, early enough for the tile to come.
       if (k == max(steps - 3, 0)) item = item_of(p, next, gate_up, down);
       barrier_wait(shared.empty(stage.index), stage.parity ^ 1);
-      const uint32_t full = shared.full(stage.index), to = shared.weights(stage.index);
-      barrier_arrive_expect(full, present * kTileBytes);
-      for (int j = 0; j < present; j++) {
-        const char* tile = from + j * tile_run;
-        if (p.weights_once) {
-          copy_bulk(to + j * kTileBytes, tile, kTileBytes, full, once);
+      if (elected()) {
+        const uint32_t full = shared.full(stage.index), to = shared.weights(stage.index);
+        barrier_arrive_expect(full, present * kTileBytes);
+        const auto copy = [&](auto... hint) {
+#pragma unroll
+          for (int j = 0; j < kBlockTiles; j++) {
+            if (j < present) copy_bulk(to + j * kTileBytes, from + j * tile_run, kTileBytes, full, hint...);
+          }
+        };
+        if (read_once) {
+          copy(once);
         } else {
-          copy_bulk(to + j * kTileBytes, tile, kTileBytes, full);
+          copy();  // not the same as with evict_normal, which costs V3-TP8 7% at 4,096 tokens
         }
       }
+      __syncwarp();
       stage.advance();
     }
   }
@@ -154,20 +151,31 @@ __device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int 
         stage.advance();
       }
 #pragma unroll
-      for (int i = 0; i < kPasses; i++) from[i] += kUnrolled * kRowBytes;
+      for (int i = 0; i < kPasses; i++) {
+        from[i] += kUnrolled * kRowBytes;
+        asm volatile("" : "+l"(from[i]));  // a pointer of its own, not a sum in front of each copy
+      }
     }
   }
 }
 
-// A consumer warpgroup's part of one item.
+// Read anew, so that nothing that follows from it is kept in registers, or spilled, meanwhile: memory of a thread's own
+// is never in the L1 cache here.
+__device__ __forceinline__ int thread_of_warpgroup() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return static_cast<int>(thread % 128);
+}
+
+// A consumer warpgroup's part of one item. What there is to know of the item is read behind the products: the sums
+// leave few registers.
 template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void multiply(const Params& p, Shared shared, int n, int steps, Stage& stage, int group,
-                                         int thread) {
+__device__ __forceinline__ void multiply(const Params& p, Shared shared, int n, int steps, Stage& stage, int group) {
   // Zero instead of skipped by the first product: ptxas would make copies, and the sums leave no registers for any.
   float sum[2][N / 2] = {};
   int before = 0;
   const auto release = [&] {
-    if (thread % 32 == 0) barrier_arrive(shared.empty(before));
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(before));
   };
 #pragma unroll 1
   for (int k = 0; k < steps; k++) {
@@ -190,11 +198,13 @@ __device__ __forceinline__ void multiply(const Params& p, Shared shared, int n, 
   product_wait<0>();
   product_done(sum[0]);
   product_done(sum[1]);
-  const Item item = item_at(shared, n);  // not before: the sums leave few registers
-  release_item(shared, n);
+  const int thread = thread_of_warpgroup();
   // What this warpgroup has multiplied of the last stage's weights becomes its staging area.
   named_barrier(1 + group, 128);
-  if (item.parts == 1 || add_parts(p, item, sum, shared.word(group), group, thread)) {
+  const bool done = add_parts(p, shared, n, sum, group, thread);
+  const Item item = item_at(shared, n);
+  release_item(shared, n);
+  if (done) {
     const uint32_t staging = shared.weights(before) + group * (2 * kTileBytes);
     if (item.product == 0) {
       write_active<N, T, GENERAL>(p, item, sum, staging, group, thread);
@@ -233,21 +243,22 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
   __syncthreads();
   if (threadIdx.x < 128) {
     fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < 32) {
       load_weights(p, shared);
-    } else if (threadIdx.x >= 32) {
+    } else {
       gather_rows(p, shared, threadIdx.x - 32);
     }
   } else {
     more_registers<kConsumerRegisters>();
-    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    // The same in all lanes, for the compiler to know: what follows from it then takes uniform registers.
+    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
     Stage stage;
     for (int n = 0;; n++) {
       await_item(shared, n);
       const Item item = item_at(shared, n);
       if (item.none) return;
 #define MOE_ROWS(N) \
-  case N: multiply<N, T, GENERAL>(p, shared, n, item.steps, stage, group, thread); break;
+  case N: multiply<N, T, GENERAL>(p, shared, n, item.steps, stage, group); break;
       // Few sizes in the general kernel, for the sake of what it takes to compile.
       if constexpr (GENERAL) {
         switch (min((item.rows.rows + 31) / 32 * 32, kMaxRows)) {
@@ -313,7 +324,6 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
   p.H = static_cast<int32_t>(H), p.I = static_cast<int32_t>(I);
   const int64_t source = (call.source.order != nullptr ? call.rows / call.source.columns : call.rows) * H * 2;
   p.source_bytes = p.gate_up && source <= kMostAhead ? source : 0;
-  p.weights_once = call.rows <= kFewRows * call.slots;
   p.tiles = call.tiles, p.tile_count = call.tile_count;
   p.next = call.counters, p.done = p.next + 1, p.arrived = p.done + call.most_tiles;
   p.parts = call.parts;

@@ -17,10 +17,9 @@ constexpr int kStageBytes = kWeightBytes + kMaxRows * kRowBytes;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGatherWarps = 3;
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
 constexpr int64_t kMostAhead = int64_t{16} << 20;  // bytes of input that are brought into the L2 cache early
-constexpr int kFewRows = 128;  // of an expert on average, up to which weights leave the L2 cache first
 
 constexpr int kItems = 2;  // places of work items in shared memory
 
@@ -42,7 +41,6 @@ struct Params {
   bool gate_up, down;
   int32_t H, I;
   int64_t source_bytes;  // of gate_up's input, where it is to be brought into the L2 cache early, else 0
-  bool weights_once;     // nearly all weights are read once: they leave the L2 cache first
   const RowTile* tiles;
   const int32_t* tile_count;
   int32_t* next;     // work items taken
@@ -63,7 +61,7 @@ struct Item {
   bool none;  // no more work
   RowTile rows;
   int32_t k, steps;
-  int32_t parts, slot;  // of a cut block: how many, and this one's place among all parts of the product
+  int32_t parts, part, slot;  // of a cut block: as a Piece has it
 };
 
 // Shared memory: stages, then this.
@@ -92,6 +90,28 @@ struct Shared {
     return stages + kStages * kStageBytes + static_cast<uint32_t>(offset);
   }
 };
+
+// Items go from the warp that loads weights to all others, which take item n = 0, 1, ... by await_item(n),
+// item_at(n) as often as they like, and release_item(n).
+__device__ __forceinline__ void send(Shared shared, int n, const Item& item) {
+  hopper::barrier_wait(shared.item_empty(n), n / kItems % 2 ^ 1);
+  hopper::store_shared(shared.item(n), {item.product, item.block, item.tile, item.none});
+  hopper::store_shared(shared.item(n) + 16, {item.rows.expert, item.rows.first, item.rows.rows, item.k});
+  hopper::store_shared(shared.item(n) + 32, {item.steps, item.parts, item.part, item.slot});
+  hopper::barrier_arrive(shared.item_full(n));
+}
+__device__ __forceinline__ void await_item(Shared shared, int n) {
+  hopper::barrier_wait(shared.item_full(n), n / kItems % 2);
+}
+__device__ __forceinline__ Item item_at(Shared shared, int n) {
+  const uint32_t at = shared.item(n);
+  const int4 a = hopper::load_shared(at), b = hopper::load_shared(at + 16), c = hopper::load_shared(at + 32);
+  return {a.x, a.y, a.z, a.w != 0, {b.x, b.y, b.z}, b.w, c.x, c.y, c.z, c.w};
+}
+__device__ __forceinline__ void release_item(Shared shared, int n) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) hopper::barrier_arrive(shared.item_empty(n));
+}
 
 // A place in the ring of stages.
 struct Stage {

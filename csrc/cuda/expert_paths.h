@@ -26,8 +26,8 @@ struct Shape {
 bool choose(const Shape& shape, const char* wanted, Path* out);
 
 // Whether `wgmma` has so few blocks of 256 gate and up rows, of the experts that uniform routing would hit, that
-// `stream` is quicker: fewer than 1.35 a multiprocessor, up to 32 tokens. From `experts_bench paths` on an H200, which
-// times both beside this rule (bench/cuda/EXPERTS.md).
+// `stream` is quicker: fewer than 1.35 a multiprocessor up to 4 tokens, than one up to 32. From `experts_bench
+// paths` on an H200, which times both beside this rule (bench/cuda/EXPERTS.md).
 bool few_blocks(const Shape& shape);
 
 // The paths by name, for messages.

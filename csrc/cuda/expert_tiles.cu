@@ -1,11 +1,12 @@
 // Cuts the rows of every expert into tiles: one block, a round for every 1,024 experts with a scan of their numbers of
-// tiles.
+// tiles. The order of tiles is that of a round.
 #include "expert_tiles.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <string>
 
+#include "expert_items.h"
 #include "launch_early.cuh"
 
 namespace moe {
@@ -26,7 +27,7 @@ __host__ __device__ int even_rows(int rows, int tile_rows) {
 
 __global__ void __launch_bounds__(kThreads)
     cut(const int32_t* counts, const int32_t* offsets, int experts, int P, RowTiles out, FaultNote* notes) {
-  __shared__ int of_warp[32];
+  __shared__ long long of_warp[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -45,23 +46,29 @@ __global__ void __launch_bounds__(kThreads)
       rows = 0;
     }
     const int even = even_rows(rows, out.tile_rows), mine = (rows + even - 1) / even;
-    int sum = mine;
+    // Tiles of experts with several in the lower half, of experts with one in the upper half.
+    const long long own = mine == 1 ? 1ll << 32 : mine;
+    long long sum = own, all = 0;
     for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, step);
+      const long long other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
     if (lane == 31) of_warp[warp] = sum;
     __syncthreads();
-    int at = before + sum - mine;
+    sum -= own;
     for (int w = 0; w < 32; w++) {
-      if (w < warp) at += of_warp[w];
-      before += of_warp[w];
+      if (w < warp) sum += of_warp[w];
+      all += of_warp[w];
     }
+    const int several = static_cast<int>(all), single = static_cast<int>(all >> 32);
     for (int r = 0; r < mine; r++) {
-      if (at + r >= out.most) break;  // counts that overlap could make more tiles than there is room for
+      const int at = before + (mine == 1 ? mlp::place_of_second(static_cast<int>(sum >> 32), several, single)
+                                         : mlp::place_of_first(static_cast<int>(sum) + r, several, single));
+      if (at >= out.most) break;  // counts that overlap could make more tiles than there is room for
       const int left = rows - r * even;
-      out.tiles[at + r] = {e, place + r * even, left < even ? left : even};
+      out.tiles[at] = {e, place + r * even, left < even ? left : even, mine == 1};
     }
+    before += several + single;
     __syncthreads();
   }
   if (threadIdx.x == 0) *out.count = static_cast<int32_t>(before < out.most ? before : out.most);
@@ -74,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) cut_whole(int rows, RowTiles out) {
   const int even = even_rows(rows, out.tile_rows), count = (rows + even - 1) / even;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int left = rows - i * even;
-    out.tiles[i] = {0, i * even, left < even ? left : even};
+    out.tiles[i] = {0, i * even, left < even ? left : even, count == 1};
   }
   if (threadIdx.x == 0) *out.count = count;
 }
@@ -129,7 +136,6 @@ Status launch_grouped(CudaBackend& device, mlp::Path path, const Experts& expert
   call.tiles = tiles.tiles, call.tile_count = tiles.count, call.most_tiles = tiles.most;
   call.tile_rows = tiles.tile_rows;
   call.rows = rows;
-  call.slots = experts.layout.S;
   call.counters = tiles.counters, call.parts = tiles.parts;
   call.sm_count = device.sm_count();
   call.stream = device.stream();

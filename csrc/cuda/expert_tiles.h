@@ -30,8 +30,10 @@ Status choose_path(const mlp::Shape& shape, mlp::Path* out);
 // Scratch for the tiles of `rows` rows, of the size that suits the path.
 Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t experts, RowTiles* out);
 
-// An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Bad counts
-// and offsets are dropped and noted. `early`: directly behind another kernel of the op, which it may overlap.
+// An expert's rows are cut evenly, into tiles of a multiple of 16 (but the last) and at most `tile_rows`. Tiles of
+// experts that have several, and those of experts that have one, follow one another as evenly as they can, experts
+// ascending in both: the first keep the tensor cores busy, the others the memory. Bad counts and offsets are dropped
+// and noted. `early`: directly behind another kernel of the op, which it may overlap.
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
                  const RowTiles& tiles, bool early);
 

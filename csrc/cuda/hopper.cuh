@@ -59,6 +59,14 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 __device__ __forceinline__ void fence_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// True in one lane of a warp whose lanes are all here. What one lane does behind this the compiler knows to be done by
+// one, unlike behind a comparison of threadIdx.
+__device__ __forceinline__ bool elected() {
+  uint32_t one;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.b32 %0, 1, 0, one;\n}\n" : "=r"(one));
+  return one != 0;
+}
+
 // The copy engine
 // ---------------------------------------------------------------------------------------------------------
 

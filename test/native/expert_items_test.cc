@@ -43,7 +43,7 @@ void pieces(int32_t all, int32_t grid, int32_t steps) {
     const Piece piece = piece_of(blocks, i, steps);
     expect(piece.block == block && piece.first == at, "the next piece", all, grid, steps);
     expect(piece.steps >= (piece.parts > 1 ? kPartSteps : steps), "steps of a piece", all, grid, steps);
-    expect(piece.parts == 1 || piece.slot == i - blocks.whole, "a slot", all, grid, steps);
+    expect(piece.parts == 1 || piece.slot + piece.part == i - blocks.whole, "a slot", all, grid, steps);
     at += piece.steps;
     if (at == steps) block++, at = 0;
   }
@@ -90,6 +90,13 @@ void trees() {
   }
 }
 
+void orders(int32_t a, int32_t b) {
+  std::vector<int> taken(a + b);
+  for (int32_t i = 0; i < a; i++) taken.at(place_of_first(i, a, b))++;
+  for (int32_t i = 0; i < b; i++) taken.at(place_of_second(i, a, b))++;
+  for (const int times : taken) expect(times == 1, "a place once", a, b, times);
+}
+
 }  // namespace
 
 int main() {
@@ -103,5 +110,9 @@ int main() {
   const Blocks v3_ep = blocks_of(144, 132, 112);
   expect(v3_ep.whole == 132 && v3_ep.parts == 7, "V3-EP", v3_ep.items, v3_ep.whole, v3_ep.parts);
   trees();
+  for (int32_t a = 0; a < 200; a++) {
+    for (int32_t b = 0; b < 200; b++) orders(a, b);
+  }
+  orders(1'000'003, 999'983);
   std::printf("%d passed\n", checks);
 }

@@ -68,6 +68,9 @@ struct FewList {
   static constexpr int kScores = kExperts + 4 * kCandidates;  // of all experts
   static constexpr int kBytes = kScores + 4 * 256;
 };
+inline constexpr int kFewWarps = 48;  // of a multiprocessor
+// In grids of more blocks, each letting the next kernel start costs more than that kernel gains.
+inline constexpr unsigned kEarlyBlocks = 2048;
 static_assert(FewList::kBytes >= 4 * row_scratch(256, 8));
 
 __device__ __forceinline__ void few_clear(uint32_t list) {
@@ -119,21 +122,26 @@ __device__ __noinline__ void few_rank_ties(uint32_t list, int count, int K) {
   few_rank<true>(list, count, K);
   __syncwarp();
 }
-__device__ __noinline__ void few_pad(const Args& a, int t) {
+// The padding row of a token, by some lanes of a warp.
+template <int Lanes>
+__device__ __forceinline__ void few_pad(const Args& a, int t) {
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < a.columns; i += 32) write_padding(a, Rows(a, t), 0, i);
+  for (int i = threadIdx.x % Lanes; i < a.columns; i += Lanes) write_padding(a, Rows(a, t), 0, i);
 }
-// The id of a column with everything that a call may ask for.
-__device__ __noinline__ int32_t few_extras(const Args& a, const int32_t* map, int cell, bool routed, int32_t id) {
+// The id of a column with everything that a call may ask for. Not a function of its own: that would read the arguments
+// from memory, cold, one after the other.
+__device__ __forceinline__ int32_t few_extras(const Args& a, const int32_t* map, int cell, bool routed, int32_t id) {
   if (routed && id >= a.routed) id += a.shared;
   if (routed && a.logical_ids != nullptr) a.logical_ids[cell] = id;
-  if (map != nullptr) id = map[id];
-  if (a.load != nullptr) count_load(a, nullptr, id);
+  if (map != nullptr) id = __ldg(map + id);
+  if (a.load != nullptr && static_cast<uint32_t>(id) < static_cast<uint32_t>(a.slots)) {
+    asm volatile("red.global.add.u64 [%0], 1;" ::"l"(a.load + id) : "memory");
+  }
   return id;
 }
 
 template <class T, int Warps>
-__global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(32 * Warps, kFewWarps / Warps) gate_few(const __grid_constant__ Args a) {
   using List = FewList;
   __shared__ __align__(16) char lists[Warps][List::kBytes];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = blockIdx.x * Warps + warp;
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ A
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) octet.words[i] = ask(row + 16 / sizeof(T) * i);
   __syncthreads();
-  let_next_kernel_start();
+  if (gridDim.x <= kEarlyBlocks) let_next_kernel_start();
   Octet<float> biases = {};
   if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
   const uint32_t list = shared_address(lists[warp]);
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ A
   int valid = static_cast<int>(a.valid_host);
   if (a.valid_device != nullptr) valid = *a.valid_device;
   if (t >= valid) {
-    few_pad(a, t);
+    few_pad<32>(a, t);
     return;
   }
   __syncwarp();
@@ -217,9 +225,9 @@ __global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ A
     uint32_t after;  // a new register each: a store must have read its address before it may change
     asm volatile(
         "{\n.reg .pred p;\n.reg .b32 x;\nand.b32 x, %2, %3;\nsetp.ne.b32 p, x, 0;\n@p st.shared.f32 [%1], %4;\n"
-        "@p st.shared.b32 [%1+%6], %5;\nselp.b32 x, 4, 0, p;\nadd.u32 %0, %1, x;\n}"
+        "@p st.shared.b32 [%1+%7], %5;\nshr.u32 x, x, %6;\nadd.u32 %0, %1, x;\n}"
         : "=r"(after)
-        : "r"(at), "r"(mask), "r"(1 << i), "f"(c[i]), "r"(8 * lane + i), "n"(List::kExperts)
+        : "r"(at), "r"(4 * mask), "r"(4 << i), "f"(c[i]), "r"(8 * lane + i), "r"(i), "n"(List::kExperts)
         : "memory");
     at = after;
   }

@@ -1,7 +1,7 @@
 // Which kernel routes which batch: the fast kernels where their limits hold, else the general one.
 #include <algorithm>
 
-#include "moe_fused_gate_few.cuh"
+#include "moe_fused_gate_pairs.cuh"
 #include "moe_fused_gate_tokens.cuh"
 
 namespace moe::gate {
@@ -36,19 +36,22 @@ struct Limits {
 };
 constexpr Limits kHalfLimits{88, 160}, kFloatLimits{128, 128};
 
+// A warp per token, or half a warp.
 template <class T>
-cudaError_t run_few(Args a, cudaStream_t stream) {
+cudaError_t run_few(Args a, bool pairs, cudaStream_t stream) {
   constexpr int kWarps = 2;
   a.histogram = 0;
   a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
-  gate_few<T, kWarps><<<static_cast<int>((a.T + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(a);
+  const int tokens = pairs ? 2 * kWarps : kWarps;
+  const auto kernel = pairs ? gate_pairs<T, kWarps> : gate_few<T, kWarps>;
+  kernel<<<static_cast<int>((a.T + tokens - 1) / tokens), 32 * kWarps, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
-cudaError_t run_few_dtype(const Args& a, cudaStream_t stream) {
-  if (a.dtype == DType::kF32) return run_few<float>(a, stream);
-  if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, stream);
-  return run_few<__half>(a, stream);
+cudaError_t run_few_dtype(const Args& a, bool pairs, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_few<float>(a, pairs, stream);
+  if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, pairs, stream);
+  return run_few<__half>(a, pairs, stream);
 }
 
 template <class Kernel>
@@ -216,9 +219,10 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
     const auto [few_tokens, many_tokens] = halves ? kHalfLimits : kFloatLimits;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many_tokens * sms)) return run_tokens_dtype(a, sms, stream);
     const bool few = a.columns <= 32 && a.T * a.columns < int64_t{1} << 31;
-    if (few && (force == 0 ? a.T <= few_tokens * sms && a.histogram == 0 : force == 32)) {
-      *path = name(32);
-      return run_few_dtype(a, stream);
+    if (few && (force == 0 ? a.T <= few_tokens * sms && a.histogram == 0 : force == 32 || force == 16)) {
+      const bool pairs = force == 16;
+      *path = name(pairs ? 16 : 32);
+      return run_few_dtype(a, pairs, stream);
     }
     *path = name(8);
     return run_dtype<256, Family::kGrouped, 8>(a, 8, sms, stream);

@@ -227,11 +227,13 @@ inline int run_checks(Backend& cpu, const std::string& filter, bool small) {
                             Fill::kFewFinite, Fill::kAllNaN, Fill::kAroundZero}) {
       Case c = family;
       c.fill = fill;
-      for (const int64_t T : small ? std::vector<int64_t>{33} : std::vector<int64_t>{1, 33, 2000}) check(cpu, c, T, tally);
+      for (const int64_t T : small ? std::vector<int64_t>{33} : std::vector<int64_t>{1, 33, 2000}) {
+        check(cpu, c, T, tally);
+      }
     }
   }
-  std::printf("checks: %d cases, %d failed, %d near ties, worst weight error %.2g\n", tally.cases,
-              tally.failures, tally.near_ties, tally.worst_weight);
+  std::printf("checks: %d cases, %d failed, %d near ties, worst weight error %.2g\n", tally.cases, tally.failures,
+              tally.near_ties, tally.worst_weight);
   return tally.failures;
 }
 

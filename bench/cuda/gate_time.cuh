@@ -87,7 +87,7 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
   }
 }
 
-// One launch of one kernel of 256/8/4/8 in bf16 or f32 (`force` as launch takes it), or, without, of every kind, for ncu.
+// For ncu: one launch of one kernel of 256/8/4/8 in bf16 or f32 (`only` as launch takes it), or of every kind.
 inline void run_profile(int64_t T, int only, bool wide) {
   const auto once = [&](int E, Scoring scoring, DType dtype, std::vector<int> forces) {
     Buffer logits(T * E * size_of(dtype)), bias(E * 4), ids(T * 32), weights(T * 32);
@@ -118,7 +118,7 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
   ceilings(run.timer, &run.copy, &run.empty);
   std::printf(
       "copy %.2f TB/s, empty node %.2f us; L1 is the general kernel, L8..L32 the lanes per token, L101 and L102 those "
-      "of the kernel for large batches\n",
+      "of the kernels for large batches\n",
       run.copy, run.empty);
   const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072},
                              some = {1, 64, 512, 4096, 10000, 40000};
@@ -138,7 +138,7 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
   time_case(run, with, some);
   with = v3, with.name = "256/8/4/8 map of 16", with.rounds = 16;
   time_case(run, with, some);
-  with = v3, with.name = "256/8/4/8 load", with.load = true;
+  with = v3, with.name = "256/8/4/8 load", with.load = true, with.forces = {0, 8, 16, 32, 102};
   time_case(run, with, some);
   v3.dtype = DType::kF16, v3.name = "256/8/4/8 f16", v3.forces = {0, 8};
   time_case(run, v3, {40000});

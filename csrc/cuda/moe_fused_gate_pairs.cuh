@@ -3,12 +3,12 @@
 //
 // Layout: lane l holds experts 8 l .. 8 l + 7 of both tokens, so that a group of 32 lies in 4 neighbouring lanes.
 // 1. Rough choices: within kChoiceError, rounded to halves.
-// 2. The two best of each group, by shuffles, give the four groups. Where that does not tell the fourth from the fifth,
-//    the warp scores the token exactly. The smallest second best of the four, less the error, bounds the eighth best
-//    choice from below.
-// 3. Experts that reach it (about 11 a token) go to a list in shared memory, in an order that atomics decide and nothing
-//    depends on. Half of the lanes take the candidates of a token, one each, score them exactly, and each finds its
-//    rank by counting who beats it. Where a list is longer, the tokens take turns with all lanes.
+// 2. The two best of each group, by shuffles, give the four groups. Where the fourth and the fifth are closer than
+//    the error, the warp scores the token exactly. The smallest second best of the four, less the error, bounds the
+//    eighth best choice from below.
+// 3. Experts that reach it (about 11 a token) go to a list in shared memory, in the order of ids. Half of the lanes
+//    take the candidates of a token, one each, score them exactly, and each finds its rank by counting who beats it.
+//    Where a list has more than 16, the tokens take turns with all lanes.
 // A rank that nobody has means equal choices: they are ranked again, ties to the lower id. A token that this does not
 // cover (NaN, infinite scores, equal groups at the cut, more than 32 candidates) is routed by gate_row.
 //
@@ -21,7 +21,7 @@ namespace moe::gate {
 
 #ifdef __CUDACC__
 
-inline constexpr int kPairWarps = 40;  // of a multiprocessor
+inline constexpr int kPairWarps = 36;  // of a multiprocessor
 
 // What a warp has in shared memory, in bytes from its start; token h's part is h strides further.
 struct PairLists {
@@ -32,8 +32,8 @@ struct PairLists {
   static constexpr int kBytes = kUsed > 4 * row_scratch(256, 8) ? kUsed : (4 * row_scratch(256, 8) + 15) / 16 * 16;
 };
 
-// Stores a byte where `bit` of the mask is set. Returns the place after it, in a new register: a store must have read its
-// address before it may change.
+// Stores a byte where `bit` of the mask is set. Returns the place after it, in a new register: a store must have read
+// its address before it may change.
 __device__ __forceinline__ uint32_t put_byte_if(uint32_t mask, int bit, uint32_t at, uint32_t x) {
   uint32_t after;
   asm volatile(
@@ -159,25 +159,25 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   }
   __syncthreads();
   if (gridDim.x <= kEarlyBlocks) let_next_kernel_start();
-  Octet<float> biases = {};
-  if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
   const uint32_t lists = shared_address(memory[warp]);
   const int half = lane / 16, t = first + half;  // the lane's token where each has half of the lanes
+  uint32_t slow = 0;                             // tokens for another way, a bit each
+  Octet<float> biases = {};
   const int32_t* map = nullptr;
-  if (a.extras && a.id_map != nullptr) {
-    map = a.id_map + static_cast<int64_t>(static_cast<uint32_t>(t) % a.rounds) * (a.E + a.shared);
-    for (int i = 32 * (lane % 16); i < a.E + a.shared; i += 512) {
-      int32_t ignored;
-      asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(ignored) : "l"(map + i));
+  if (a.plain) {
+    biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
+  } else {
+    if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
+    if (a.id_map != nullptr) {
+      map = a.id_map + static_cast<int64_t>(map_round(a, t)) * (a.E + a.shared);
     }
+    const int valid = static_cast<int>(valid_tokens(a));
+    if (first >= valid) {
+      if (t < tokens) few_pad<16>(a, t);
+      return;
+    }
+    if (first + 1 >= valid) slow = 2;
   }
-  int valid = static_cast<int>(a.valid_host);
-  if (a.valid_device != nullptr) valid = *a.valid_device;
-  if (first >= valid) {
-    if (t < tokens) few_pad<16>(a, t);
-    return;
-  }
-  uint32_t slow = first + 1 < valid ? 0 : 2;  // tokens for another way, a bit each
   __syncwarp();
 
   // Rough choices, less what brings the best of them close to 0, where halves are fine
@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   const __half2 high = __hadd2(sum, off), low = __hsub2(sum, off);
   // Each of the four lanes of a group looks at two groups, the first at its own too, which seems to be above.
   const int others = (lane & 28) ^ (lane & 3) << 3;
-  __half2 above = __hadd2(__hgtu2(__shfl_sync(kAll, high, others), low), __hgtu2(__shfl_sync(kAll, high, others ^ 4), low));
+  const __half2 other = __shfl_sync(kAll, high, others), next_other = __shfl_sync(kAll, high, others ^ 4);
+  __half2 above = __hadd2(__hgtu2(other, low), __hgtu2(next_other, low));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) above = __hadd2(above, __shfl_xor_sync(kAll, above, lanes));
   uint32_t kept = __hlt2_mask(above, __float2half2_rn(5.0f));
@@ -243,13 +244,7 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
     for (int i = 0; i < 8; i++) mask |= __hge2_mask(c[i], least) & (0x00010001u << i);
   }
   const uint32_t found = __popc(mask & 0xffff) + (__popc(mask >> 16) << 16);
-  uint32_t upto = found;
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    asm volatile("{\n.reg .pred p;\n.reg .b32 x;\nshfl.sync.up.b32 x|p, %0, %1, 0, -1;\n@p add.u32 %0, %0, x;\n}"
-                 : "+r"(upto)
-                 : "r"(lanes));
-  }
+  const uint32_t upto = sum_up_to_lane(found);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const uint32_t before = upto - found;
@@ -259,15 +254,16 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   }
   __syncwarp();
   const uint32_t counts = __shfl_sync(kAll, upto, 31);
-  int count0 = static_cast<int>(counts & 0xffff), count1 = static_cast<int>(counts >> 16);
-  if (count0 < a.K || count0 > 32) slow |= 1, count0 = 0;
-  if (count1 < a.K || count1 > 32) slow |= 2, count1 = 0;
-  if (max(count0, count1) <= 16) {
-    pair_choose(lists, rows + half * second, a.bias, half, lane % 16, half == 0 ? count0 : count1, 16 * half, a.K);
+  // Both from K to 16?
+  if (((counts - 0x10001u * static_cast<uint32_t>(a.K) | 0x00100010u - counts) & 0x80008000u) == 0) {
+    const int count = static_cast<int>(half == 0 ? counts & 0xffff : counts >> 16);
+    pair_choose(lists, rows + half * second, a.bias, half, lane % 16, count, 16 * half, a.K);
   } else {
 #pragma unroll 1
     for (int h = 0; h < 2; h++) {
-      pair_choose(lists, rows + h * second, a.bias, h, lane, h == 0 ? count0 : count1, 0, a.K);
+      const int count = static_cast<int>(counts >> 16 * h & 0xffff);
+      if (count < a.K || count > 32) slow |= 1u << h;
+      if (count <= 32) pair_choose(lists, rows + h * second, a.bias, h, lane, count, 0, a.K);
     }
   }
 
@@ -277,17 +273,17 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   float weight = lane % 16 < a.K ? __uint_as_float(chosen.y) : 0.0f, total = weight;
 #pragma unroll
   for (int lanes = 1; lanes < 8; lanes *= 2) total += __shfl_xor_sync(kAll, total, lanes);
-  total = a.renormalize ? fmaxf(total, 1e-37f) : 1.0f;  // where all are 0 they stay 0
+  total = fminf(fmaxf(total, a.least_total), a.most_total);
   weight *= fast_inverse(total) * a.scale;
   int32_t id = static_cast<int32_t>(chosen.x);
 #pragma unroll 1
   for (int k = lane % 16; done && k < a.columns; k += 16) {
     const bool routed = k < a.K;
     if (!routed) {
-      id = a.routed + k - a.K;
+      id = k + a.shared_column;
       weight = a.shared_weight;
     }
-    if (a.extras) id = few_extras(a, map, t * a.K + k, routed, id);
+    if (a.extras) id = few_extras(a, map, t * a.K + k, routed, id, nullptr);
     const uint32_t cell = t * a.columns + k;
     a.ids[cell] = id;
     a.weights[cell] = weight;

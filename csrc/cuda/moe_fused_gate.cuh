@@ -23,8 +23,11 @@ struct Args {
   int64_t T, valid_host;
   int32_t K, columns, routed;
   float scale, shared_weight;
+  float least_total, most_total;  // of the weights of a row, by which it is divided: 1 where it is not renormalised
+  int32_t shared_column;          // and the column is the id of a shared expert
   GroupScore group_score;
   bool renormalize, extras;  // extras: ids are mapped, captured or counted, or move because of shared experts
+  bool plain;                // a bias, no extras and no padding
   DType dtype;
   Scoring scoring;
   Selection selection;

@@ -6,8 +6,8 @@
 // 1. Every lane asks for its part of the row, then for the bias, and prepares its lists while they come.
 // 2. Exact choices (two special-function instructions each) stay in registers. The two best of each group, by
 //    shuffles, give the four groups; their smallest second best is the threshold: at least eight choices reach it.
-// 3. Choices that do (about 14) go to a list in shared memory, in an order that atomics decide and nothing depends on.
-//    Each finds its rank by counting who beats it; ranks below K are the choices.
+// 3. Choices that do (about 11) go to a list in shared memory. Each finds its rank by counting who beats it; ranks
+//    below K are the choices.
 // A rank that nobody has means equal choices: they are ranked again, ties to the lower id. A token with a NaN, an
 // infinite threshold, equal groups at the cut or more than kCandidates candidates is routed by gate_row of the general
 // kernel.
@@ -58,17 +58,21 @@ __device__ __forceinline__ uint4 ask(const void* at) {
 }
 
 // What a warp has in shared memory, in bytes from its start. Choices and experts by rank begin as -inf, which is no
-// expert; scores by rank and the count begin as 0.
+// expert; scores by rank begin as 0.
 struct FewList {
   static constexpr int kChoices = 0;                          // of candidates, padded to whole chunks of 16
   static constexpr int kChosen = 4 * (kCandidates + 16);      // experts by rank: K, and one more that shows a tie at K
   static constexpr int kWeights = kChosen + 48;               // scores by rank
-  static constexpr int kCount = kWeights + 48;                // of candidates, in bytes
-  static constexpr int kExperts = kCount + 16;                // of candidates
+  static constexpr int kExperts = kWeights + 48;              // of candidates
   static constexpr int kScores = kExperts + 4 * kCandidates;  // of all experts
   static constexpr int kBytes = kScores + 4 * 256;
 };
-static_assert(FewList::kBytes >= 4 * row_scratch(256, 8));
+inline constexpr int kFewWarps = 36;      // of a multiprocessor
+inline constexpr int kFewBlockWarps = 2;  // of a block
+inline constexpr int kMostFewWarps = 32;  // of a block that counts the load
+// In grids of more blocks, each letting the next kernel start costs more than that kernel gains.
+inline constexpr unsigned kEarlyBlocks = 2048;
+static_assert(FewList::kBytes % 16 == 0 && FewList::kBytes >= 4 * row_scratch(256, 8));
 
 __device__ __forceinline__ void few_clear(uint32_t list) {
   const int lane = threadIdx.x % 32;
@@ -113,56 +117,81 @@ __device__ __forceinline__ void few_rank(uint32_t list, int count, int K) {
   }
 }
 
+// Of the lanes up to this one. (An atomic on one word of shared memory costs the multiprocessor more than a cycle a
+// lane.)
+__device__ __forceinline__ uint32_t sum_up_to_lane(uint32_t x) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    asm volatile("{\n.reg .pred p;\n.reg .b32 x;\nshfl.sync.up.b32 x|p, %0, %1, 0, -1;\n@p add.u32 %0, %0, x;\n}"
+                 : "+r"(x)
+                 : "r"(lanes));
+  }
+  return x;
+}
+
 // Rare things are functions of their own, so that the other instructions are fetched without gaps.
 __device__ __noinline__ void few_rank_ties(uint32_t list, int count, int K) {
   __syncwarp();
   few_rank<true>(list, count, K);
   __syncwarp();
 }
-__device__ __noinline__ void few_pad(const Args& a, int t) {
+// The padding row of a token, by some lanes of a warp.
+template <int Lanes>
+__device__ __forceinline__ void few_pad(const Args& a, int t) {
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < a.columns; i += 32) write_padding(a, Rows(a, t), 0, i);
+  for (int i = threadIdx.x % Lanes; i < a.columns; i += Lanes) write_padding(a, Rows(a, t), 0, i);
 }
-// The id of a column with everything that a call may ask for.
-__device__ __noinline__ int32_t few_extras(const Args& a, const int32_t* map, int cell, bool routed, int32_t id) {
+// The id of a column with everything that a call may ask for. Not a function of its own: that would read the arguments
+// from memory, cold, one after the other.
+__device__ __forceinline__ int32_t few_extras(const Args& a, const int32_t* map, int cell, bool routed, int32_t id,
+                                              uint32_t* histogram) {
   if (routed && id >= a.routed) id += a.shared;
   if (routed && a.logical_ids != nullptr) a.logical_ids[cell] = id;
-  if (map != nullptr) id = map[id];
-  if (a.load != nullptr) count_load(a, nullptr, id);
+  if (map != nullptr) id = __ldg(map + id);
+  if (a.load != nullptr && static_cast<uint32_t>(id) < static_cast<uint32_t>(a.slots)) {
+    if (histogram != nullptr) {
+      atomicAdd(histogram + id, 1u);
+    } else {
+      asm volatile("red.global.add.u64 [%0], 1;" ::"l"(a.load + id) : "memory");
+    }
+  }
   return id;
 }
 
-template <class T, int Warps>
-__global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ Args a) {
+// Routes token t by a warp, with kBytes of shared memory at `memory`. Together: all warps of the block are here.
+template <class T, bool Together>
+__device__ __forceinline__ void few_token(const Args& a, int t, char* memory, uint32_t* histogram) {
   using List = FewList;
-  __shared__ __align__(16) char lists[Warps][List::kBytes];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = blockIdx.x * Warps + warp;
-  if (t >= static_cast<int>(a.T)) return;
-
+  const int lane = threadIdx.x % 32;
   // The row before all else: the barrier keeps the compiler from asking for anything earlier.
   const T* row = static_cast<const T*>(a.logits) + (static_cast<int64_t>(t) * 256 + 8 * lane);
   Octet<T> octet;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) octet.words[i] = ask(row + 16 / sizeof(T) * i);
-  __syncthreads();
-  let_next_kernel_start();
+  if (Together) __syncthreads();
+  if (gridDim.x <= kEarlyBlocks) let_next_kernel_start();
+  const uint32_t list = shared_address(memory);
   Octet<float> biases = {};
-  if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
-  const uint32_t list = shared_address(lists[warp]);
-  few_clear(list);
   const int32_t* map = nullptr;
-  if (a.extras && a.id_map != nullptr) {  // a row of the map is on its way to the first cache before it is needed
-    map = a.id_map + static_cast<int64_t>(static_cast<uint32_t>(t) % a.rounds) * (a.E + a.shared);
-    for (int i = 32 * lane; i < a.E + a.shared; i += 1024) {
-      int32_t ignored;
-      asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(ignored) : "l"(map + i));
+  if (a.plain) {
+    biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
+    few_clear(list);
+  } else {
+    if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
+    few_clear(list);
+    if (a.id_map != nullptr) {
+      map = a.id_map + static_cast<int64_t>(map_round(a, t)) * (a.E + a.shared);
+      // Its row is on its way to the first cache before it is needed. With many tokens it is there already.
+      const int lines_end = gridDim.x <= kEarlyBlocks ? a.E + a.shared : 0;
+      for (int i = 32 * lane; i < lines_end; i += 1024) {
+        int32_t ignored;
+        asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(ignored) : "l"(map + i));
+      }
     }
-  }
-  int valid = static_cast<int>(a.valid_host);
-  if (a.valid_device != nullptr) valid = *a.valid_device;
-  if (t >= valid) {
-    few_pad(a, t);
-    return;
+    if (t >= static_cast<int>(valid_tokens(a))) {
+      few_pad<32>(a, t);
+      return;
+    }
   }
   __syncwarp();
 
@@ -187,47 +216,48 @@ __global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ A
     merge_best(best, next, other_best, other_next);
   }
   const float sum = a.group_score == GroupScore::kTop2Sum ? best + next : best;
-  float above = 0;
+  // Each of the four lanes of a group looks at two groups, the first at its own too.
+  const int others = (lane & 28) ^ (lane & 3) << 3;
+  const float other = __shfl_sync(kAll, sum, others), next_other = __shfl_sync(kAll, sum, others ^ 4);
+  float above = (other > sum ? 1.0f : 0.0f) + (next_other > sum ? 1.0f : 0.0f);
 #pragma unroll
-  for (int i = 1; i < 8; i++) above += __shfl_xor_sync(kAll, sum, 4 * i) > sum ? 1.0f : 0.0f;
+  for (int lanes = 1; lanes < 4; lanes *= 2) above += __shfl_xor_sync(kAll, above, lanes);
   const bool kept = above < 4;
   const int groups = __popc(__ballot_sync(kAll, kept)) / 4;
   const auto ordered_bits = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
   const int32_t key = kept ? ordered_bits(__float_as_int(next)) : 0x7fffffff;
   const float threshold = __int_as_float(ordered_bits(__reduce_min_sync(kAll, key)));
 
-  // Candidates: the sign of a difference is a bit, shifted into two masks so that the chain is short
+  // Candidates: the sign of a difference, copied into a byte, gives a bit: of experts 0, 2, 4 and 6 from bit 2 and of
+  // the others from bit 10.
   const float least = kept ? threshold : infinity();
-  uint32_t under = 0, upper = 0;
+  uint32_t signs[4];
 #pragma unroll
-  for (int i = 3; i >= 0; i--) {
-    under = __funnelshift_l(__float_as_uint(c[i] - least), under, 1);
-    upper = __funnelshift_l(__float_as_uint(c[i + 4] - least), upper, 1);
+  for (int i = 0; i < 4; i++) {
+    asm("prmt.b32 %0, %1, %2, 0xfbfb;" : "=r"(signs[i]) : "f"(c[2 * i] - least), "f"(c[2 * i + 1] - least));
   }
-  const uint32_t mask = ~(under | upper << 4) & 0xff;
-  uint32_t place = 0;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p atom.shared.add.u32 %0, [%2], %1;\n}"
-               : "+r"(place)
-               : "r"(4 * __popc(mask)), "r"(list + List::kCount)
-               : "memory");
+  const auto choose = [](uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); };
+  const uint32_t mask =
+      ~choose(0x0c0c, choose(0x0404, signs[0], signs[1]), choose(0x1010, signs[2], signs[3])) & 0x3c3c;
+  const uint32_t found = 4 * __popc(mask), upto = sum_up_to_lane(found);
   // A list that is too long may spoil scores behind it: the row is given away.
-  uint32_t at = list + min(place, static_cast<uint32_t>(4 * kCandidates));
+  uint32_t at = list + min(upto - found, static_cast<uint32_t>(4 * kCandidates));
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     uint32_t after;  // a new register each: a store must have read its address before it may change
+    const int bit = i % 2 * 8 + i / 2 + 2;
     asm volatile(
         "{\n.reg .pred p;\n.reg .b32 x;\nand.b32 x, %2, %3;\nsetp.ne.b32 p, x, 0;\n@p st.shared.f32 [%1], %4;\n"
-        "@p st.shared.b32 [%1+%6], %5;\nselp.b32 x, 4, 0, p;\nadd.u32 %0, %1, x;\n}"
+        "@p st.shared.b32 [%1+%7], %5;\nshr.u32 x, x, %6;\nadd.u32 %0, %1, x;\n}"
         : "=r"(after)
-        : "r"(at), "r"(mask), "r"(1 << i), "f"(c[i]), "r"(8 * lane + i), "n"(List::kExperts)
+        : "r"(at), "r"(mask), "r"(1 << bit), "f"(c[i]), "r"(8 * lane + i), "r"(bit - 2), "n"(List::kExperts)
         : "memory");
     at = after;
   }
   __syncwarp();
-  const int count = get(list + List::kCount) / 4;
+  const int count = static_cast<int>(__shfl_sync(kAll, upto, 31) / 4);
   if (groups != 4 || !(fabsf(threshold) < infinity()) || count > kCandidates) {
-    __syncwarp();  // the count has been read by all
-    gate_row_apart<8>(a, t, reinterpret_cast<uint32_t*>(lists[warp]), nullptr);
+    gate_row_apart<8>(a, t, reinterpret_cast<uint32_t*>(memory), histogram);
     return;
   }
   few_rank<false>(list, count, a.K);
@@ -250,17 +280,43 @@ __global__ void __launch_bounds__(32 * Warps) gate_few(const __grid_constant__ A
   if (lane < a.columns) {
     const bool routed = lane < a.K;
     float total = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
-    total = a.renormalize ? fmaxf(total, 1e-37f) : 1.0f;  // where all are 0 they stay 0
+    total = fminf(fmaxf(total, a.least_total), a.most_total);
     weight *= fast_inverse(total) * a.scale;
     if (!routed) {
-      id = a.routed + lane - a.K;
+      id = lane + a.shared_column;
       weight = a.shared_weight;
     }
-    if (a.extras) id = few_extras(a, map, t * a.K + lane, routed, id);
+    if (a.extras) id = few_extras(a, map, t * a.K + lane, routed, id, histogram);
     const uint32_t cell = t * a.columns + lane;
     a.ids[cell] = id;
     a.weights[cell] = weight;
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(32 * kFewBlockWarps, kFewWarps / kFewBlockWarps)
+    gate_few(const __grid_constant__ Args a) {
+  __shared__ __align__(16) char lists[kFewBlockWarps][FewList::kBytes];
+  const int warp = threadIdx.x / 32, t = blockIdx.x * kFewBlockWarps + warp;
+  if (t < static_cast<int>(a.T)) few_token<T, true>(a, t, lists[warp], nullptr);
+}
+
+// The same with the load counted in shared memory: histogram counters, then a list for every warp. A block for every
+// multiprocessor, so that few add their counters to the load.
+template <class T>
+__global__ void __launch_bounds__(32 * kMostFewWarps, 1) gate_few_counted(const __grid_constant__ Args a) {
+  extern __shared__ __align__(16) uint32_t shared_memory[];
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  clear_histogram(a, shared_memory);
+  __syncthreads();
+#pragma unroll 1
+  for (int t = blockIdx.x + gridDim.x * warp; t < static_cast<int>(a.T); t += gridDim.x * warps) {
+    char* memory = reinterpret_cast<char*>(shared_memory + a.histogram) + warp * FewList::kBytes;
+    few_token<T, false>(a, t, memory, shared_memory);
+    __syncwarp();
+  }
+  __syncthreads();
+  add_histogram(a, shared_memory);
 }
 
 #endif  // __CUDACC__

@@ -1,7 +1,8 @@
 // Which kernel routes which batch: the fast kernels where their limits hold, else the general one.
 #include <algorithm>
+#include <limits>
 
-#include "moe_fused_gate_few.cuh"
+#include "moe_fused_gate_pairs.cuh"
 #include "moe_fused_gate_tokens.cuh"
 
 namespace moe::gate {
@@ -28,40 +29,68 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest, above `many` 2 lanes, 8 between them.
-// Lines through the times at 4,096 to 40,000 tokens cross there. Where the load is counted in shared memory a warp per
-// token never is.
+// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest, above `many` 2 lanes, half a warp
+// between them. Where ids are mapped or captured, and where the load is counted in shared memory, half a warp never is,
+// and the other two meet at `mapped` and `counted`. Lines through measured times cross there.
 struct Limits {
-  int64_t few, many;
+  int64_t few, many, mapped, counted;
 };
-constexpr Limits kHalfLimits{88, 160}, kFloatLimits{128, 128};
+constexpr Limits kHalfLimits{106, 172, 110, 78}, kFloatLimits{120, 304, 150, 88};
 
-template <class T>
-cudaError_t run_few(Args a, cudaStream_t stream) {
-  constexpr int kWarps = 2;
-  a.histogram = 0;
-  a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
-  gate_few<T, kWarps><<<static_cast<int>((a.T + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(a);
-  return cudaGetLastError();
+unsigned blocks_of(int64_t tokens, int tokens_of_block) {
+  return static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block);
 }
 
-cudaError_t run_few_dtype(const Args& a, cudaStream_t stream) {
-  if (a.dtype == DType::kF32) return run_few<float>(a, stream);
-  if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, stream);
-  return run_few<__half>(a, stream);
-}
-
+// Shared memory: the counters, then that of each warp.
 template <class Kernel>
-cudaError_t run_warps(Kernel kernel, const Args& a, int tokens_of_warp, int warps, int bytes_of_warp,
-                      cudaStream_t stream) {
+cudaError_t run_blocks(Kernel kernel, const Args& a, int64_t blocks, int warps, int bytes_of_warp,
+                       cudaStream_t stream) {
   const int bytes = 4 * a.histogram + warps * bytes_of_warp;
   if (bytes > kPlainBytes) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  const int64_t blocks = (a.T + tokens_of_warp * warps - 1) / (tokens_of_warp * warps);
-  kernel<<<static_cast<int>(blocks), 32 * warps, bytes, stream>>>(a);
+  kernel<<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(a);
   return cudaGetLastError();
+}
+
+template <class Kernel>
+cudaError_t run_warps(Kernel kernel, const Args& a, int tokens_of_warp, int warps, int bytes_of_warp,
+                      cudaStream_t stream) {
+  return run_blocks(kernel, a, blocks_of(a.T, tokens_of_warp * warps), warps, bytes_of_warp, stream);
+}
+
+// A warp per token. Where the load is counted in shared memory, a block for every multiprocessor.
+template <class T>
+cudaError_t run_few(Args a, int sms, cudaStream_t stream) {
+  a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
+  if (a.histogram > 0) {
+    const int warps = static_cast<int>(std::min<int64_t>((a.T + sms - 1) / sms, kMostFewWarps));
+    return run_blocks(gate_few_counted<T>, a, std::min<int64_t>(a.T, sms), warps, FewList::kBytes, stream);
+  }
+  gate_few<T><<<blocks_of(a.T, kFewBlockWarps), 32 * kFewBlockWarps, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+cudaError_t run_few_dtype(const Args& a, int sms, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_few<float>(a, sms, stream);
+  if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, sms, stream);
+  return run_few<__half>(a, sms, stream);
+}
+
+// Two tokens per warp.
+template <class T>
+cudaError_t run_pairs(Args a, cudaStream_t stream) {
+  constexpr int kWarps = 2;
+  a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
+  gate_pairs<T, kWarps><<<blocks_of(a.T, 2 * kWarps), 32 * kWarps, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+cudaError_t run_pairs_dtype(const Args& a, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_pairs<float>(a, stream);
+  if (a.dtype == DType::kBF16) return run_pairs<__nv_bfloat16>(a, stream);
+  return run_pairs<__half>(a, stream);
 }
 
 // One block for every multiprocessor where it can hold all warps. Beyond that small blocks fill the device evenly; with
@@ -182,6 +211,11 @@ Args pack(const MoeFusedGate& p) {
   a.group_score = p.group_score;
   a.renormalize = p.renormalize;
   a.extras = p.id_map || p.load || p.logical_ids || (p.shared > 0 && p.zero > 0);
+  const bool padded = p.valid_tokens.device != nullptr || p.valid_tokens.host < p.T;
+  a.plain = p.bias && !a.extras && !padded;
+  a.least_total = p.renormalize ? 1e-37f : 1.0f;  // where all weights are 0 they stay 0
+  a.most_total = p.renormalize ? std::numeric_limits<float>::infinity() : 1.0f;
+  a.shared_column = a.routed - a.K;
   a.seed = p.seed;
   return a;
 }
@@ -213,12 +247,18 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   };
   const bool halves = a.dtype != DType::kF32;
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
-    const auto [few_tokens, many_tokens] = halves ? kHalfLimits : kFloatLimits;
-    if (aligned(a.ids) && aligned(a.weights) && large(2, many_tokens * sms)) return run_tokens_dtype(a, sms, stream);
-    const bool few = a.columns <= 32 && a.T * a.columns < int64_t{1} << 31;
-    if (few && (force == 0 ? a.T <= few_tokens * sms && a.histogram == 0 : force == 32)) {
+    const Limits limits = halves ? kHalfLimits : kFloatLimits;
+    const bool counted = a.histogram > 0;
+    const int64_t many = counted ? limits.counted : a.extras ? limits.mapped : limits.many;
+    if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
+    const bool fits_columns = a.columns <= 32 && a.T * a.columns < int64_t{1} << 31;
+    if (fits_columns && (force == 0 ? a.extras || a.T <= limits.few * sms : force == 32)) {
       *path = name(32);
-      return run_few_dtype(a, stream);
+      return run_few_dtype(a, sms, stream);
+    }
+    if (fits_columns && !counted && (force == 0 || force == 16)) {
+      *path = name(16);
+      return run_pairs_dtype(a, stream);
     }
     *path = name(8);
     return run_dtype<256, Family::kGrouped, 8>(a, 8, sms, stream);

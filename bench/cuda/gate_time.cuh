@@ -1,0 +1,169 @@
+// `gate_bench time` and `profile`.
+#pragma once
+#include "../../csrc/cuda/moe_fused_gate.cuh"
+#include "gate_cases.cuh"
+
+namespace bench {
+
+__global__ void fill_normal(void* out, int dtype, size_t n, uint32_t seed, float scale) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    uint64_t z = (static_cast<uint64_t>(seed) << 40) + i;
+    float sum = 0;
+    for (int k = 0; k < 2; k++) {
+      z = (z + 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
+      z ^= z >> 29;
+      sum = k == 0 ? sqrtf(-2 * logf((static_cast<float>(z >> 40) + 0.5f) * 0x1p-24f))
+                   : sum * cospif(2 * static_cast<float>(z >> 40) * 0x1p-24f);
+    }
+    if (dtype == 0) static_cast<float*>(out)[i] = sum * scale;
+    if (dtype == 1) static_cast<__nv_bfloat16*>(out)[i] = __float2bfloat16(sum * scale);
+    if (dtype == 2) static_cast<__half*>(out)[i] = __float2half(sum * scale);
+  }
+}
+
+struct Set {
+  Buffer logits, ids, weights;
+};
+
+// What is timed: cases whose names begin with `filter`, at batches of their own or at those given.
+struct Run {
+  Timer timer;
+  std::string filter;
+  std::vector<int64_t> given;
+  double copy = 0, empty = 0;  // TB/s, us
+};
+
+inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) {
+  if (c.name.compare(0, run.filter.size(), run.filter) != 0) return;
+  const std::vector<int64_t>& batches = run.given.empty() ? own : run.given;
+  constexpr int kRotations = 40;
+  const int columns = c.K + c.shared;
+  const int64_t most = *std::max_element(batches.begin(), batches.end());
+  const int bytes = static_cast<int>(size_of(c.dtype));
+  std::vector<Set> sets;
+  for (int i = 0; i < kRotations; i++) {
+    sets.push_back({Buffer(most * c.E * bytes), Buffer(most * columns * 4), Buffer(most * columns * 4)});
+    if (!dry)
+      fill_normal<<<1024, 256>>>(sets[i].logits.data,
+                                 c.dtype == DType::kF32    ? 0
+                                 : c.dtype == DType::kBF16 ? 1
+                                                           : 2,
+                                 most * c.E, i + 1, 1.0f);
+  }
+  Buffer bias(c.E * 4), map(16 * 1100 * 4), load(2048 * 8);
+  std::vector<int32_t> ids(16 * 1100);
+  for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<int32_t>(i * 7919 % 288);
+  map.put(ids.data(), ids.size() * 4);
+  if (!dry) {
+    fill_normal<<<16, 256>>>(bias.data, 0, c.E, 99, 0.1f);
+    CHECK(cudaMemset(load.data, 0, load.bytes));
+    CHECK(cudaDeviceSynchronize());
+  }
+  for (const int64_t T : batches) {
+    const double floor =
+        std::max(run.empty, (static_cast<double>(T) * (c.E * bytes + columns * 8) + c.E * 4) / run.copy * 1e-6);
+    std::printf("%-44s %-4s %7lld | floor %6.2f |", c.name.c_str(), name_of(c.dtype), static_cast<long long>(T), floor);
+    for (const int force : c.forces) {
+      const char* path = "";
+      const double us = run.timer.graph(kRotations, [&](int i) {
+        MoeFusedGate p{};
+        p.T = T, p.E = c.E, p.rounds = c.rounds, p.slots = c.load ? 288 : 0;
+        p.logits = {sets[i].logits.data, c.dtype, T * c.E};
+        if (c.bias) p.bias = {bias.data, DType::kF32, c.E};
+        p.valid_tokens.host = T;
+        if (c.rounds > 0) p.id_map = {map.data, DType::kI32, c.rounds * int64_t{c.E + c.shared}};
+        if (c.load) p.load = {load.data, DType::kI64, 288};
+        p.ids = {sets[i].ids.data, DType::kI32, T * columns};
+        p.weights = {sets[i].weights.data, DType::kF32, T * columns};
+        p.K = c.K, p.scoring = c.scoring, p.selection = c.selection, p.groups = c.groups, p.top_groups = c.top_groups;
+        p.group_score = c.group_score, p.renormalize = c.renormalize, p.scale = c.scale, p.shared = c.shared;
+        if (!dry) CHECK(gate::launch(p, 132, run.timer.stream, &path, force));
+      });
+      std::printf(" %s%d: %6.2f (%.2f)", force == 0 ? "auto " : "L", force, us, us / floor);
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+}
+
+// For ncu: one launch of one kernel of 256/8/4/8 in bf16 or f32 (`only` as launch takes it), or of every kind.
+inline void run_profile(int64_t T, int only, bool wide) {
+  const auto once = [&](int E, Scoring scoring, DType dtype, std::vector<int> forces) {
+    Buffer logits(T * E * size_of(dtype)), bias(E * 4), ids(T * 32), weights(T * 32);
+    fill_normal<<<1024, 256>>>(logits.data, dtype == DType::kF32 ? 0 : 1, T * E, 1, 1.0f);
+    fill_normal<<<16, 256>>>(bias.data, 0, E, 99, 0.1f);
+    for (const int force : forces) {
+      const char* path = "";
+      MoeFusedGate p{};
+      p.T = T, p.E = E, p.logits = {logits.data, dtype, T * E};
+      if (scoring == Scoring::kSigmoid) p.bias = {bias.data, DType::kF32, E};
+      p.valid_tokens.host = T, p.ids = {ids.data, DType::kI32, T * 8}, p.weights = {weights.data, DType::kF32, T * 8};
+      p.K = 8, p.scoring = scoring, p.groups = E == 256 ? 8 : 1, p.top_groups = E == 256 ? 4 : 1;
+      p.group_score = GroupScore::kTop2Sum, p.renormalize = true, p.scale = 2.5f;
+      CHECK(gate::launch(p, 132, nullptr, &path, force));
+      CHECK(cudaDeviceSynchronize());
+    }
+  };
+  if (only != 0) return once(256, Scoring::kSigmoid, wide ? DType::kF32 : DType::kBF16, {only});
+  once(256, Scoring::kSigmoid, DType::kBF16, {8, 32, 102});
+  once(128, Scoring::kSoftmax, DType::kBF16, {8, 101});
+  once(384, Scoring::kSigmoid, DType::kF32, {8});
+  once(60, Scoring::kSoftmax, DType::kBF16, {0});
+  once(512, Scoring::kSigmoid, DType::kBF16, {0});
+}
+
+inline void run_times(const std::string& filter, const std::vector<int64_t>& given) {
+  Run run{.filter = filter, .given = given};
+  ceilings(run.timer, &run.copy, &run.empty);
+  std::printf(
+      "copy %.2f TB/s, empty node %.2f us; L1 is the general kernel, L8..L32 the lanes per token, L101 and L102 those "
+      "of the kernels for large batches\n",
+      run.copy, run.empty);
+  const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072},
+                             some = {1, 64, 512, 4096, 10000, 40000};
+  Case v3;
+  v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 16, 32, 102};
+  v3.dtype = DType::kBF16;
+  time_case(run, v3, full);
+  v3.dtype = DType::kF32;
+  time_case(run, v3, full);
+  v3.dtype = DType::kBF16, v3.forces = {0};
+  Case with = v3;
+  with.name = "256/8/4/8 +1 shared", with.shared = 1;
+  time_case(run, with, some);
+  with.name = "256/8/4/8 +1 shared, map of 16", with.rounds = 16;
+  time_case(run, with, some);
+  with.name = "256/8/4/8 +1 shared, map of 16, load", with.load = true;
+  time_case(run, with, some);
+  with = v3, with.name = "256/8/4/8 map of 16", with.rounds = 16;
+  time_case(run, with, some);
+  with = v3, with.name = "256/8/4/8 load", with.load = true, with.forces = {0, 8, 16, 32, 102};
+  time_case(run, with, some);
+  v3.dtype = DType::kF16, v3.name = "256/8/4/8 f16", v3.forces = {0, 8};
+  time_case(run, v3, {40000});
+  Case kimi;
+  kimi.name = "384/1/1/8 sigmoid", kimi.E = 384, kimi.groups = kimi.top_groups = 1, kimi.forces = {0, 8, 16};
+  time_case(run, kimi, some);
+  for (const int E : {128, 64}) {
+    Case c;
+    c.name = "softmax " + std::to_string(E), c.E = E, c.K = E == 64 ? 6 : 8, c.groups = c.top_groups = 1,
+    c.scoring = Scoring::kSoftmax, c.bias = false, c.scale = 1, c.dtype = DType::kBF16;
+    c.forces = E == 64 ? std::vector<int>{0, 8, 101} : std::vector<int>{0, 8, 16, 101};
+    time_case(run, c, some);
+  }
+  const auto general = [&](int E, int groups, int top_groups, int K, Scoring scoring, DType dtype, bool bias) {
+    Case c;
+    c.name = std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" +
+             std::to_string(K) + " general";
+    c.E = E, c.groups = groups, c.top_groups = top_groups, c.K = K, c.scoring = scoring, c.dtype = dtype, c.bias = bias;
+    if (!bias) c.group_score = GroupScore::kMax;
+    time_case(run, c, {64, 4096, 40000});
+  };
+  general(160, 8, 3, 6, Scoring::kSoftmax, DType::kBF16, false);
+  general(512, 16, 8, 10, Scoring::kSigmoid, DType::kBF16, true);
+  general(1024, 1, 1, 32, Scoring::kSigmoid, DType::kBF16, true);
+  general(60, 1, 1, 4, Scoring::kSoftmax, DType::kBF16, false);
+}
+
+}  // namespace bench

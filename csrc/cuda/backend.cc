@@ -142,7 +142,8 @@ Status CudaBackend::open(int device) {
   void* counters = nullptr;
   MOE_CUDA_CHECK(cudaMalloc(&counters, 2 * kCounters * sizeof(int32_t)));
   counters_ = static_cast<int32_t*>(counters);
-  MOE_CUDA_CHECK(cudaMemset(counters, 0, 2 * kCounters * sizeof(int32_t)));
+  // On the stream: the default stream and this one do not wait for each other.
+  MOE_CUDA_CHECK(cudaMemsetAsync(counters, 0, 2 * kCounters * sizeof(int32_t), stream_));
   staging_ = std::make_shared<Staging>(device);
   return DeviceMemory::open(device, stream_, side_, &memory_);
 }

@@ -26,7 +26,7 @@
 
 #include "expert_mlp_stream_few_consume.cuh"
 #include "expert_mlp_stream_few_produce.cuh"
-#include "programmatic.cuh"
+#include "launch_early.cuh"
 
 namespace moe::mlp {
 
@@ -136,19 +136,14 @@ cudaError_t launch(const Args& args, const StreamCall& call) {
   if (allowed != cudaSuccess) return allowed;
   // Cooperative, so that all blocks run at once; programmatic, so that they start while the last ones of the kernel
   // before are still at work, which saves about 0.7 us.
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(call.sm_count);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(args.layout.end);
-  config.stream = call.stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, stream_few<T>, args);
+  return launch_shape(stream_few<T>,
+                      {.blocks = static_cast<unsigned>(call.sm_count),
+                       .threads = kThreads,
+                       .shared = static_cast<size_t>(args.layout.end),
+                       .stream = call.stream,
+                       .early = true,
+                       .cooperative = true},
+                      args);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@
 #include "expert_mlp_stream_few.h"
 #include "expert_mlp_stream_plan.cuh"
 #include "expert_mlp_stream_produce.cuh"
-#include "programmatic.cuh"
+#include "launch_early.cuh"
 
 namespace moe::mlp {
 
@@ -143,19 +143,14 @@ cudaError_t launch(const Args& args, const StreamCall& call) {
   // Blocks wait for each other, so all of them have to run at once, whatever another context has on the device: that is
   // what a cooperative launch promises. Programmatic, so that they start while the last ones of the kernel before are
   // still at work.
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(call.sm_count);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(args.layout.end);
-  config.stream = call.stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, stream_experts<T>, args);
+  return launch_shape(stream_experts<T>,
+                      {.blocks = static_cast<unsigned>(call.sm_count),
+                       .threads = kThreads,
+                       .shared = static_cast<size_t>(args.layout.end),
+                       .stream = call.stream,
+                       .early = true,
+                       .cooperative = true},
+                      args);
 }
 
 }  // namespace

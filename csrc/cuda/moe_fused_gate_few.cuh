@@ -28,8 +28,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   asm volatile("" : "+r"(at));
   return at;
 }
+// Relaxed: equal choices have one rank and so write one place. Whichever is left there, the rank after it stays empty,
+// which is how such rows are found. (racecheck reports them; exchanging instead costs 0.23 us a launch.)
 __device__ __forceinline__ void put(uint32_t at, uint32_t x) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+  asm volatile("st.relaxed.cta.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
 __device__ __forceinline__ void put4(uint32_t at, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
@@ -58,12 +60,13 @@ __device__ __forceinline__ uint4 ask(const void* at) {
 }
 
 // What a warp has in shared memory, in bytes from its start. Choices and experts by rank begin as -inf, which is no
-// expert; scores by rank begin as 0.
+// expert; scores by rank and the count begin as 0.
 struct FewList {
   static constexpr int kChoices = 0;                          // of candidates, padded to whole chunks of 16
   static constexpr int kChosen = 4 * (kCandidates + 16);      // experts by rank: K, and one more that shows a tie at K
   static constexpr int kWeights = kChosen + 48;               // scores by rank
-  static constexpr int kExperts = kWeights + 48;              // of candidates
+  static constexpr int kCount = kWeights + 48;                // of candidates, in bytes
+  static constexpr int kExperts = kCount + 16;                // of candidates
   static constexpr int kScores = kExperts + 4 * kCandidates;  // of all experts
   static constexpr int kBytes = kScores + 4 * 256;
 };
@@ -237,11 +240,16 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
     asm("prmt.b32 %0, %1, %2, 0xfbfb;" : "=r"(signs[i]) : "f"(c[2 * i] - least), "f"(c[2 * i + 1] - least));
   }
   const auto choose = [](uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); };
-  const uint32_t mask =
+  uint32_t mask =
       ~choose(0x0c0c, choose(0x0404, signs[0], signs[1]), choose(0x1010, signs[2], signs[3])) & 0x3c3c;
-  const uint32_t found = 4 * __popc(mask), upto = sum_up_to_lane(found);
-  // A list that is too long may spoil scores behind it: the row is given away.
-  uint32_t at = list + min(upto - found, static_cast<uint32_t>(4 * kCandidates));
+  const uint32_t found = 4 * __popc(mask);
+  uint32_t place = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p atom.shared.add.u32 %0, [%2], %1;\n}"
+               : "+r"(place)
+               : "r"(found), "r"(list + List::kCount)
+               : "memory");
+  if (place + found > 4 * kCandidates) mask = 0;  // the list is too long: the row is given away
+  uint32_t at = list + place;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     uint32_t after;  // a new register each: a store must have read its address before it may change
@@ -255,8 +263,9 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
     at = after;
   }
   __syncwarp();
-  const int count = static_cast<int>(__shfl_sync(kAll, upto, 31) / 4);
+  const int count = get(list + List::kCount) / 4;
   if (groups != 4 || !(fabsf(threshold) < infinity()) || count > kCandidates) {
+    __syncwarp();  // the count has been read by all
     gate_row_apart<8>(a, t, reinterpret_cast<uint32_t*>(memory), histogram);
     return;
   }

@@ -120,18 +120,6 @@ __device__ __forceinline__ void few_rank(uint32_t list, int count, int K) {
   }
 }
 
-// Of the lanes up to this one. (An atomic on one word of shared memory costs the multiprocessor more than a cycle a
-// lane.)
-__device__ __forceinline__ uint32_t sum_up_to_lane(uint32_t x) {
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    asm volatile("{\n.reg .pred p;\n.reg .b32 x;\nshfl.sync.up.b32 x|p, %0, %1, 0, -1;\n@p add.u32 %0, %0, x;\n}"
-                 : "+r"(x)
-                 : "r"(lanes));
-  }
-  return x;
-}
-
 // Rare things are functions of their own, so that the other instructions are fetched without gaps.
 __device__ __noinline__ void few_rank_ties(uint32_t list, int count, int K) {
   __syncwarp();

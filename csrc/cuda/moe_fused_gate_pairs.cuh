@@ -32,6 +32,17 @@ struct PairLists {
   static constexpr int kBytes = kUsed > 4 * row_scratch(256, 8) ? kUsed : (4 * row_scratch(256, 8) + 15) / 16 * 16;
 };
 
+// The sum of x in the lanes up to this one.
+__device__ __forceinline__ uint32_t sum_up_to_lane(uint32_t x) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    asm volatile("{\n.reg .pred p;\n.reg .b32 x;\nshfl.sync.up.b32 x|p, %0, %1, 0, -1;\n@p add.u32 %0, %0, x;\n}"
+                 : "+r"(x)
+                 : "r"(lanes));
+  }
+  return x;
+}
+
 // Stores a byte where `bit` of the mask is set. Returns the place after it, in a new register: a store must have read
 // its address before it may change.
 __device__ __forceinline__ uint32_t put_byte_if(uint32_t mask, int bit, uint32_t at, uint32_t x) {

@@ -228,8 +228,7 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
     asm("prmt.b32 %0, %1, %2, 0xfbfb;" : "=r"(signs[i]) : "f"(c[2 * i] - least), "f"(c[2 * i + 1] - least));
   }
   const auto choose = [](uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); };
-  uint32_t mask =
-      ~choose(0x0c0c, choose(0x0404, signs[0], signs[1]), choose(0x1010, signs[2], signs[3])) & 0x3c3c;
+  uint32_t mask = ~choose(0x0c0c, choose(0x0404, signs[0], signs[1]), choose(0x1010, signs[2], signs[3])) & 0x3c3c;
   const uint32_t found = 4 * __popc(mask);
   uint32_t place = 0;
   asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p atom.shared.add.u32 %0, [%2], %1;\n}"

@@ -27,8 +27,12 @@ const barely = 1e-4;
 const leewayOfReplans = 0.01;
 /** Variance of a device's load in a single step from which on its window is not worth balancing exactly. */
 const rough = 0.04;
-/** Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. */
+/**
+ * Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. From
+ * `fewWindows` on it gives way to what the windows themselves tell.
+ */
 const leastDecay = 0.3;
+const fewWindows = 3;
 
 type Shape = Pick<PlanProblem, 'devices' | 'slots'>;
 
@@ -178,7 +182,8 @@ export const adaptive: Policy = {
   plan(problem, layerDone) {
     const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer, movesAreFree } = problem;
     const history = (problem.memory as Memory | undefined)?.windows ?? [];
-    const past = pastOf(history, Math.max(leastDecay, pastDecay(loads, history.map(totalsOf))));
+    const least = leastDecay * Math.min(1, fewWindows / (history.length + 1));
+    const past = pastOf(history, Math.max(least, pastDecay(loads, history.map(totalsOf))));
     const scenarios = current.map((_, layer) => scenariosOf(loads, layer, devices, past));
     const memory = remember(history, loads, scenarios.some(({ fine }) => fine) ? fineBlocks : 1);
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;

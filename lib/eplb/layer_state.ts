@@ -4,9 +4,9 @@
 // (improve.ts, polish.ts).
 //
 // Value: the expected peak of a step, sum over scenarios of weight x (sum over devices of (load + p/2 x noise
-// variance)^p)^(1/p), p = 2^squarings. p is chosen so that an imbalance that drowns in the noise of a step counts for
-// little (scale sqrt(2 ln D) / noise). A device's cost is its part of the value's p-th powers, each scenario scaled
-// so that a small change of cost is p times the change of value.
+// variance)^p)^(1/p), p = 2^squarings. p is chosen so that an imbalance that drowns in the noise of a step, or in what
+// changes from window to window, counts for little (scale sqrt(2 ln D) / both). A device's cost is its part of the
+// value's p-th powers, each scenario scaled so that a small change of cost is p times the change of value.
 // Invariants: no expert twice on a device, at least one replica each, at most one per device.
 import type { Scenarios } from './scenario.js';
 
@@ -80,7 +80,7 @@ export class LayerState {
     this.#before.set(this.holds);
     this.#moves = 0;
     const noise = this.#noise.reduce((sum, value) => sum + value, 0) / this.devices;
-    const variance = noise + this.#spread() + 1e-9;
+    const variance = noise + Math.max(this.#spread(), this.#drift()) + 1e-9;
     const scale = peakDeviates(this.devices) / Math.sqrt(variance);
     this.#squarings = Math.max(3, Math.min(6, Math.floor(Math.log2(scale))));
     this.#costs();
@@ -175,6 +175,21 @@ export class LayerState {
         spread += (weights[block]! * (this.#load[row + block]! - mean) ** 2) / this.devices;
     }
     return spread;
+  }
+
+  /**
+   * Variance of device loads as the change since the window before shows it, half the squared difference. The rows in
+   * use were made without this window, so it is what to expect of the next one; their spread over the scenarios that
+   * they were made for is less. Where scenarios are single steps, their spread says it.
+   */
+  #drift(): number {
+    const { earlier, fine } = this.scenarios;
+    if (earlier === 0 || fine) return 0;
+    const newest = this.blocks - earlier;
+    let sum = 0;
+    for (let device = 0; device < this.devices; device++)
+      sum += (this.window[device]! - this.#load[device * this.blocks + newest]!) ** 2;
+    return sum / (2 * this.devices);
   }
 
   /** Devices by falling cost. */

@@ -1,15 +1,15 @@
-// What became of the suites, in a file small enough to be kept: node summary.mjs tests.json summary.json
+// What became of the suites, in a file small enough to be kept: node summary.mjs summary.json tests.json...
 import { readFileSync, writeFileSync } from 'node:fs';
 import { relative } from 'node:path';
 import { backendStatuses } from '../../dist/lib/index.js';
 
-const [, , from, to] = process.argv;
-const { testResults, numPassedTests, numFailedTests, numPendingTests } = JSON.parse(
-  readFileSync(from, 'utf8'),
-);
+const [, , to, ...from] = process.argv;
+const runs = from.map((file) => JSON.parse(readFileSync(file, 'utf8')));
+const sum = (field) => runs.reduce((total, run) => total + run[field], 0);
 const cuda = backendStatuses().find(({ backend }) => backend === 'cuda');
 const count = (tests, status) => tests.filter((test) => test.status === status).length;
-const suites = testResults
+const suites = runs
+  .flatMap(({ testResults }) => testResults)
   .map(({ name, assertionResults: tests }) => ({
     file: relative(process.cwd(), name),
     passed: count(tests, 'passed'),
@@ -23,9 +23,9 @@ const summary = {
   devices: cuda.devices,
   facts: cuda.facts,
   node: process.version,
-  passed: numPassedTests,
-  failed: numFailedTests,
-  skipped: numPendingTests,
+  passed: sum('numPassedTests'),
+  failed: sum('numFailedTests'),
+  skipped: sum('numPendingTests'),
   suites,
 };
 writeFileSync(to, `${JSON.stringify(summary, null, 2)}\n`);

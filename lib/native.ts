@@ -114,9 +114,9 @@ function prebuiltOrBuilt(): { path: string; error?: string } {
 
 /** The command that builds an addon here: in a clone, or in the package as others have installed it. */
 function buildCommand(script: string): string {
-  if (!packageRoot.includes(`${sep}node_modules${sep}`)) return `npm run ${script}`;
+  if (!packageRoot.includes(`${sep}node_modules${sep}`)) return `'npm run ${script}'`;
   // The published package carries the sources of the CPU addon only.
-  return script === 'build' ? `npm explore moe-kernels -- npm run ${script}` : `npm run ${script} in a clone`;
+  return script === 'build' ? `'npm explore moe-kernels -- npm run build'` : `'npm run ${script}' in a clone`;
 }
 
 export const nativeBackends = Object.keys(rows) as (keyof typeof rows)[];
@@ -145,7 +145,7 @@ function load(backend: keyof typeof rows): Loaded {
     const detail =
       build === undefined
         ? `the ${backend} backend is not in this version`
-        : `no addon for ${process.platform}-${process.arch}; '${buildCommand(build)}' makes one from source`;
+        : `no addon for ${process.platform}-${process.arch}; ${buildCommand(build)} makes one from source`;
     return { status: { ...none, state: 'not built', detail, attempts: [{ path, error }] } };
   }
   try {
@@ -171,12 +171,12 @@ function load(backend: keyof typeof rows): Loaded {
 /** A next step chosen by symptom. */
 function adviseFor(message: string, command: string): string {
   if (/GLIBC|GLIBCXX|CXXABI/.test(message)) {
-    return `the prebuilt addon needs a newer C library: '${command}' makes one for this machine`;
+    return `the prebuilt addon needs a newer C library: ${command} makes one for this machine`;
   }
   if (/invalid ELF|wrong ELF class|not a mach-o|not a valid Win32|the file is /i.test(message)) {
-    return `'${command}' makes a new one`;
+    return `${command} makes a new one`;
   }
-  return `'${command}' may mend it`;
+  return `${command} may mend it`;
 }
 
 /** The addon of a backend that is ready, or the error that says what was tried. */

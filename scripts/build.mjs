@@ -5,7 +5,15 @@
 //                                         skipped with a message, because the package works in TypeScript alone
 //   node scripts/build.mjs --typescript   dist/ only
 import { spawnSync } from 'node:child_process';
-import { existsSync, readdirSync, readFileSync, realpathSync, rmSync, statSync } from 'node:fs';
+import {
+  existsSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -75,7 +83,7 @@ function bundle() {
 
 /** Compiles csrc/ to the CPU addon; 'skipped' where the tools for it are not there. */
 export function buildAddon({ missingOnly = false } = {}) {
-  if (missingOnly && builtAt(addon) > newest('csrc', 'binding.gyp')) return true;
+  if (missingOnly && builtAt(addon) > newest('csrc')) return true;
   const missing = missingTools();
   if (missing.length > 0) {
     console.error(`The CPU addon is not built: missing on this machine: ${missing.join(', ')}.`);
@@ -93,9 +101,25 @@ export function buildAddon({ missingOnly = false } = {}) {
   ];
   const nodeGyp = join(root, 'node_modules', 'node-gyp', 'bin', 'node-gyp.js');
   // npm puts a node-gyp of its own on the PATH of scripts, for packages that have none.
-  return existsSync(nodeGyp)
-    ? run('the CPU addon', process.execPath, [nodeGyp, ...flags])
-    : run('the CPU addon', 'node-gyp', flags);
+  const [command, ...args] = existsSync(nodeGyp)
+    ? [process.execPath, nodeGyp, ...flags]
+    : ['node-gyp', ...flags];
+  return withBindingGyp(() => run('the CPU addon', command, args));
+}
+
+/**
+ * Runs `build` with a binding.gyp in place, which node-gyp insists on. The npm package has none: package managers take
+ * one for an install script, and `npm ci` runs it whatever package.json says, for lock files do not keep `gypfile`.
+ */
+function withBindingGyp(build) {
+  const file = join(root, 'binding.gyp');
+  if (existsSync(file)) return build();
+  writeFileSync(file, '{ "includes": [ "csrc/moe_cpu.gypi" ] }\n');
+  try {
+    return build();
+  } finally {
+    rmSync(file);
+  }
 }
 
 /** Node's own headers where they are installed beside it, so that node-gyp need not download them. */

@@ -1,7 +1,7 @@
 // What users get: the packed tarball in an empty folder, and the repository on a machine without a compiler. Both
 // work on a copy of the tree, because packing rebuilds what other tests are using.
 import { execFileSync, spawnSync } from 'node:child_process';
-import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -37,14 +37,7 @@ describe('the packed tarball', () => {
     files = list.map(({ path }: { path: string }) => path);
     mkdirSync(home);
     writeFileSync(join(home, 'package.json'), '{ "private": true }');
-    const install = [
-      'install',
-      '--ignore-scripts',
-      '--no-audit',
-      '--no-fund',
-      '--prefer-offline',
-      join(scratch, filename),
-    ];
+    const install = ['install', '--no-audit', '--no-fund', '--prefer-offline', join(scratch, filename)];
     const installed = spawnSync('npm', install, { cwd: home, encoding: 'utf8' });
     expect(installed.status, installed.stderr).toBe(0);
   }, 300_000);
@@ -57,17 +50,25 @@ describe('the packed tarball', () => {
     for (const file of [
       'dist/lib/index.js',
       'dist/lib/index.d.ts',
-      'binding.gyp',
+      'csrc/moe_cpu.gypi',
       'README.md',
       'LICENSE',
       'CHANGELOG.md',
     ]) {
       expect(files).toContain(file);
     }
-    expect(files.filter((file) => /\.test\.|fixtures|node_modules|^build\/|^\.|^lib\//.test(file))).toEqual(
-      [],
-    );
+    const strangers = /\.test\.|fixtures|node_modules|^build\/|^\.|^lib\/|^csrc\/cuda|binding\.gyp/;
+    expect(files.filter((file) => strangers.test(file))).toEqual([]);
   });
+
+  it('compiles nothing when it is installed from a lock file', () => {
+    // A lock file does not keep `gypfile: false`: npm would run node-gyp wherever it finds a binding.gyp
+    const install = ['ci', '--no-audit', '--no-fund', '--prefer-offline'];
+    const installed = spawnSync('npm', install, { cwd: home, encoding: 'utf8' });
+    expect(installed.status, installed.stderr).toBe(0);
+    expect(installed.stderr).not.toContain('install scripts');
+    expect(existsSync(join(home, 'node_modules', 'moe-kernels', 'build'))).toBe(false);
+  }, 120_000);
 
   const smoke = `
     const ctx = await m.createContext();
@@ -103,7 +104,8 @@ describe('the packed tarball', () => {
       encoding: 'utf8',
     });
     expect(run.status, run.stderr).toBe(0);
-    const { cpu } = JSON.parse(run.stdout).backends;
+    const { cpu, cuda } = JSON.parse(run.stdout).backends;
+    expect(cuda.detail).toContain("'npm run build:cuda' in a clone makes one");
     expect(cpu.state).toBe('ready');
     expect(cpu.loadedFrom).toContain(join('node_modules', 'moe-kernels', 'prebuilds'));
     expect(cpu.selfTest.ok).toBe(true);

@@ -1,6 +1,5 @@
 // `moe-kernels plan`: loads in, an expert map out. Everything is computed and checked before the first byte of any
 // output file is written.
-import { writeFile } from 'node:fs/promises';
 import type { Command } from 'commander';
 import { readLoads } from '../eplb/load_file.js';
 import { checkPlannable, Loads } from '../eplb/loads.js';
@@ -14,9 +13,10 @@ import { MoeError } from '../errors.js';
 import { type ExpertMapFormat, formatExpertMap, readExpertMap } from '../placement/expert_map_file.js';
 import type { Placement } from '../placement/placement.js';
 import { planReport } from '../report/plan_report.js';
-import { writeReport } from '../report/report_file.js';
+import { checkReportFile, renderReport } from '../report/report_file.js';
 import { aboutFile } from './about_file.js';
 import { integerOption, movesOption } from './integer_option.js';
+import { type OutputFile, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
 
 const formats: readonly ExpertMapFormat[] = ['vllm-ascend', 'sglang', 'vllm'];
@@ -118,6 +118,7 @@ async function runPlan(flags: PlanFlags): Promise<void> {
       `expected --shared-placement to be free or everyDevice but received ${flags.sharedPlacement}`,
       'shared-placement',
     );
+  if (flags.report !== undefined) checkReportFile(flags.report);
   const { loads, current } = await readInputs(flags);
   if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
   const request: PlanRequest = {
@@ -150,27 +151,21 @@ async function runPlan(flags: PlanFlags): Promise<void> {
     bar.stop();
     await planner.close();
   }
-  const map = flags.out === undefined ? undefined : formatExpertMap(plan.placements, format);
-  if (flags.report !== undefined)
-    await writeReport(flags.report, planReport({ loads, plan, current, others, title: flags.loads }));
-  if (flags.out !== undefined) await writeText(flags.out, map!);
-  if (flags.transfers !== undefined)
-    await writeText(flags.transfers, `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`);
+  const outputs: OutputFile[] = [];
+  if (flags.out !== undefined)
+    outputs.push({ file: flags.out, text: formatExpertMap(plan.placements, format) });
+  if (flags.transfers !== undefined) {
+    const text = `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`;
+    outputs.push({ file: flags.transfers, text });
+  }
+  if (flags.report !== undefined) {
+    const report = planReport({ loads, plan, current, others, title: flags.loads });
+    outputs.push({ file: flags.report, text: await renderReport(flags.report, report) });
+  }
+  await writeFiles('plan', outputs);
   process.stdout.write(
     flags.json === true ? `${JSON.stringify(planJson(plan, loads, flags))}\n` : planText(plan, flags),
   );
-}
-
-async function writeText(file: string, text: string): Promise<void> {
-  try {
-    await writeFile(file, text);
-  } catch (cause) {
-    throw new MoeError('ERR_MOE_CHECKPOINT', `${file}: cannot be written (${(cause as Error).message})`, {
-      op: 'plan',
-      arg: 'file',
-      cause,
-    });
-  }
 }
 
 function transfersOf(plan: Plan, loads: Loads, current: Placement[] | undefined): Transfer[][] {
@@ -185,8 +180,10 @@ async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Pl
       'expected --experts and --step-tokens with --topk',
       flags.experts === undefined ? 'experts' : 'step-tokens',
     );
-  if (flags.topk !== true && flags.stepTokens !== undefined)
-    throw misuse('expected --topk with --step-tokens', 'topk');
+  if (flags.topk !== true && (flags.experts !== undefined || flags.stepTokens !== undefined))
+    throw misuse('expected --topk with --experts and --step-tokens', 'topk');
+  if (flags.sharedTopK !== undefined && flags.shared === 0)
+    throw misuse('expected --shared to be at least 1 with --shared-top-k but received 0', 'shared');
   if (flags.physical === true && flags.current === undefined)
     throw misuse('expected --current with --physical: it says which expert each slot held', 'current');
   const raw = await readLoads(
@@ -202,11 +199,15 @@ async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Pl
           devices: flags.devices,
           ...(flags.physical === true ? {} : { experts }),
         });
+  const contradiction = (message: string): MoeError =>
+    new MoeError('ERR_MOE_CHECKPOINT', `${flags.current}: ${message}`, { op: 'plan', arg: 'current' });
   if (current !== undefined && current.length !== raw.layers)
-    throw new MoeError(
-      'ERR_MOE_CHECKPOINT',
-      `${flags.current}: expected ${raw.layers} layers, as in ${flags.loads}, but received ${current.length}`,
-      { op: 'plan', arg: 'current' },
+    throw contradiction(
+      `expected ${raw.layers} layers, as in ${flags.loads}, but received ${current.length}`,
+    );
+  if (current !== undefined && current[0]!.slots !== flags.slots)
+    throw contradiction(
+      `expected ${flags.slots} slots on every device (--slots) but received ${current[0]!.slots}`,
     );
   const loads =
     flags.physical === true ? aboutFile(flags.loads, () => Loads.fromPhysical(raw, current!)) : raw;

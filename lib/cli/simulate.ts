@@ -6,10 +6,11 @@ import { policies, policyNamed } from '../eplb/registry.js';
 import { serveTrace } from '../eplb/serve.js';
 import { type PolicyFigures, simulate } from '../eplb/simulate.js';
 import { MoeError } from '../errors.js';
-import { writeReport } from '../report/report_file.js';
+import { checkReportFile, renderReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
 import { aboutFile } from './about_file.js';
 import { integerOption, movesOption } from './integer_option.js';
+import { writeFiles } from './output_files.js';
 import { progress } from './progress.js';
 
 interface SimulateFlags {
@@ -33,6 +34,9 @@ interface SimulateFlags {
   report?: string;
   json?: boolean;
 }
+
+const misuse = (message: string, arg: string): MoeError =>
+  new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'simulate', arg });
 
 type Row = PolicyFigures & { parServed?: number };
 
@@ -90,20 +94,22 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
   const names = (flags.policies?.split(',') ?? [...policies.keys()])
     .map((name) => name.trim())
     .filter((name) => name !== '');
-  if (names.length === 0)
-    throw new MoeError('ERR_MOE_INVALID_ARG', 'expected --policies to name at least one policy', {
-      op: 'simulate',
-      arg: 'policies',
-    });
+  if (names.length === 0) throw misuse('expected --policies to name at least one policy', 'policies');
   for (const name of names) policyNamed(name);
-  if (flags.topk === true && (flags.experts === undefined || flags.stepTokens === undefined))
-    throw new MoeError('ERR_MOE_INVALID_ARG', 'expected --experts and --step-tokens with --topk', {
-      op: 'simulate',
-      arg: 'topk',
-    });
+  const { topk, experts, stepTokens } = flags;
+  if (topk === true && (experts === undefined || stepTokens === undefined))
+    throw misuse('expected --experts and --step-tokens with --topk', 'topk');
+  if (topk !== true && (experts !== undefined || stepTokens !== undefined))
+    throw misuse('expected --topk with --experts and --step-tokens', 'topk');
+  if (flags.layersPerStep !== undefined && flags.planSteps === undefined)
+    throw misuse(
+      'expected --plan-steps with --layers-per-step: it serves the trace step by step',
+      'plan-steps',
+    );
+  if (flags.report !== undefined) checkReportFile(flags.report);
   const trace = await readLoads(
     flags.trace,
-    flags.topk === true ? { topk: { experts: flags.experts!, stepTokens: flags.stepTokens! } } : {},
+    topk === true ? { topk: { experts: experts!, stepTokens: stepTokens! } } : {},
   );
   const planner = new Planner();
   const shape = {
@@ -150,8 +156,10 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
     bar.stop();
     await planner.close();
   }
-  if (flags.report !== undefined)
-    await writeReport(flags.report, simulationReport({ figures: rows, title: flags.trace }));
+  if (flags.report !== undefined) {
+    const report = simulationReport({ figures: rows, title: flags.trace });
+    await writeFiles('simulate', [{ file: flags.report, text: await renderReport(flags.report, report) }]);
+  }
   process.stdout.write(
     flags.json === true ? `${JSON.stringify({ policies: rows })}\n` : simulationText(rows),
   );

@@ -2,6 +2,7 @@
 // ones). Every planner, metric and simulator reads this one form. Invariant: counts are finite and >= 0, checked
 // once on the way in; steps x layers x experts is complete, there is no missing entry.
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import type { Placement } from '../placement/placement.js';
 
 export interface LoadShape {
@@ -17,6 +18,18 @@ const refuse = (message: string, arg: string, where?: string): never => {
   });
 };
 
+const room = (counts: number, where: string | undefined): Float64Array => {
+  try {
+    return new Float64Array(counts);
+  } catch {
+    return refuse(
+      `expected counts that fit in memory but there would be ${counts} of them`,
+      'experts',
+      where,
+    );
+  }
+};
+
 /** Loads of a trace: f64[steps, layers, experts] of (token, choice) pairs. */
 export class Loads {
   readonly steps: number;
@@ -26,10 +39,11 @@ export class Loads {
   readonly counts: Float64Array;
 
   /**
-   * Takes the counts as they are (no copy of a Float64Array). Throws ERR_MOE_INVALID_ARG for a wrong length, NaN,
-   * infinite or negative entries, naming step, layer and expert. `where` is put in front of messages.
+   * Takes the counts as they are (no copy of a Float64Array); a BigInt64Array is what `load` of `moeFusedGate` reads
+   * as. Throws ERR_MOE_INVALID_ARG for a wrong length, and for NaN, negative entries and those from 2^53 on, naming
+   * step, layer and expert. `where` is put in front of messages.
    */
-  constructor(shape: LoadShape, counts: ArrayLike<number>, where?: string) {
+  constructor(shape: LoadShape, counts: ArrayLike<number> | BigInt64Array, where?: string) {
     for (const name of ['steps', 'layers', 'experts'] as const)
       if (!Number.isInteger(shape[name]) || shape[name] < 1)
         refuse(`expected ${name} to be a positive integer but received ${shape[name]}`, name, where);
@@ -40,12 +54,16 @@ export class Loads {
         'counts',
         where,
       );
+    // Sums and squares of counts that integers stand for exactly stay finite
+    const most = 2 ** 53;
     for (let index = 0; index < counts.length; index++) {
       const value = counts[index]!;
-      if (!(value >= 0 && value < Number.POSITIVE_INFINITY)) {
+      if (!(value >= 0 && value < most)) {
         const layer = Math.floor(index / experts) % layers;
+        const wanted =
+          value >= most && value < Number.POSITIVE_INFINITY ? 'count below 2^53' : 'finite count >= 0';
         refuse(
-          `layer ${layer}: expected a finite count >= 0 for expert ${index % experts} in step ${Math.floor(index / (experts * layers))} but received ${value}`,
+          `layer ${layer}: expected a ${wanted} for expert ${index % experts} in step ${Math.floor(index / (experts * layers))} but received ${value}`,
           'counts',
           where,
         );
@@ -54,7 +72,8 @@ export class Loads {
     this.steps = steps;
     this.layers = layers;
     this.experts = experts;
-    this.counts = counts instanceof Float64Array ? counts : Float64Array.from(counts);
+    this.counts =
+      counts instanceof Float64Array ? counts : Float64Array.from(counts as ArrayLike<number>, Number);
   }
 
   /** From nested arrays, [layers][experts] or [steps][layers][experts]. Ragged arrays are refused by place. */
@@ -89,7 +108,7 @@ export class Loads {
         for (const [expert, value] of (row as unknown[]).entries()) {
           if (typeof value !== 'number')
             refuse(
-              `layer ${layer}: expected a count for expert ${expert} in step ${step} but received ${value === null ? 'null' : typeof value}`,
+              `layer ${layer}: expected a count for expert ${expert} in step ${step} but received ${describeValue(value)}`,
               'counts',
               where,
             );
@@ -128,7 +147,9 @@ export class Loads {
         'stepTokens',
         where,
       );
-    const counts = new Float64Array(steps * layers * experts);
+    if (!Number.isInteger(experts) || experts < 1)
+      refuse(`expected experts to be a positive integer but received ${experts}`, 'experts', where);
+    const counts = room(steps * layers * experts, where);
     for (let layer = 0; layer < layers; layer++)
       for (let token = 0; token < steps * stepTokens; token++)
         for (let column = 0; column < topK; column++) {

@@ -1,6 +1,7 @@
 // Reads numpy's .npy format (versions 1 to 3): magic, version, header length, a Python dict literal, raw data.
 // Every dtype a count or an id can have is widened to f64; 64-bit integers beyond 2^53 are refused.
 import { MoeError } from '../errors.js';
+import { f16 } from '../float_formats.js';
 
 export interface NpyArray {
   shape: number[];
@@ -15,21 +16,6 @@ export const isNpy = (bytes: Uint8Array): boolean => magic.every((byte, index) =
 
 type Read = (view: DataView, offset: number, little: boolean) => number;
 
-const half: Read = (view, offset, little) => {
-  const bits = view.getUint16(offset, little);
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 1023;
-  const size =
-    exponent === 0
-      ? fraction * 2 ** -24
-      : exponent === 31
-        ? fraction
-          ? Number.NaN
-          : Number.POSITIVE_INFINITY
-        : (1 + fraction / 1024) * 2 ** (exponent - 15);
-  return bits & 0x8000 ? -size : size;
-};
-
 const readers: Record<string, [size: number, read: Read]> = {
   b1: [1, (view, offset) => view.getUint8(offset)],
   u1: [1, (view, offset) => view.getUint8(offset)],
@@ -40,7 +26,7 @@ const readers: Record<string, [size: number, read: Read]> = {
   i4: [4, (view, offset, little) => view.getInt32(offset, little)],
   u8: [8, (view, offset, little) => Number(view.getBigUint64(offset, little))],
   i8: [8, (view, offset, little) => Number(view.getBigInt64(offset, little))],
-  f2: [2, half],
+  f2: [2, (view, offset, little) => f16.decode(view.getUint16(offset, little))],
   f4: [4, (view, offset, little) => view.getFloat32(offset, little)],
   f8: [8, (view, offset, little) => view.getFloat64(offset, little)],
 };
@@ -87,7 +73,7 @@ export function parseNpy(bytes: Uint8Array, file = 'npy'): NpyArray {
   for (let index = 0; index < elements; index++) {
     const value = read(view, start + length + index * size, little);
     if (size === 8 && descr![2] !== 'f8' && Math.abs(value) > Number.MAX_SAFE_INTEGER)
-      throw bad(`expected integers up to 2^53 but entry ${index} is ${value}`);
+      throw bad(`expected integers below 2^53 but entry ${index} is ${value}`);
     data[index] = value;
   }
   return { shape, data: fortran === 'True' ? rowMajor(shape, data) : data };

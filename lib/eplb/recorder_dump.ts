@@ -31,10 +31,11 @@ export function recordedCounts(root: unknown, file: string): RecordedCounts {
   const [layers, physical] = map.shape as [number, number];
   const expertOf = map.data;
   const experts = expertOf.reduce((most, expert) => Math.max(most, expert), -1) + 1;
-  const wrong = expertOf.findIndex((expert) => expert < 0);
+  // Every expert has a slot, so there are at most as many
+  const wrong = expertOf.findIndex((expert) => !(expert >= 0 && expert < physical));
   if (wrong >= 0)
     throw bad(
-      `layer ${Math.floor(wrong / physical)}: expected an expert in slot ${wrong % physical} of last_physical_to_logical_map but received ${expertOf[wrong]}`,
+      `layer ${Math.floor(wrong / physical)}: expected an expert of 0..${physical - 1} in slot ${wrong % physical} of last_physical_to_logical_map but received ${expertOf[wrong]}`,
     );
 
   const records = root.get('records');

@@ -72,6 +72,16 @@ export function parseTorch(bytes: Uint8Array, file = 'torch file'): unknown {
   if (pickle === undefined)
     throw bad(`expected data.pkl in the archive but received ${[...entries.keys()].slice(0, 5)}`);
   const folder = pickle[0].slice(0, -'data.pkl'.length);
+  const order = entries.get(`${folder}byteorder`);
+  if (order !== undefined && new TextDecoder().decode(order) !== 'little')
+    throw bad(`expected little-endian storages but received byteorder ${new TextDecoder().decode(order)}`);
+  const room = (elements: number, shape: readonly number[]): Float64Array => {
+    try {
+      return new Float64Array(elements);
+    } catch {
+      throw bad(`expected a tensor that fits in memory but received shape [${shape}]`);
+    }
+  };
   const build: BuildTensor = ({ key, kind }, offset, shape, stride) => {
     const raw = entries.get(`${folder}data/${key}`);
     const size = elementSize[kind];
@@ -80,10 +90,11 @@ export function parseTorch(bytes: Uint8Array, file = 'torch file'): unknown {
     const view = new DataView(raw.buffer, raw.byteOffset, raw.byteLength);
     const elements = shape.reduce((product, length) => product * length, 1);
     const last = shape.reduce((sum, length, axis) => sum + (length - 1) * stride[axis]!, offset);
-    if (elements > 0 && (last + 1) * size > raw.byteLength)
+    const whole = [offset, ...shape, ...stride].every((number) => Number.isInteger(number) && number >= 0);
+    if (!whole || shape.length !== stride.length || (elements > 0 && (last + 1) * size > raw.byteLength))
       throw bad(`expected storage ${key} to hold shape [${shape}] but it has ${raw.byteLength} bytes`);
     return new TorchTensor(shape, () => {
-      const data = new Float64Array(elements);
+      const data = room(elements, shape);
       const place = new Array<number>(shape.length).fill(0);
       let at = offset;
       for (let index = 0; index < elements; index++) {

@@ -3,6 +3,7 @@
 // validated before any placement is returned.
 import { readFile, writeFile } from 'node:fs/promises';
 import { MoeError } from '../errors.js';
+import { decodeUtf8, describeBytes, jsonFault } from '../text_file.js';
 import { Placement } from './placement.js';
 
 /** 'vllm-ascend': device lists per layer. 'sglang' and 'vllm': physical_to_logical_map, [layers][physical]. */
@@ -53,6 +54,11 @@ const placed = (file: string, layer: number, build: () => Placement): Placement 
   }
 };
 
+const checkDevices = (file: string, layer: number, devices: number, wanted: ReadExpertMapOptions): void => {
+  if (wanted.devices !== undefined && devices !== wanted.devices)
+    throw bad(file, `layer ${layer}: expected ${wanted.devices} devices but received ${devices}`);
+};
+
 const sameEverywhere = (file: string, placements: Placement[]): Placement[] => {
   const [first] = placements;
   if (first === undefined) throw bad(file, 'expected at least one layer but received none');
@@ -88,8 +94,7 @@ function parseAscend(
         file,
         `layer ${layer}: expected device_count to equal the ${devices.length} entries of device_list but received ${show(device_count)}`,
       );
-    if (options.devices !== undefined && devices.length !== options.devices)
-      throw bad(file, `layer ${layer}: expected ${options.devices} devices but received ${devices.length}`);
+    checkDevices(file, layer, devices.length, options);
     const rows = devices.map((device, index) => {
       const at = `${field}.device_list[${index}]`;
       const { device_id, device_expert } = record(file, device, at);
@@ -132,11 +137,7 @@ export function parseExpertMap(text: string, options: ReadExpertMapOptions = {})
   try {
     root = JSON.parse(text);
   } catch (cause) {
-    throw bad(
-      file,
-      `expected JSON but received text that does not parse (${(cause as Error).message})`,
-      cause,
-    );
+    throw bad(file, `expected JSON but received text that does not parse (${jsonFault(cause)})`, cause);
   }
   if (Array.isArray(root)) return parsePhysical(root, file, options);
   const fields = record(file, root, 'the file');
@@ -151,14 +152,15 @@ export function parseExpertMap(text: string, options: ReadExpertMapOptions = {})
     );
     return sameEverywhere(
       file,
-      layers.map((rows, layer) =>
-        placed(file, layer, () =>
+      layers.map((rows, layer) => {
+        checkDevices(file, layer, rows.length, options);
+        return placed(file, layer, () =>
           Placement.fromRows(rows, {
             duplicates: 'allow',
             ...(options.experts === undefined ? {} : { experts: options.experts }),
           }),
-        ),
-      ),
+        );
+      }),
     );
   }
   throw bad(
@@ -169,12 +171,14 @@ export function parseExpertMap(text: string, options: ReadExpertMapOptions = {})
 
 /** Reads an expert-map file: one placement per layer. Throws ERR_MOE_CHECKPOINT naming file, layer and field. */
 export async function readExpertMap(file: string, options: ReadExpertMapOptions = {}): Promise<Placement[]> {
-  let text: string;
+  let bytes: Uint8Array;
   try {
-    text = await readFile(file, 'utf8');
+    bytes = await readFile(file);
   } catch (cause) {
     throw bad(file, `cannot be read (${(cause as Error).message})`, cause);
   }
+  const text = decodeUtf8(bytes);
+  if (text === undefined) throw bad(file, `expected JSON but received ${describeBytes(bytes)}`);
   return parseExpertMap(text, { ...options, file });
 }
 

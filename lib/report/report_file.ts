@@ -36,16 +36,25 @@ ${parts.join('\n')}
 `;
 }
 
-/** Writes .html (one self-contained page) or .svg. Throws ERR_MOE_INVALID_ARG for other names, ERR_MOE_CHECKPOINT if it cannot be written. */
+/** The text of a file that a report is written to: .html (one self-contained page) or .svg, by its name. */
+export async function renderReport(file: string, report: Report): Promise<string> {
+  checkReportFile(file);
+  return extname(file).toLowerCase() === '.html' ? renderHtml(report) : renderReportSvg(report);
+}
+
+/** Throws ERR_MOE_INVALID_ARG for a name that ends in neither .html nor .svg. */
+export function checkReportFile(file: string): void {
+  if (['.html', '.svg'].includes(extname(file).toLowerCase())) return;
+  throw new MoeError(
+    'ERR_MOE_INVALID_ARG',
+    `expected a report file ending in .html or .svg but received ${file}`,
+    { op: 'report', arg: 'file' },
+  );
+}
+
+/** Writes a report, see `renderReport`. Throws ERR_MOE_CHECKPOINT if the file cannot be written. */
 export async function writeReport(file: string, report: Report): Promise<void> {
-  const extension = extname(file).toLowerCase();
-  if (extension !== '.html' && extension !== '.svg')
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected a report file ending in .html or .svg but received ${file}`,
-      { op: 'report', arg: 'file' },
-    );
-  const text = extension === '.html' ? await renderHtml(report) : await renderReportSvg(report);
+  const text = await renderReport(file, report);
   try {
     await writeFile(file, text);
   } catch (cause) {

@@ -1,4 +1,4 @@
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { lstat, mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -141,6 +141,17 @@ describe('moe-kernels plan', () => {
     expect(Object.keys(layers[0][0])).toEqual(['expert', 'from', 'fromSlot', 'to', 'toSlot', 'round']);
   });
 
+  it('leaves links, pipes and devices what they are', async () => {
+    await writeFile(file('old.json'), 'old');
+    await symlink('old.json', file('link.json'));
+    const plan = ['plan', '--loads', file('window.json'), ...shape];
+    const { code } = await run(...plan, '--out', file('link.json'), '--transfers', '/dev/null');
+    expect(code).toBe(0);
+    expect(JSON.parse(await readFile(file('old.json'), 'utf8')).moe_layer_count).toBe(3);
+    expect((await lstat(file('link.json'))).isSymbolicLink()).toBe(true);
+    expect((await lstat('/dev/null')).isCharacterDevice()).toBe(true);
+  });
+
   it('reads traces, top-k ids and counts per slot', async () => {
     expect((await run('plan', '--loads', file('trace.npy'), ...shape, '--policy', 'greedy')).out).toMatch(
       /^policy +greedy/,
@@ -242,6 +253,30 @@ describe('moe-kernels plan', () => {
       'ending in .html or .svg but received x.pdf',
     ],
     [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--experts', '32'],
+      'expected --topk with --experts',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--shared', '0', '--shared-top-k', '8'],
+      'expected --shared to be at least 1 with --shared-top-k',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--current', '@eight.json'],
+      'eight.json: layer 0: expected 4 devices but received 8',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '8', '--slots', '9', '--current', '@eight.json'],
+      'eight.json: expected 9 slots on every device (--slots) but received 5',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--report', '@nowhere/x.svg'],
+      'nowhere/x.svg: cannot be written',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--transfers', '@nowhere/x.json'],
+      'nowhere/x.json: cannot be written',
+    ],
+    [
       ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--policy', 'best'],
       'policy to be one of adaptive',
     ],
@@ -256,6 +291,11 @@ describe('moe-kernels plan', () => {
       file('two.json'),
       JSON.stringify([0, 1].map(() => Array.from({ length: 36 }, (_, slot) => slot % 32))),
     );
+    const eight = [0, 1, 2].map(() =>
+      Array.from({ length: 8 }, (_, device) => [0, 1, 2, 3, 4].map((slot) => (device * 5 + slot) % 32)),
+    );
+    await writeFile(file('eight.json'), JSON.stringify({ placement: eight }));
+    const before = (await readdir(folder)).sort();
     const result = await run(
       'plan',
       ...args.map((arg) => (arg.startsWith('@') ? file(arg.slice(1)) : arg)),
@@ -264,7 +304,7 @@ describe('moe-kernels plan', () => {
     );
     expect(result.code).toBe(2);
     expect(result.message).toContain(message);
-    await expect(readFile(file('never.json'))).rejects.toThrow('ENOENT');
+    expect((await readdir(folder)).sort()).toEqual(before);
   });
 });
 
@@ -324,5 +364,17 @@ describe('moe-kernels simulate', () => {
     expect(
       (await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '13')).message,
     ).toContain('at most 12 steps');
+  });
+
+  it.each([
+    [['--step-tokens', '4'], 'expected --topk with --experts and --step-tokens'],
+    [['--layers-per-step', '2'], 'expected --plan-steps with --layers-per-step'],
+    [['--report', 'x.pdf'], 'ending in .html or .svg'],
+  ])('refuses %j, which would do nothing', async (args, message) => {
+    const simulate = ['simulate', '--trace', file('trace.npy'), ...shape, '--window', '8'];
+    expect(await run(...simulate, ...args)).toMatchObject({
+      out: '',
+      message: expect.stringContaining(message),
+    });
   });
 });

@@ -8,6 +8,7 @@ import { Placement } from '../../lib/placement/placement.js';
 import { type Saved, torchArchive, torchSave } from '../cases/loads_torch.js';
 
 const text = (value: string) => new TextEncoder().encode(value);
+const png = Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a);
 
 describe('Loads', () => {
   it('takes nested arrays with or without steps', () => {
@@ -61,6 +62,24 @@ describe('Loads', () => {
     [[1, 2], 'an empty or flat list'],
   ])('refuses %j', (nested, message) => {
     expect(() => Loads.fromArrays(nested)).toThrow(message);
+  });
+
+  it('takes what `load` of moeFusedGate reads as', () => {
+    const loads = new Loads({ steps: 1, layers: 1, experts: 3 }, BigInt64Array.of(3n, 0n, 2n ** 40n));
+    expect([...loads.counts]).toEqual([3, 0, 2 ** 40]);
+    expect(() => new Loads({ steps: 1, layers: 1, experts: 1 }, BigInt64Array.of(-1n))).toThrow(
+      'received -1',
+    );
+  });
+
+  it('refuses counts that sums of would not be exact', () => {
+    expect(() => new Loads({ steps: 1, layers: 1, experts: 2 }, [1, 2 ** 53])).toThrow(
+      'layer 0: expected a count below 2^53 for expert 1 in step 0 but received 9007199254740992',
+    );
+    expect([...new Loads({ steps: 1, layers: 1, experts: 2 }, [-0, 2 ** 53 - 1]).counts]).toEqual([
+      -0,
+      2 ** 53 - 1,
+    ]);
   });
 
   it('counts top-k ids by step, without padding', () => {
@@ -187,8 +206,24 @@ describe('load files', () => {
       rows.flatMap((row, layer) => row.map((count, expert) => `${step},${layer},${expert},${count}`)),
     );
     same(parseLoads(text(['step,layer,expert,count', ...lines].join('\n')), 'a.csv'));
+    const quoted = ['step,layer,expert,count', ...lines].map((line) => line.replace(/\w+/g, '"$&"'));
+    same(parseLoads(text(`\ufeff${quoted.join('\r\n')}`), 'a.csv'));
+    same(
+      parseLoads(
+        text(['Step;Layer;Expert;Count', ...lines.map((line) => line.replaceAll(',', ';'))].join('\n')),
+        'a.csv',
+      ),
+    );
     expect(parseLoads(text('1,2,3\n4,5,6\n'), 'a.csv')).toMatchObject({ steps: 1, layers: 2, experts: 3 });
     same(parseLoads(torchArchive('logical_count', [2, 2, 3], counts), 'a.pt'));
+  });
+
+  it('refuses a recorder dump of a big-endian machine, whose numbers would read as others', async () => {
+    const whole = await readFile('test/fixtures/recorder/stat.pt');
+    const at = whole.indexOf('little');
+    expect(at).toBeGreaterThan(0);
+    const other = Uint8Array.from([...whole.subarray(0, at), ...text('bigbig'), ...whole.subarray(at + 6)]);
+    expect(() => parseLoads(other, 'a.pt')).toThrow('a.pt: expected little-endian storages');
   });
 
   it.each(['stat', 'per_pass', 'per_token'])('reads what torch.save wrote in mode %s', async (mode) => {
@@ -261,6 +296,17 @@ describe('load files', () => {
     const ids = Uint8Array.of(0, 1, 2, 0, 1, 1, 2, 2);
     const loads = parseLoads(formatNpy([1, 4, 2], ids), 'ids.npy', { topk: { experts: 3, stepTokens: 2 } });
     expect([...loads.counts]).toEqual([2, 1, 1, 0, 2, 2]);
+    for (const [name, content] of Object.entries({
+      'ids.json': '[[[0,1],[1,0]],"xx"]',
+      'other.json': '{"logical_count": [[[0,1]]]}',
+      'ids.csv': '0,1\n1,0',
+    }))
+      expect(() => parseLoads(text(content), name, { topk: { experts: 3, stepTokens: 1 } })).toThrow(
+        expect.objectContaining({ code: 'ERR_MOE_CHECKPOINT', message: expect.stringContaining(name) }),
+      );
+    expect(() =>
+      parseLoads(formatNpy([1, 4, 2], ids), 'ids.npy', { topk: { experts: 1e12, stepTokens: 2 } }),
+    ).toThrow('ids.npy: expected counts that fit in memory');
     expect(() =>
       parseLoads(text('[[[0,1],[1]]]'), 'ids.json', { topk: { experts: 3, stepTokens: 1 } }),
     ).toThrow('ids.json: layer 0: expected 2 tokens x 2 ids');
@@ -270,25 +316,52 @@ describe('load files', () => {
     [
       'a.npy',
       text('[[1,2]]'),
-      'a.npy: expected the content its name says (.npy) but received something else',
+      "a.npy: expected the content its name says (.npy) but received text that starts with '[[1,'",
     ],
+    [
+      'a.npy',
+      png,
+      'a.npy: expected the content its name says (.npy) but received bytes that start with 89 50',
+    ],
+    ['a.json', png, 'a.json: expected the content its name says (.json) but received bytes that start with'],
+    ['a.npy', new Uint8Array(), 'but received an empty file'],
     [
       'a.json',
       formatNpy([2, 2, 3], counts),
-      'a.json: expected the content its name says (.json) but received a npy file',
+      'a.json: expected the content its name says (.json) but received an npy file',
     ],
     ['a.json', text('[[1,2'), 'a.json: expected JSON'],
+    [
+      'a.json',
+      text('[[1,2],[3,NaN]]'),
+      "a.json: layer 1: expected a count for expert 1 in step 0 but received 'NaN'",
+    ],
+    [
+      'a.json',
+      text('[[1,2],[3,1e300]]'),
+      'a.json: layer 1: expected a count below 2^53 for expert 1 in step 0',
+    ],
     [
       'a.json',
       text('{"counts": 3}'),
       'a.json: expected nested lists of counts or an object with logical_count',
     ],
     ['a.json', text('[[1,2],[3,-4]]'), 'a.json: layer 1: expected a finite count >= 0 for expert 1'],
-    ['a.csv', text('1,2\n3,x'), "a.csv: line 2: expected a number in column 2 but received 'x'"],
+    ['a.csv', text('1,2\n\n3,x'), "a.csv: line 3: expected a number in column 2 but received 'x'"],
     [
       'a.csv',
       text('layer,expert,count\n0,0,1\n0,0,2'),
-      'a.csv: expected one line for each of 1 steps x 1 layers x 1 experts but received 2',
+      'a.csv: layer 0: expected one line for expert 0 in step 0 but received two',
+    ],
+    [
+      'a.csv',
+      text('layer,expert,count\n0,0,1\n0,1,1\n1,0,2'),
+      'a.csv: layer 1: expected one line for each of 1 steps x 2 layers x 2 experts but received none for expert 1',
+    ],
+    [
+      'a.csv',
+      text('layer,expert,count\n0,1e15,1'),
+      'a.csv: expected one line for each of 1 steps x 1 layers x 1000000000000001 experts but received 1',
     ],
     [
       'a.csv',

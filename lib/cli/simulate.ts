@@ -182,5 +182,16 @@ export function simulationText(rows: readonly Row[]): string {
     columns.push(['served', (row) => row.parServed?.toFixed(4) ?? '']);
   const table = [columns.map(([title]) => title), ...rows.map((row) => columns.map(([, cell]) => cell(row)))];
   const widths = columns.map((_, column) => Math.max(...table.map((line) => line[column]!.length)));
-  return `${table.map((line) => line.map((cell, column) => (column === 0 ? cell.padEnd(widths[column]!) : cell.padStart(widths[column]!))).join('  ')).join('\n')}\n`;
+  const lines = table.map((line) =>
+    line.map((cell, column) =>
+      column === 0 ? cell.padEnd(widths[column]!) : cell.padStart(widths[column]!),
+    ),
+  );
+  return [
+    ...lines.map((line) => line.join('  ')),
+    '',
+    'PAR (peak over average device load, 1 is perfect) of the window planned on (same) and of the one after it (next),',
+    'of their sums and as the mean of single steps; moves of the first plan (moves1) and, in the mean, of later ones.',
+    '',
+  ].join('\n');
 }

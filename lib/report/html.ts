@@ -11,7 +11,7 @@ p { margin: .2rem 0 .8rem; color: #4a5360; }
 figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid #e3e7ec; }
-th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
+th:first-child, td:first-child, #summary td { text-align: left; } #summary td:first-child { color: #4a5360; } .scroll { overflow-x: auto; }
 `;
 
 /** The whole page. */
@@ -34,6 +34,7 @@ export async function renderHtml(report: Report): Promise<string> {
 </head>
 <body>
 <h1>${escapeMarkup(report.title)}</h1>
+${report.lead === undefined ? '' : `<p>${escapeMarkup(report.lead)}</p>`}
 <table id="summary">
 ${summary}
 </table>
@@ -44,8 +45,8 @@ ${report.table === undefined ? '' : tableMarkup(report.table)}
 `;
 }
 
-function tableMarkup([header = [], ...rows]: string[][]): string {
+function tableMarkup({ caption, rows: [header = [], ...rows] }: NonNullable<Report['table']>): string {
   const line = (cells: string[], tag: string): string =>
     `<tr>${cells.map((cell) => `<${tag}>${escapeMarkup(cell)}</${tag}>`).join('')}</tr>`;
-  return `<section><h2>Figures</h2><div class="scroll"><table id="figures">\n<thead>${line(header, 'th')}</thead>\n<tbody>\n${rows.map((row) => line(row, 'td')).join('\n')}\n</tbody></table></div></section>`;
+  return `<section><h2>Figures</h2>\n<p>${escapeMarkup(caption)}</p>\n<div class="scroll"><table id="figures">\n<thead>${line(header, 'th')}</thead>\n<tbody>\n${rows.map((row) => line(row, 'td')).join('\n')}\n</tbody></table></div></section>`;
 }

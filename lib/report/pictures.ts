@@ -136,38 +136,84 @@ export function movesPicture(moves: readonly number[]): PictureSpec {
   };
 }
 
-/** Series whose excess over 1 is within this multiple of the best one's are drawn once more, larger. */
+/** Policies whose excess over 1 is within this multiple of the best one's are drawn once more, larger. */
 const near = 3;
 
-/**
- * PAR over windows or steps, one line for each policy. Below it, on a scale of their own, the policies near the best,
- * which a bad placement in the same picture would press into one line.
- */
+/** The policies near the best, which a bad placement in the same picture would press into one place. */
+function nearBest(rows: readonly { policy: string; par: number }[]): Set<string> {
+  const excess = new Map<string, number>();
+  for (const { policy, par } of rows) excess.set(policy, (excess.get(policy) ?? 0) + par - 1);
+  const best = Math.min(...excess.values());
+  return new Set([...excess.keys()].filter((policy) => excess.get(policy)! <= near * best));
+}
+
+/** `panel` of all rows; where some policies dwarf the others, also one of the others, on a scale of its own. */
+function withNearBest<T extends { policy: string; par: number }>(
+  rows: readonly T[],
+  title: string,
+  size: ReturnType<typeof base>,
+  panel: (rows: readonly T[], title: string) => object,
+): PictureSpec {
+  const { width, height, ...rest } = size;
+  const best = nearBest(rows);
+  const good = rows.filter(({ policy }) => best.has(policy));
+  const sized = (part: readonly T[], name: string): object => ({ width, height, ...panel(part, name) });
+  return good.length === 0 || good.length === rows.length
+    ? { ...rest, ...sized(rows, title) }
+    : { ...rest, vconcat: [sized(rows, title), sized(good, `${title}, the best`)] };
+}
+
+/** PAR over windows or steps, one line for each policy, that of `chosen` on top and thicker. */
 export function parOverTimePicture(
   rows: readonly { policy: string; window: number; par: number }[],
   order: readonly string[],
   unit: 'window' | 'step',
+  chosen?: string,
 ): PictureSpec {
-  const excess = new Map<string, number>();
-  for (const { policy, par } of rows) excess.set(policy, (excess.get(policy) ?? 0) + par - 1);
-  const best = Math.min(...excess.values());
-  const good = rows.filter(({ policy }) => excess.get(policy)! <= near * best);
-  const { width, height, ...rest } = base(760, 300);
-  const panel = (values: typeof rows, title: string): object => ({
-    width,
-    height,
+  const thick = rows.length > 150 ? 1.5 : 2;
+  // Lines are drawn in the order of their data
+  const drawn = [...rows].sort((one, two) => Number(one.policy === chosen) - Number(two.policy === chosen));
+  return withNearBest(drawn, 'peak / average', base(760, 300), (values, title) => ({
     data: { values: values.map((row) => ({ ...row })) },
-    mark: { type: 'line', ...(rows.length > 150 ? { strokeWidth: 1.5 } : { point: { size: 30 } }) },
+    mark: { type: 'line', ...(rows.length > 150 ? {} : { point: { size: 30 } }) },
     encoding: {
       x: { ...counted, field: 'window', title: unit },
       y: { field: 'par', type: 'quantitative', title, scale: { zero: false } },
       color: { field: 'policy', type: 'nominal', title: null, scale: { domain: [...order] } },
+      strokeWidth: {
+        condition: { test: `datum.policy === ${JSON.stringify(chosen ?? '')}`, value: 2 * thick },
+        value: thick,
+      },
     },
-  });
-  const all = panel(rows, 'peak / average');
-  return good.length === 0 || good.length === rows.length
-    ? { ...rest, ...all }
-    : { ...rest, vconcat: [all, panel(good, 'peak / average, the best')] };
+  }));
+}
+
+/** PAR of each policy, for loads without steps; the bars start at 1, which is perfect. */
+export function parByPolicyPicture(
+  rows: readonly { policy: string; par: number }[],
+  order: readonly string[],
+): PictureSpec {
+  return {
+    ...base(760, 26 * rows.length),
+    data: { values: rows.map((row) => ({ ...row, label: row.par.toFixed(4) })) },
+    encoding: {
+      x: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { domainMin: 1 } },
+      y: { field: 'policy', type: 'nominal', title: null, sort: [...order] },
+    },
+    layer: [
+      {
+        mark: { type: 'bar' },
+        encoding: {
+          x2: { datum: 1 },
+          color: { field: 'policy', type: 'nominal', scale: { domain: [...order] }, legend: null },
+        },
+      },
+      {
+        mark: { type: 'text', align: 'left', dx: 4, fontSize: 11 },
+        encoding: { text: { field: 'label', type: 'nominal' } },
+      },
+    ],
+  };
 }
 
 /** Ticks from 0 in steps of 1, 2 or 5 times a power of ten, at most eight. */
@@ -182,13 +228,10 @@ export function costPicture(
   rows: readonly { policy: string; moves: number; par: number }[],
   order: readonly string[],
 ): PictureSpec {
-  return {
-    ...base(760, 300),
-    data: {
-      values: [...rows]
-        .sort((one, two) => one.moves - two.moves)
-        .map((row, index) => ({ ...row, above: index % 2 === 0 })),
-    },
+  const most = Math.max(1, ...rows.map(({ moves }) => moves));
+  const byMoves = [...rows].sort((one, two) => one.moves - two.moves);
+  return withNearBest(byMoves, 'PAR of next steps', base(760, 300), (values, title) => ({
+    data: { values: values.map((row, index) => ({ ...row, above: index % 2 === 0 })) },
     layer: [
       { mark: { type: 'point', size: 80, filled: true } },
       ...[true, false].map((above) => ({
@@ -203,16 +246,11 @@ export function costPicture(
         field: 'moves',
         type: 'quantitative',
         title: 'experts moved per plan',
-        scale: { domainMin: -0.05 * Math.max(1, ...rows.map(({ moves }) => moves)), nice: false },
-        axis: { values: ticks(Math.max(...rows.map(({ moves }) => moves))) },
+        scale: { domain: [-0.05 * most, 1.05 * most], nice: false },
+        axis: { values: ticks(most) },
       },
-      y: {
-        field: 'par',
-        type: 'quantitative',
-        title: 'PAR of next steps',
-        scale: { zero: false, padding: 24 },
-      },
-      color: { field: 'policy', type: 'nominal', sort: [...order], legend: null },
+      y: { field: 'par', type: 'quantitative', title, scale: { zero: false, padding: 24 } },
+      color: { field: 'policy', type: 'nominal', scale: { domain: [...order] }, legend: null },
     },
-  };
+  }));
 }

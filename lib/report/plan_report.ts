@@ -11,9 +11,10 @@ import {
   heatPicture,
   movesPicture,
   parByLayerPicture,
+  parByPolicyPicture,
   parOverTimePicture,
 } from './pictures.js';
-import type { Report } from './report.js';
+import type { Report, ReportPicture } from './report.js';
 
 export interface PlanReportInput {
   loads: Loads;
@@ -88,11 +89,12 @@ export function planReport({ loads, plan, current, others = [], title }: PlanRep
     `${figures.before.mean.toFixed(4)} → ${figures.after.mean.toFixed(4)}`;
   return {
     title: `Expert placement plan: ${title}`,
+    lead: 'PAR is peak over average device load: 1 is perfect balance, and a step waits for its fullest device.',
     summary: [
       ['policy', plan.policy],
       [
         'shape',
-        `${loads.layers} layers, ${experts} experts on ${devices} devices × ${slots} slots; ${loads.steps} steps of load`,
+        `${loads.layers} layers, ${experts} experts on ${devices} devices × ${slots} slots; ${loads.steps} ${loads.steps === 1 ? 'step' : 'steps'} of load`,
       ],
       ['PAR of the window, mean over layers', change(plan.par)],
       [
@@ -100,7 +102,10 @@ export function planReport({ loads, plan, current, others = [], title }: PlanRep
         `${plan.par.before.max.toFixed(4)} → ${plan.par.after.max.toFixed(4)}`,
       ],
       ['PAR of the steps, mean', change(plan.parStep)],
-      ['experts moved', `${plan.moves} in ${plan.layersTouched} layers`],
+      [
+        'experts moved',
+        `${plan.moves} in ${plan.layersTouched} layers, of ${loads.layers * devices * slots} slots`,
+      ],
       ['transfers', `at most ${busiest} sent by a device and ${rounds} rounds in a layer`],
       ['planning time', `${plan.ms.toFixed(1)} ms`],
     ],
@@ -119,36 +124,54 @@ export function planReport({ loads, plan, current, others = [], title }: PlanRep
       },
       {
         heading: 'Peak over average by layer',
-        caption: 'PAR of the whole window. 1 is perfect balance.',
+        caption: 'PAR of the whole window.',
         spec: parByLayerPicture(parRows),
       },
-      {
-        heading: 'PAR over time',
-        caption: `Mean PAR over layers of every step${loads.steps > mostPoints ? ', averaged in groups' : ''}: as it was, and under what each policy plans for these loads. Where one line dwarfs the rest, the best follow below on a scale of their own.`,
-        spec: parOverTimePicture(
-          series.flatMap(({ name, placements }) =>
-            grouped(parByStep(loads, placements)).map((par, index) => ({ policy: name, window: index, par })),
-          ),
-          series.map(({ name }) => name),
-          'step',
-        ),
-      },
+      policiesPicture(loads, series, plan.policy),
       {
         heading: 'Moves by layer',
         caption: 'Expert weights that devices must receive.',
         spec: movesPicture(Array.from(plan.movesPerLayer)),
       },
     ],
-    table: [
-      ['layer', 'PAR before', 'PAR after', 'steps before', 'steps after', 'moves'],
-      ...Array.from({ length: loads.layers }, (_, layer) => [
-        String(layer),
-        plan.par.before.layers[layer]!.toFixed(4),
-        plan.par.after.layers[layer]!.toFixed(4),
-        plan.parStep.before.layers[layer]!.toFixed(4),
-        plan.parStep.after.layers[layer]!.toFixed(4),
-        String(plan.movesPerLayer[layer]),
-      ]),
-    ],
+    table: {
+      caption:
+        'PAR of the window of each layer, mean PAR of its steps, and the expert weights that devices receive.',
+      rows: [
+        ['layer', 'PAR before', 'PAR after', 'steps before', 'steps after', 'moves'],
+        ...Array.from({ length: loads.layers }, (_, layer) => [
+          String(layer),
+          plan.par.before.layers[layer]!.toFixed(4),
+          plan.par.after.layers[layer]!.toFixed(4),
+          plan.parStep.before.layers[layer]!.toFixed(4),
+          plan.parStep.after.layers[layer]!.toFixed(4),
+          String(plan.movesPerLayer[layer]),
+        ]),
+      ],
+    },
+  };
+}
+
+/** What each policy makes of these loads: over time, or where there is one step only as one figure. */
+function policiesPicture(
+  loads: Loads,
+  series: readonly { name: string; placements: readonly Placement[] }[],
+  chosen: string,
+): ReportPicture {
+  const names = series.map(({ name }) => name);
+  const rows = series.flatMap(({ name, placements }) =>
+    grouped(parByStep(loads, placements)).map((par, window) => ({ policy: name, window, par })),
+  );
+  if (loads.steps === 1)
+    return {
+      heading: 'PAR by policy',
+      caption: 'Mean PAR over layers: as it was, and under what each policy plans for these loads.',
+      spec: parByPolicyPicture(rows, names),
+    };
+  const groups = loads.steps > mostPoints ? ', averaged in groups' : '';
+  return {
+    heading: 'PAR over time',
+    caption: `Mean PAR over layers of every step${groups}: as it was, and under what each policy plans for these loads (${chosen} is the plan). Where one line dwarfs the rest, the best follow below on a scale of their own.`,
+    spec: parOverTimePicture(rows, names, 'step', chosen),
   };
 }

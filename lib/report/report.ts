@@ -15,9 +15,11 @@ export interface ReportPicture {
 
 export interface Report {
   title: string;
+  /** What a reader has to know to read the figures, below the title. */
+  lead?: string;
   /** Label and value, in reading order. */
   summary: [label: string, value: string][];
   pictures: ReportPicture[];
-  /** A closing table, header first. */
-  table?: string[][];
+  /** A closing table, header first, and the sentence that says what its columns are. */
+  table?: { caption: string; rows: string[][] };
 }

@@ -14,6 +14,7 @@ export function simulationReport({ figures, title }: SimulationReportInput): Rep
   const best = figures.reduce((chosen, row) => (row.parStepNext < chosen.parStepNext ? row : chosen));
   return {
     title: `Expert placement planners: ${title}`,
+    lead: 'PAR is peak over average device load: 1 is perfect balance, and a step waits for its fullest device.',
     summary: [
       ['policies', names.join(', ')],
       ['plans of each', String(figures[0]!.plans)],
@@ -35,36 +36,40 @@ export function simulationReport({ figures, title }: SimulationReportInput): Rep
       {
         heading: 'Quality against moves',
         caption:
-          'PAR of the next steps over experts moved per plan (after the first). Down and left is better.',
+          'PAR of the next steps over experts moved per plan (after the first). Down and left is better. Where one policy is far off, the best follow below on a scale of their own.',
         spec: costPicture(
           figures.map(({ name, moves, parStepNext }) => ({ policy: name, moves, par: parStepNext })),
           names,
         ),
       },
     ],
-    table: [
-      [
-        'policy',
-        'same',
-        'next',
-        'same, steps',
-        'next, steps',
-        'moves, first plan',
-        'moves, later',
-        'layers',
-        'ms',
+    table: {
+      caption:
+        'Same: PAR of the window that was planned on; next: of the one after it; steps: mean PAR of single steps. Moves, layers and ms are of a later plan, in the mean.',
+      rows: [
+        [
+          'policy',
+          'same',
+          'next',
+          'same, steps',
+          'next, steps',
+          'moves, first plan',
+          'moves, later',
+          'layers',
+          'ms',
+        ],
+        ...figures.map((row) => [
+          row.name,
+          row.parSame.toFixed(4),
+          row.parNext.toFixed(4),
+          row.parStepSame.toFixed(4),
+          row.parStepNext.toFixed(4),
+          String(row.movesFirst),
+          row.moves.toFixed(0),
+          row.layersTouched.toFixed(1),
+          row.ms.toFixed(1),
+        ]),
       ],
-      ...figures.map((row) => [
-        row.name,
-        row.parSame.toFixed(4),
-        row.parNext.toFixed(4),
-        row.parStepSame.toFixed(4),
-        row.parStepNext.toFixed(4),
-        String(row.movesFirst),
-        row.moves.toFixed(0),
-        row.layersTouched.toFixed(1),
-        row.ms.toFixed(1),
-      ]),
-    ],
+    },
   };
 }

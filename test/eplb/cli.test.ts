@@ -341,7 +341,9 @@ describe('moe-kernels simulate', () => {
       '--plan-steps',
       '2',
     );
-    const lines = out.trimEnd().split('\n');
+    const [table, legend] = out.trimEnd().split('\n\n');
+    expect(legend).toContain('1 is perfect');
+    const lines = table!.split('\n');
     expect(lines[0]).toMatch(/^policy +same +next +same_step +next_step +moves1 +moves +layers +ms +served$/);
     expect(lines.slice(1).map((line) => line.split(' ')[0])).toEqual(['adaptive', 'linear']);
   });

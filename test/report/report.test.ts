@@ -19,6 +19,8 @@ if (!installed) console.warn(`skipped: the browser tests need ${executablePath} 
 const loads = generateTrace({ kind: 'bursty', steps: 24, layers: 6, experts: 64, seed: 2 });
 const plan = planSync({ loads, devices: 8, slots: 9 });
 const others = ['greedy', 'linear'].map((policy) => planSync({ loads, devices: 8, slots: 9, policy }));
+const oneStep = loads.window(0, 1);
+const step = planSync({ loads: oneStep, devices: 8, slots: 9 });
 let folder: string;
 
 beforeAll(async () => {
@@ -26,6 +28,10 @@ beforeAll(async () => {
   const report = planReport({ loads, plan, others, title: 'a <trace> & "more"' });
   await writeReport(join(folder, 'plan.html'), report);
   await writeReport(join(folder, 'plan.svg'), report);
+  await writeReport(
+    join(folder, 'step.html'),
+    planReport({ loads: oneStep, plan: step, others, title: 'one' }),
+  );
   const figures = await simulate(loads, {
     devices: 8,
     slots: 9,
@@ -116,6 +122,12 @@ describe.skipIf(!installed)('in a browser', () => {
     expect(await svgs.nth(4).locator('g.mark-rect.role-mark path').count()).toBe(6);
     // All four, and below them the two near the best
     expect(await svgs.nth(3).locator('g.mark-line path').count()).toBe(4 + 2);
+    // The plan's own line lies on top, and is the thickest
+    const widths = await svgs
+      .nth(3)
+      .locator('g.mark-line path')
+      .evaluateAll((lines) => lines.map((line) => Number(line.getAttribute('stroke-width'))));
+    expect(widths.slice(0, 4)).toEqual([2, 2, 2, 4]);
     const rows = await page.locator('#figures tbody tr').allTextContents();
     expect(rows.length).toBe(6);
     expect(await page.locator('#figures tbody tr:first-child td:nth-child(3)').textContent()).toBe(
@@ -123,6 +135,18 @@ describe.skipIf(!installed)('in a browser', () => {
     );
     expect(await page.locator('#summary').textContent()).toContain(`${plan.moves} in 6 layers`);
     expect(await page.evaluate(() => document.documentElement.scrollWidth)).toBeLessThanOrEqual(1100);
+    expect(problems).toEqual([]);
+    await page.close();
+  });
+
+  it('the report of loads without steps has a bar for every policy instead of lines over time', async () => {
+    const { page, problems } = await show('step.html');
+    expect(await page.locator('h2').nth(3).textContent()).toBe('PAR by policy');
+    expect(await page.locator('#summary').textContent()).toContain('1 step of load');
+    const picture = page.locator('figure > svg').nth(3);
+    expect(await picture.locator('g.mark-rect.role-mark path').count()).toBe(4);
+    const labels = await picture.locator('g.mark-text.role-mark text').allTextContents();
+    expect(labels[1]).toBe(step.par.after.mean.toFixed(4));
     expect(problems).toEqual([]);
     await page.close();
   });
@@ -136,7 +160,9 @@ describe.skipIf(!installed)('in a browser', () => {
       .nth(1)
       .locator('g.mark-text.role-mark text')
       .allTextContents();
-    expect(labels.sort()).toEqual(['adaptive', 'greedy', 'linear']);
+    // All three, and below them the two near the best
+    expect(labels.sort()).toEqual(['adaptive', 'adaptive', 'greedy', 'greedy', 'linear']);
+    expect(await page.textContent('body')).toMatch(/1 is perfect[\s\S]*Same: PAR of the window/);
     expect(problems).toEqual([]);
     await page.close();
   });

@@ -31,6 +31,8 @@ export interface ContextDescription {
   readonly paths: Readonly<Record<string, string>>;
 }
 
+/** Bytes that no machine has, and addons do not count. */
+const ADDRESSABLE = 2 ** 50;
 let contexts = 0;
 
 /**
@@ -318,7 +320,7 @@ export class Context {
   /** @internal */
   allocate<D extends DType>(op: string, arg: string, dtype: D, shape: readonly number[]): Tensor<D> {
     const elements = elementsOf(shape);
-    if (!Number.isSafeInteger(elements * dtypes[dtype].bytes)) {
+    if (!(elements * dtypes[dtype].bytes < ADDRESSABLE)) {
       throw new MoeError(
         'ERR_MOE_OOM',
         `out of memory: ${arg}: ${dtype}[${shape.join(', ')}] has too many elements`,

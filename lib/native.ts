@@ -144,7 +144,7 @@ function load(backend: keyof typeof rows): Loaded {
   if (error !== undefined) {
     const detail =
       build === undefined
-        ? `the ${backend} backend is not in this version`
+        ? 'it is not in this version'
         : `no addon for ${process.platform}-${process.arch}; ${buildCommand(build)} makes one from source`;
     return { status: { ...none, state: 'not built', detail, attempts: [{ path, error }] } };
   }

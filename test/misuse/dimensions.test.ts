@@ -91,6 +91,15 @@ describe.each(backends)('dimensions on %s', async (backend) => {
     expect([...(await f32(2).read())]).toEqual([0, 0]);
   });
 
+  it('single bytes up to the largest integer are out of memory, too', async () => {
+    for (const bytes of [2 ** 50, Number.MAX_SAFE_INTEGER])
+      expect(failure(() => context.tensor('u8', [bytes]))).toMatchObject({
+        code: 'ERR_MOE_OOM',
+        arg: 'tensor',
+      });
+    expect([...(await f32(2).read())]).toEqual([0, 0]);
+  });
+
   it('ten terabytes are out of memory, with what was asked for and what there is', async () => {
     const terabytes = 10 * 2 ** 40;
     const before = context.memory().used;

@@ -1,6 +1,14 @@
 // The examples of the README run as they stand, on what a laptop has.
 import { spawnSync } from 'node:child_process';
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import {
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import ts from 'typescript';
@@ -54,6 +62,37 @@ describe('README', () => {
       encoding: 'utf8',
     });
     expect(run.stdout).toBe('');
+  });
+
+  it('has no figure in its tables that is not in bench/results or among the recorded peers', () => {
+    const results = join(packageRoot, 'bench', 'results');
+    const files = readdirSync(results).filter((name) => /\.(json|txt)$/.test(name));
+    const sources = [...files.map((name) => join(results, name)), join(packageRoot, 'bench', 'peers.ts')];
+    const known = sources
+      .flatMap((file) => readFileSync(file, 'utf8').match(/\d+(\.\d+)?(e-?\d+)?/g) ?? [])
+      .map(Number)
+      .sort((a, b) => a - b);
+    const nearest = (figure: number): number => {
+      let [low, high] = [0, known.length - 1];
+      while (high - low > 1) {
+        const middle = (low + high) >> 1;
+        if (known[middle] < figure) low = middle;
+        else high = middle;
+      }
+      return Math.min(Math.abs(known[low] - figure), Math.abs(known[high] - figure));
+    };
+    const measured = readme
+      .replace(/^## Install[\s\S]*?(?=^## Measurements)/m, '')
+      .replace(/^## Command[\s\S]*/m, '');
+    const rows = [...measured.matchAll(/^\|[^|]*\|(.*\d.*)\|$/gm)].map(([, cells]) => cells);
+    expect(rows.length).toBeGreaterThan(20);
+    for (const cells of rows) {
+      if (/[a-z]{4}.*x.*top/.test(cells)) continue; // the shapes of a header
+      for (const [text] of cells.replaceAll(',', '').matchAll(/\d+(\.\d+)?/g)) {
+        const half = 0.5 * 10 ** -(text.split('.')[1]?.length ?? 0);
+        expect(nearest(Number(text)), `${text} of |${cells}|`).toBeLessThanOrEqual(half + 1e-9);
+      }
+    }
   });
 
   it('lists every error code and no other', () => {

@@ -1,5 +1,6 @@
 // A context of a native addon behind the Backend interface: turns calls into the flat records that csrc/binding
-// unpacks, and asks waits for a moment whether they are over. A record is one Float64Array: op number, then every field of the spec in order (handles are numbers).
+// unpacks, and asks waits for a moment whether they are over. A record is one Float64Array: op number, then every field
+// of the spec in order (handles are numbers).
 import { setImmediate } from 'node:timers';
 import { MoeError } from '../errors.js';
 import type { ExpertsLayout } from '../experts.js';

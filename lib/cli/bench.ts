@@ -38,13 +38,14 @@ export function registerBench(program: Command): void {
       }
       await using context = await createContext({ backend: backend as BackendName });
       const bar = progress('Measuring', 'ops', true);
-      const result = await module.runBenches({
-        names: names.length > 0 ? names : known,
-        context,
-        ...(json ? {} : { onResult: (line: string) => bar.print(line) }),
-        onProgress: (done, total) => bar.update(done, total),
-      });
-      bar.stop();
+      const result = await module
+        .runBenches({
+          names: names.length > 0 ? names : known,
+          context,
+          ...(json ? {} : { onResult: (line: string) => bar.print(line) }),
+          onProgress: (done, total) => bar.update(done, total),
+        })
+        .finally(() => bar.stop()); // its timer would keep the process
       if (json) console.log(JSON.stringify(result, null, 2));
     });
 }

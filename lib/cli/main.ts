@@ -1,10 +1,12 @@
 #!/usr/bin/env node
 // The command line. One file per command; exit code 0 good, 1 a check failed, 2 misuse or bad input.
 import { Command, CommanderError } from 'commander';
+import { env } from '../env.js';
 import { MoeError } from '../errors.js';
 import { packageManifest } from '../package.js';
 import { registerBench } from './bench.js';
 import { registerDoctor } from './doctor.js';
+import { definitions } from './help.js';
 import { registerPlan } from './plan.js';
 import { registerRun } from './run.js';
 import { registerSimulate } from './simulate.js';
@@ -18,6 +20,13 @@ async function main(): Promise<void> {
     )
     .version(packageManifest().version)
     .showHelpAfterError('(moe-kernels --help lists the commands)')
+    .addHelpText(
+      'after',
+      definitions(
+        'Environment',
+        Object.values(env).map(({ name, help }) => [name, help]),
+      ),
+    )
     .exitOverride();
   registerRun(program);
   registerDoctor(program);

@@ -6,7 +6,7 @@ import { checkPlannable, Loads } from '../eplb/loads.js';
 import { bytesToMove } from '../eplb/metrics.js';
 import { type Plan, type PlanRequest, startPlacements } from '../eplb/plan.js';
 import { Planner } from '../eplb/planner.js';
-import { policies } from '../eplb/registry.js';
+import { defaultPolicy, policies, policySummaries } from '../eplb/registry.js';
 import { linear } from '../eplb/stay.js';
 import { type Transfer, transferSchedule } from '../eplb/transfer.js';
 import { MoeError } from '../errors.js';
@@ -15,6 +15,7 @@ import type { Placement } from '../placement/placement.js';
 import { planReport } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
 import { aboutFile } from './about_file.js';
+import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
 import { type OutputFile, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
@@ -62,7 +63,7 @@ export function registerPlan(program: Command): void {
     )
     .requiredOption('--devices <n>', 'number of devices', integerOption('--devices', 1))
     .requiredOption('--slots <n>', 'expert slots per device', integerOption('--slots', 1))
-    .option('--policy <name>', `one of ${[...policies.keys()].join(', ')}`)
+    .option('--policy <name>', `one of ${[...policies.keys()].join(', ')} (default: ${defaultPolicy})`)
     .option('--current <map>', 'expert map in use; without it everything is planned anew')
     .option('--physical', 'the loads are counts per slot of --current')
     .option('--shared <n>', 'shared experts: the last n columns of the loads', integerOption('--shared', 0))
@@ -103,6 +104,7 @@ export function registerPlan(program: Command): void {
     )
     .option('--report <file>', 'write a report: .html or .svg')
     .option('--json', 'print the plan as JSON')
+    .addHelpText('after', definitions('Policies', policySummaries()))
     .action(runPlan);
 }
 

@@ -2,13 +2,14 @@
 import type { Command } from 'commander';
 import { readLoads } from '../eplb/load_file.js';
 import { Planner } from '../eplb/planner.js';
-import { policies, policyNamed } from '../eplb/registry.js';
+import { policies, policyNamed, policySummaries } from '../eplb/registry.js';
 import { serveTrace } from '../eplb/serve.js';
 import { type PolicyFigures, simulate } from '../eplb/simulate.js';
 import { MoeError } from '../errors.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
 import { aboutFile } from './about_file.js';
+import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
 import { writeFiles } from './output_files.js';
 import { progress } from './progress.js';
@@ -87,6 +88,7 @@ export function registerSimulate(program: Command): void {
     )
     .option('--report <file>', 'write a report: .html or .svg')
     .option('--json', 'print the figures as JSON')
+    .addHelpText('after', definitions('Policies', policySummaries()))
     .action(runSimulate);
 }
 
@@ -166,7 +168,7 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
 }
 
 /** The figures as a table. */
-export function simulationText(rows: readonly Row[]): string {
+function simulationText(rows: readonly Row[]): string {
   const columns: [string, (row: Row) => string][] = [
     ['policy', (row) => row.name],
     ['same', (row) => row.parSame.toFixed(4)],

@@ -16,6 +16,10 @@ export const policies: ReadonlyMap<string, Policy> = new Map(all.map((policy) =>
 
 export const defaultPolicy = all[0].name;
 
+/** Name and summary of every policy. */
+export const policySummaries = (): [name: string, summary: string][] =>
+  all.map(({ name, summary }) => [name, summary]);
+
 /** The policy of a name. Throws ERR_MOE_INVALID_ARG listing the names there are. */
 export function policyNamed(name: string): Policy {
   const policy = policies.get(name);

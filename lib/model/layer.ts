@@ -316,7 +316,7 @@ const bytesOf = (thing: Tensor | ExpertWeights): number =>
   'bytes' in thing ? thing.bytes : thing.size * dtypeRow(thing.dtype).bytes;
 
 /** Why the shared experts of a layer cannot be slots beside its routed ones; undefined where they can. */
-export function fusionObstacle({ shared, intermediate, dtype, routed }: LayerPlan): string | undefined {
+function fusionObstacle({ shared, intermediate, dtype, routed }: LayerPlan): string | undefined {
   if (shared === undefined) return 'the layer has no shared expert';
   if (shared.gate !== undefined) return `the shared expert has a gate of its own ('${shared.gate.name}')`;
   if (shared.dtype !== dtype)

@@ -392,7 +392,7 @@ class Planner {
 /** The width of one expert: the inner dimension of its down projection. */
 export const intermediateOf = ({ w2, transposed }: MlpSource): number => (transposed ? w2.rows : w2.columns);
 
-export const matricesOf = ({ w13, w2, b13 = [], b2 }: MlpSource): readonly Matrix[] => [
+const matricesOf = ({ w13, w2, b13 = [], b2 }: MlpSource): readonly Matrix[] => [
   ...w13,
   w2,
   ...b13,

@@ -1,4 +1,6 @@
 import { describe, expect, it } from 'vitest';
+import { env } from '../../lib/env.js';
+import { policies } from '../../lib/eplb/registry.js';
 import { moeKernels } from './command.js';
 
 describe('moe-kernels doctor', () => {
@@ -58,5 +60,19 @@ describe('moe-kernels bench', () => {
     const { status, stderr } = moeKernels(['bench', 'moe_magic']);
     expect(status).toBe(2);
     expect(stderr).toMatch(/one of .*fused_moe.*moe_router.* but received 'moe_magic'/);
+  });
+});
+
+describe('moe-kernels --help', () => {
+  it('lists every environment variable, and the commands that plan every policy', () => {
+    const { status, stdout } = moeKernels(['--help']);
+    expect(status).toBe(0);
+    for (const { name } of Object.values(env)) expect(stdout).toMatch(new RegExp(`^  ${name} +\\S`, 'm'));
+    for (const command of ['plan', 'simulate']) {
+      const { stdout: help } = moeKernels([command, '--help']);
+      for (const { name, summary } of policies.values())
+        expect(help.replaceAll(/\s+/g, ' ')).toContain(` ${name} ${summary}`);
+    }
+    for (const line of stdout.split('\n')) expect(line.length, line).toBeLessThanOrEqual(80);
   });
 });

@@ -5,15 +5,7 @@
 //                                         skipped with a message, because the package works in TypeScript alone
 //   node scripts/build.mjs --typescript   dist/ only
 import { spawnSync } from 'node:child_process';
-import {
-  existsSync,
-  readdirSync,
-  readFileSync,
-  realpathSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from 'node:fs';
+import { copyFileSync, existsSync, readdirSync, readFileSync, realpathSync, rmSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -57,7 +49,9 @@ export function buildTypescript({ missingOnly = false } = {}) {
   const stamp = join(root, 'dist', 'lib', 'index.js');
   if (missingOnly && builtAt(stamp) > newest('lib', 'bench', 'test/cases', 'tsconfig.json')) return true;
   rmSync(join(root, 'dist'), { recursive: true, force: true }); // no output of a source that is gone
-  return run('TypeScript', process.execPath, [tsc, '-p', root]) && bundle();
+  if (!run('TypeScript', process.execPath, [tsc, '-p', root]) || !bundle()) return false;
+  copyFileSync(join(root, 'binding.gyp'), join(root, 'dist', 'binding.gyp'));
+  return true;
 }
 
 /** Joins what `import 'moe-kernels'` loads into one file: resolving its modules one by one takes most of an import. */
@@ -83,7 +77,7 @@ function bundle() {
 
 /** Compiles csrc/ to the CPU addon; 'skipped' where the tools for it are not there. */
 export function buildAddon({ missingOnly = false } = {}) {
-  if (missingOnly && builtAt(addon) > newest('csrc')) return true;
+  if (missingOnly && builtAt(addon) > newest('csrc', 'binding.gyp')) return true;
   const missing = missingTools();
   if (missing.length > 0) {
     console.error(`The CPU addon is not built: missing on this machine: ${missing.join(', ')}.`);
@@ -108,13 +102,14 @@ export function buildAddon({ missingOnly = false } = {}) {
 }
 
 /**
- * Runs `build` with a binding.gyp in place, which node-gyp insists on. The npm package has none: package managers take
- * one for an install script, and `npm ci` runs it whatever package.json says, for lock files do not keep `gypfile`.
+ * Runs `build` with a binding.gyp in place, which node-gyp insists on. The npm package keeps its own in dist/: package
+ * managers take one beside package.json for an install script, and `npm ci` runs that whatever package.json says,
+ * because lock files do not keep `gypfile`.
  */
 function withBindingGyp(build) {
   const file = join(root, 'binding.gyp');
   if (existsSync(file)) return build();
-  writeFileSync(file, '{ "includes": [ "csrc/moe_cpu.gypi" ] }\n');
+  copyFileSync(join(root, 'dist', 'binding.gyp'), file);
   try {
     return build();
   } finally {

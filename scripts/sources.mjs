@@ -1,4 +1,4 @@
-// Prints the C++ sources of the given folders, for moe_cpu.gypi, which cannot glob.
+// Prints the C++ sources of the given folders, for binding.gyp, which cannot glob.
 import { readdirSync } from 'node:fs';
 
 for (const folder of process.argv.slice(2)) {

@@ -10,7 +10,12 @@ import { defaultPolicy, policies, policySummaries } from '../eplb/registry.js';
 import { linear } from '../eplb/stay.js';
 import { type Transfer, transferSchedule } from '../eplb/transfer.js';
 import { MoeError } from '../errors.js';
-import { type ExpertMapFormat, formatExpertMap, readExpertMap } from '../placement/expert_map_file.js';
+import {
+  type ExpertMapFormat,
+  expertMapFormats,
+  formatExpertMap,
+  readExpertMap,
+} from '../placement/expert_map_file.js';
 import type { Placement } from '../placement/placement.js';
 import { planReport } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
@@ -19,8 +24,6 @@ import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
 import { type OutputFile, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
-
-const formats: readonly ExpertMapFormat[] = ['vllm-ascend', 'sglang', 'vllm'];
 
 interface PlanFlags {
   loads: string;
@@ -94,7 +97,7 @@ export function registerPlan(program: Command): void {
     .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
     .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1))
     .option('--keep-degenerate', 'leave layers without usable load as they are instead of refusing')
-    .option('--format <name>', `format of --out: ${formats.join(', ')}`, 'vllm-ascend')
+    .option('--format <name>', `format of --out: ${expertMapFormats.join(', ')}`, expertMapFormats[0])
     .option('--out <map>', 'write the expert map')
     .option('--transfers <file>', 'write who sends which expert to whom, as JSON')
     .option(
@@ -110,9 +113,9 @@ export function registerPlan(program: Command): void {
 
 async function runPlan(flags: PlanFlags): Promise<void> {
   const format = flags.format as ExpertMapFormat;
-  if (!formats.includes(format))
+  if (!expertMapFormats.includes(format))
     throw misuse(
-      `expected --format to be one of ${formats.join(', ')} but received ${flags.format}`,
+      `expected --format to be one of ${expertMapFormats.join(', ')} but received ${flags.format}`,
       'format',
     );
   if (flags.sharedPlacement !== 'free' && flags.sharedPlacement !== 'everyDevice')

@@ -24,17 +24,29 @@ export interface DispatchSharesOptions {
   sweeps?: number;
 }
 
-/** Shares for the counts f64[experts] of one step or window. Throws ERR_MOE_INVALID_ARG for counts of the wrong length. */
+/**
+ * Shares for the counts [experts] of one step or window; a BigInt64Array is what `load` of `moeFusedGate` reads as.
+ * Throws ERR_MOE_INVALID_ARG for counts of the wrong length, NaN, negative or infinite ones.
+ */
 export function dispatchShares(
   placement: Placement,
-  counts: ArrayLike<number>,
+  given: ArrayLike<number> | BigInt64Array,
   { tolerance = 1e-4, sweeps = 200 }: DispatchSharesOptions = {},
 ): DispatchShares {
   const { experts, devices } = placement;
+  const counts =
+    given instanceof Float64Array ? given : Float64Array.from(given as ArrayLike<number>, Number);
   if (counts.length !== experts)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
       `expected counts of ${experts} experts but received ${counts.length}`,
+      { op: 'dispatch_shares', arg: 'counts' },
+    );
+  const wrong = counts.findIndex((count) => !(count >= 0 && count < 2 ** 53));
+  if (wrong >= 0)
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected a count from 0 to 2^53 for expert ${wrong} but received ${counts[wrong]}`,
       { op: 'dispatch_shares', arg: 'counts' },
     );
   const tokens = new Float64Array(placement.physicalExperts);
@@ -168,6 +180,21 @@ export function sharedDeviceLoads(
   return load;
 }
 
+/** Shares of another placement would send tokens to slots of other experts. */
+function checkShares(placement: Placement, shares: Float64Array): void {
+  const refuse = (message: string): never => {
+    throw new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'dispatch_rounds', arg: 'shares' });
+  };
+  if (shares.length !== placement.physicalExperts)
+    refuse(`expected shares of ${placement.physicalExperts} physical experts but received ${shares.length}`);
+  for (let expert = 0; expert < placement.experts; expert++) {
+    let sum = 0;
+    for (const id of placement.replicasOf(expert)) sum += shares[id]! >= 0 ? shares[id]! : Number.NaN;
+    if (!(Math.abs(sum - 1) < 1e-6))
+      refuse(`expected shares >= 0 that sum to 1 for expert ${expert} but received a sum of ${sum}`);
+  }
+}
+
 /**
  * i32[rounds * experts]: the dispatch table idMap of one source rank; token t uses row t mod rounds. Every replica
  * gets the rounds nearest to its share (largest remainders), spread evenly over the table; the replica on the rank
@@ -191,6 +218,7 @@ export function dispatchRounds(
       `expected a rank in 0..${placement.devices - 1} but received ${rank}`,
       { op: 'dispatch_rounds', arg: 'rank' },
     );
+  checkShares(placement, shares);
   const { experts } = placement;
   const map = new Int32Array(rounds * experts);
   for (let expert = 0; expert < experts; expert++) {

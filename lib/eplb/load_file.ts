@@ -3,6 +3,7 @@
 import { readFile } from 'node:fs/promises';
 import { extname } from 'node:path';
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import { decodeUtf8, describeBytes, jsonFault } from '../text_file.js';
 import { parseCsv } from './load_csv.js';
 import { Loads } from './loads.js';
@@ -29,6 +30,11 @@ interface Dense {
  * (all its modes). Throws ERR_MOE_CHECKPOINT naming file, layer and field.
  */
 export async function readLoads(file: string, options: ReadLoadsOptions = {}): Promise<Loads> {
+  if (typeof file !== 'string')
+    throw new MoeError('ERR_MOE_INVALID_ARG', `expected file: a path but received ${describeValue(file)}`, {
+      op: 'loads',
+      arg: 'file',
+    });
   let bytes: Uint8Array;
   try {
     bytes = await readFile(file);

@@ -198,6 +198,11 @@ export class Loads {
 
   /** f64[experts] of one step and layer. A view. */
   at(step: number, layer: number): Float64Array {
+    if (!(layer >= 0 && layer < this.layers && step >= 0 && step < this.steps))
+      refuse(
+        `expected a step in 0..${this.steps - 1} and a layer in 0..${this.layers - 1} but received ${step} and ${layer}`,
+        'step',
+      );
     const start = (step * this.layers + layer) * this.experts;
     return this.counts.subarray(start, start + this.experts);
   }
@@ -205,6 +210,8 @@ export class Loads {
   /** f64[experts]: all steps of a layer summed. */
   total(layer: number): Float64Array {
     const { experts, layers, steps, counts } = this;
+    if (!(layer >= 0 && layer < layers))
+      refuse(`expected a layer in 0..${layers - 1} but received ${layer}`, 'layer');
     const sum = new Float64Array(experts);
     for (let step = 0; step < steps; step++) {
       const row = (step * layers + layer) * experts;
@@ -233,6 +240,8 @@ export class Loads {
 
   /** The windows of `length` steps, one after the other; a last incomplete one is left out. */
   windows(length: number): Loads[] {
+    if (!Number.isInteger(length) || length < 1)
+      refuse(`expected windows of a positive number of steps but received ${length}`, 'window');
     return Array.from({ length: Math.floor(this.steps / length) }, (_, index) =>
       this.window(index * length, length),
     );
@@ -257,6 +266,9 @@ export class Loads {
 
   /** The same trace with `shared` further columns that every token of a step chooses: sum of the step / topK each. */
   withShared(shared: number, topK: number): Loads {
+    for (const [name, value] of Object.entries({ shared, topK }))
+      if (!Number.isInteger(value) || value < 1)
+        refuse(`expected ${name} to be a positive integer but received ${value}`, name);
     const experts = this.experts + shared;
     const counts = new Float64Array(this.steps * this.layers * experts);
     for (let step = 0; step < this.steps; step++)

@@ -3,6 +3,7 @@
 // complete set of placements or an error, so that a plan can never be half applied.
 import { performance } from 'node:perf_hooks';
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import { countMoves, keepSlots } from '../placement/align.js';
 import { Placement } from '../placement/placement.js';
 import { redundantPlacement } from '../placement/strategies.js';
@@ -70,6 +71,29 @@ const whole = (value: number, least: number, arg: string): void => {
     refuse(`expected ${arg} to be an integer >= ${least} but received ${value}`, arg);
 };
 
+const oneOf = (names: readonly string[], value: unknown, arg: string): void => {
+  if (!names.includes(value as string))
+    refuse(`expected ${arg} to be one of ${names.join(', ')} but received ${describeValue(value)}`, arg);
+};
+
+/** Every field of a request: a misspelt budget must not pass for none. */
+const fields: readonly string[] = [
+  'loads',
+  'devices',
+  'slots',
+  'policy',
+  'current',
+  'shared',
+  'sharedPlacement',
+  'groups',
+  'nodes',
+  'maxMoves',
+  'maxMovesPerLayer',
+  'seed',
+  'memory',
+  'degenerate',
+] satisfies (keyof PlanRequest)[];
+
 /** The placements a server starts with: experts in order, copies appended. */
 export function startPlacements(
   layers: number,
@@ -103,6 +127,10 @@ export function checkRequest(request: PlanRequest): {
   pinned: number;
   idle: Set<number>;
 } {
+  if (typeof request !== 'object' || request === null)
+    refuse(`expected request: an object but received ${describeValue(request)}`, 'request');
+  for (const name of Object.keys(request))
+    if (!fields.includes(name)) refuse(`unknown field '${name}'; the fields are: ${fields.join(', ')}`, name);
   const {
     loads,
     devices,
@@ -118,6 +146,8 @@ export function checkRequest(request: PlanRequest): {
   checkSizes(loads.experts, devices, slots);
   whole(shared, 0, 'shared');
   whole(seed, 0, 'seed');
+  oneOf(['free', 'everyDevice'], sharedPlacement, 'sharedPlacement');
+  oneOf(['reject', 'keep'], request.degenerate ?? 'reject', 'degenerate');
   if (shared >= loads.experts)
     refuse(
       `expected shared to be less than the ${loads.experts} experts of the loads but received ${shared}`,

@@ -71,6 +71,13 @@ export class Planner {
   #closed = false;
 
   constructor({ thread = 'worker' }: PlannerOptions = {}) {
+    if (thread !== 'worker' && thread !== 'main') {
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `expected thread to be worker or main but received ${describeValue(thread)}`,
+        { op: 'plan', arg: 'thread' },
+      );
+    }
     this.thread = thread;
   }
 

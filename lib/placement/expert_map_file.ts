@@ -3,11 +3,15 @@
 // validated before any placement is returned.
 import { readFile, writeFile } from 'node:fs/promises';
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import { decodeUtf8, describeBytes, jsonFault } from '../text_file.js';
 import { Placement } from './placement.js';
 
+/** The formats of expert-map files, the default first. */
+export const expertMapFormats = ['vllm-ascend', 'sglang', 'vllm'] as const;
+
 /** 'vllm-ascend': device lists per layer. 'sglang' and 'vllm': physical_to_logical_map, [layers][physical]. */
-export type ExpertMapFormat = 'vllm-ascend' | 'sglang' | 'vllm';
+export type ExpertMapFormat = (typeof expertMapFormats)[number];
 
 export interface ReadExpertMapOptions {
   /** Number of experts, shared ones included; default: the highest id in the file plus one. */
@@ -187,6 +191,12 @@ export async function readExpertMap(file: string, options: ReadExpertMapOptions 
  * (ERR_MOE_UNSUPPORTED), because its map has one slot per expert and device.
  */
 export function formatExpertMap(placements: readonly Placement[], format: ExpertMapFormat): string {
+  if (!expertMapFormats.includes(format))
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected format: one of ${expertMapFormats.join(', ')} but received ${describeValue(format)}`,
+      { op: 'expert_map', arg: 'format' },
+    );
   if (placements.length === 0)
     throw new MoeError('ERR_MOE_INVALID_ARG', 'expected at least one layer but received none', {
       op: 'expert_map',
@@ -207,7 +217,7 @@ export function formatExpertMap(placements: readonly Placement[], format: Expert
     return `${JSON.stringify({ physical_to_logical_map: map })}\n`;
   }
   const layer_list = placements.map((placement, layer_id) => {
-    void placement.slots;
+    void placement.slots; // refuses ragged placements
     const device_list = placement.toRows().map((device_expert, device_id) => {
       if (new Set(device_expert).size !== device_expert.length)
         throw new MoeError(

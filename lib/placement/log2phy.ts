@@ -2,6 +2,7 @@
 // They therefore have one entry per expert of the placement, shared ones included; a table of the routed length
 // would drop or misroute the shared ids.
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import type { Placement } from './placement.js';
 
 export interface Log2phyOptions {
@@ -23,6 +24,12 @@ export function log2phy(
       'ERR_MOE_INVALID_ARG',
       `expected a rank in 0..${placement.devices - 1} but received ${rank}`,
       { op: 'log2phy', arg: 'rank' },
+    );
+  if (prefer !== 'rank' && prefer !== 'local')
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected prefer to be rank or local but received ${describeValue(prefer)}`,
+      { op: 'log2phy', arg: 'prefer' },
     );
   return Int32Array.from({ length: placement.experts }, (_, expert) => {
     if (prefer === 'local') {

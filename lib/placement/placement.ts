@@ -103,6 +103,9 @@ export class Placement {
 
   static #checked(flat: number[], offsets: Int32Array, options: PlacementOptions): Placement {
     const { where } = options;
+    if (options.experts !== undefined && !(Number.isInteger(options.experts) && options.experts >= 1))
+      invalid(where, `expected experts to be a positive integer but received ${options.experts}`, 'experts');
+    if (flat.length === 0) invalid(where, 'expected at least one slot but received none', 'rows');
     let highest = -1;
     for (const [physical, expert] of flat.entries()) {
       if (

@@ -2,6 +2,7 @@
 // maps must both come from its result. Formulas: vLLM determine_expert_map (linear, round_robin) and vllm-ascend
 // generate_global_placement (redundant, mixed).
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import { Placement } from './placement.js';
 
 const count = (op: string, arg: string, value: number, least: number): void => {
@@ -155,6 +156,12 @@ export function mixedPlacement({
       'ERR_MOE_INVALID_ARG',
       `expected routed + redundant (${routed} + ${redundant}) to divide by ${devices} devices but received ${routed + redundant}`,
       { op, arg: 'redundant' },
+    );
+  if (copies !== 'everyDevice' && copies !== 'onePerDevice')
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected copies to be everyDevice or onePerDevice but received ${describeValue(copies)}`,
+      { op, arg: 'copies' },
     );
   if (copies === 'onePerDevice' && shared > devices)
     throw new MoeError(

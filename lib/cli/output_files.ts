@@ -1,5 +1,6 @@
 // Writes the files that a command makes: all of them or none, and each of them whole. Texts go to files beside their
-// targets first and are put in place when every one has been written.
+// targets first and are put in place when every one has been written, so that a full disk or a folder that is not there
+// leaves everything as it was.
 import { realpath, rename, rm, stat, writeFile } from 'node:fs/promises';
 import { MoeError } from '../errors.js';
 
@@ -8,7 +9,7 @@ export interface OutputFile {
   text: string;
 }
 
-/** Throws ERR_MOE_CHECKPOINT naming the file that cannot be written; then no file has changed. */
+/** Throws ERR_MOE_CHECKPOINT naming the file that cannot be written. */
 export async function writeFiles(op: string, outputs: readonly OutputFile[]): Promise<void> {
   const staged: { file: string; text: string; from: string; to: string }[] = [];
   let at = '';

@@ -26,8 +26,8 @@ interface Dense {
 
 /**
  * Reads loads as [steps, layers, experts] (a file of [layers, experts] has one step). Formats: .npy; .json with
- * nested lists or an object with `logical_count`; .csv (see load_csv.ts); .pt of SGLang's recorder
- * (all its modes). Throws ERR_MOE_CHECKPOINT naming file, layer and field.
+ * nested lists or an object with `logical_count`; .csv with a header `step,layer,expert,count` or a plain matrix of
+ * layers x experts; .pt of SGLang's recorder (all its modes). Throws ERR_MOE_CHECKPOINT naming file, layer and field.
  */
 export async function readLoads(file: string, options: ReadLoadsOptions = {}): Promise<Loads> {
   if (typeof file !== 'string')

@@ -6,7 +6,9 @@
 // first and second: distinct experts, so at least 8 reach it, and about one more. A network sorts them by keys of
 // choice above id. Rows with a NaN, and rows with more than 16 candidates, are left to the general path. Every step is
 // done for all rows of a call before the next one: it is a chain of waits, and rows fill each other's.
-#if defined(__x86_64__) || defined(_M_X64)
+#include "compiler.h"
+
+#if defined(MOE_X86)
 #include <immintrin.h>
 
 #include <cstdint>
@@ -14,14 +16,7 @@
 #include "../common/float_formats.h"
 #include "kernels.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt"))), \
-                             apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside the compiler's own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+MOE_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")
 
 namespace moe::avx512 {
 
@@ -214,8 +209,9 @@ template <bool kAny>
 inline bool choose_in_row(const float* logits, const float* bias, float* choices, TopTwo& best) {
   __m512i far = _mm512_setzero_si512();
   TopTwo pairs[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) pairs[i] = choose_in_two<kAny>(logits + 64 * i, bias + 64 * i, choices + 64 * i, far);
+  MOE_UNROLL for (int i = 0; i < 4; i++) {
+    pairs[i] = choose_in_two<kAny>(logits + 64 * i, bias + 64 * i, choices + 64 * i, far);
+  }
   best =
       fold_blocks<0x44, 0xee>(fold_lanes<0x88, 0xdd>(pairs[0], pairs[1]), fold_lanes<0x88, 0xdd>(pairs[2], pairs[3]));
   return _mm512_movepi32_mask(far) == 0;
@@ -264,8 +260,7 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
     uint32_t rest = kept[row];
     for (int i = 0; i < top_groups; i++, rest &= rest - 1) {
       const int first = 2 * static_cast<int>(_tzcnt_u32(rest));
-#pragma GCC unroll 2
-      for (int v = first; v < first + 2; v++) {
+      MOE_UNROLL for (int v = first; v < first + 2; v++) {
         const __m512 choice = _mm512_load_ps(choices[row] + 16 * v);
         const __mmask16 reaches = _mm512_cmp_ps_mask(choice, bounds[row], _CMP_GE_OQ);
         const __m512i complement = kComplements.of[v];
@@ -290,7 +285,5 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
 
 }  // namespace moe::avx512
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+MOE_END_TARGET
 #endif

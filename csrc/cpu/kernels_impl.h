@@ -7,17 +7,8 @@ namespace moe::MOE_ISA {
 
 // Products ---------------------------------------------------------------------------------------------------------
 
-// Loops over an array of sums are unrolled before the compiler decides what lives in registers: sums that it keeps in
-// memory around the loop over k cost more than 70 stores a call.
-#if defined(__clang__)
-#define MOE_UNROLL _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
-#define MOE_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MOE_UNROLL
-#endif
-
-// m rows by kN vectors of each half of a panel.
+// m rows by kN vectors of each half of a panel. Loops over an array of sums are unrolled before the compiler decides
+// what lives in registers: sums that it keeps in memory around the loop over k cost more than 70 stores a call.
 template <int64_t m, class T>
 inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch, bool adds, float* out,
                           int64_t stride) {

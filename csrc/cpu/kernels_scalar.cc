@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../common/float_formats.h"
+#include "compiler.h"
 #include "kernels.h"
 
 #define MOE_ISA scalar

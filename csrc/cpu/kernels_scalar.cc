@@ -1,6 +1,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/float_formats.h"
 #include "compiler.h"

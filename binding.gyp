@@ -54,7 +54,7 @@
         {
           "target_name": "moe_cpu_avx2",
           "type": "static_library",
-          "sources": [ "csrc/cpu/kernels_avx2.cc" ],
+          "sources": [ "<!@(node scripts/sources.mjs csrc/cpu:_avx2.cc)" ],
           "msvs_settings": { "VCCLCompilerTool": { "AdditionalOptions": [ "/std:c++20", "/arch:AVX2" ] } }
         },
         {

@@ -209,9 +209,8 @@ template <bool kAny>
 inline bool choose_in_row(const float* logits, const float* bias, float* choices, TopTwo& best) {
   __m512i far = _mm512_setzero_si512();
   TopTwo pairs[4];
-  MOE_UNROLL for (int i = 0; i < 4; i++) {
-    pairs[i] = choose_in_two<kAny>(logits + 64 * i, bias + 64 * i, choices + 64 * i, far);
-  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) pairs[i] = choose_in_two<kAny>(logits + 64 * i, bias + 64 * i, choices + 64 * i, far);
   best =
       fold_blocks<0x44, 0xee>(fold_lanes<0x88, 0xdd>(pairs[0], pairs[1]), fold_lanes<0x88, 0xdd>(pairs[2], pairs[3]));
   return _mm512_movepi32_mask(far) == 0;
@@ -260,7 +259,8 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
     uint32_t rest = kept[row];
     for (int i = 0; i < top_groups; i++, rest &= rest - 1) {
       const int first = 2 * static_cast<int>(_tzcnt_u32(rest));
-      MOE_UNROLL for (int v = first; v < first + 2; v++) {
+#pragma GCC unroll 2
+      for (int v = first; v < first + 2; v++) {
         const __m512 choice = _mm512_load_ps(choices[row] + 16 * v);
         const __mmask16 reaches = _mm512_cmp_ps_mask(choice, bounds[row], _CMP_GE_OQ);
         const __m512i complement = kComplements.of[v];

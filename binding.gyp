@@ -35,9 +35,35 @@
           }
         } ],
         [ "OS=='win'", {
+          "defines!": [ "_HAS_EXCEPTIONS=0" ],
+          "defines": [ "_HAS_EXCEPTIONS=1" ],
           "msvs_settings": { "VCCLCompilerTool": { "ExceptionHandling": 1, "AdditionalOptions": [ "/std:c++20" ] } }
+        } ],
+        [ "OS=='win' and target_arch=='x64'", {
+          "sources/": [ [ "exclude", "_avx(2|512)\\.cc$" ] ],
+          "dependencies": [ "moe_cpu_avx2", "moe_cpu_avx512" ]
         } ]
       ]
     }
+  ],
+  "conditions": [
+    # MSVC switches instruction sets for whole files alone; other compilers find the switch in csrc/cpu/compiler.h.
+    # Libraries, for what both they and the addon's own files have is then taken from those, which run everywhere.
+    [ "OS=='win' and target_arch=='x64'", {
+      "targets": [
+        {
+          "target_name": "moe_cpu_avx2",
+          "type": "static_library",
+          "sources": [ "<!@(node scripts/sources.mjs csrc/cpu:_avx2.cc)" ],
+          "msvs_settings": { "VCCLCompilerTool": { "AdditionalOptions": [ "/std:c++20", "/arch:AVX2" ] } }
+        },
+        {
+          "target_name": "moe_cpu_avx512",
+          "type": "static_library",
+          "sources": [ "<!@(node scripts/sources.mjs csrc/cpu:_avx512.cc)" ],
+          "msvs_settings": { "VCCLCompilerTool": { "AdditionalOptions": [ "/std:c++20", "/arch:AVX512" ] } }
+        }
+      ]
+    } ]
   ]
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <napi.h>
 
+#include <chrono>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -36,7 +37,11 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   // What the backend's threads and the JS thread share; outlives the context while either holds it.
   struct Mailbox;
   // A wait that the JS thread asks about before it is left to another thread.
-  struct Polled;
+  struct Polled {
+    std::shared_ptr<Wait> wait;
+    std::unique_ptr<Milestone> milestone;
+    std::chrono::steady_clock::time_point until;
+  };
 
   Napi::Value device(const Napi::CallbackInfo&);
   Napi::Value allocate(const Napi::CallbackInfo&);

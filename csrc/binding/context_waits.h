@@ -1,6 +1,5 @@
 // Promises on their way through the queue, and the threads that tell when they are over.
 #pragma once
-#include <chrono>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -19,12 +18,6 @@ struct NativeContext::Wait {
   std::shared_ptr<uint8_t[]> host;     // what was read
   size_t bytes = 0;
   std::function<void()> arrive;  // what is left to do once the data is there; from any thread
-};
-
-struct NativeContext::Polled {
-  std::shared_ptr<Wait> wait;
-  std::unique_ptr<Milestone> milestone;
-  std::chrono::steady_clock::time_point until;
 };
 
 // Finished waits on their way to the JS thread. `sender` is cleared, under the lock, before it becomes invalid.

@@ -8,10 +8,6 @@
 
 #include "machine.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace moe {
 
 namespace {
@@ -25,9 +21,7 @@ std::align_val_t alignment_of(size_t bytes) {
 
 void* system_allocate(size_t bytes) noexcept {
   void* data = ::operator new(bytes, alignment_of(bytes), std::nothrow);
-#if defined(__linux__)
-  if (data != nullptr && bytes >= 2 * kLargePage) madvise(data, bytes, MADV_HUGEPAGE);  // no matter if it is refused
-#endif
+  if (data != nullptr && bytes >= 2 * kLargePage) want_large_pages(data, bytes);
   return data;
 }
 void system_release(void* data, size_t bytes) noexcept { ::operator delete(data, alignment_of(bytes)); }

@@ -3,7 +3,9 @@
 // Algorithm: counting a choice also tells its rank, how many of its expert came before it. Its place is then the first
 // place of its expert, looked up in registers for 32 choices at a time, and its rank; what a second pass over counters
 // would load, add and store for each choice is spared. Limits: kRankedExperts experts, 2^16 - 1 choices.
-#if defined(__x86_64__) || defined(_M_X64)
+#include "compiler.h"
+
+#if defined(MOE_X86)
 #include <immintrin.h>
 
 #include <cstdint>
@@ -11,13 +13,7 @@
 
 #include "kernels.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside the compiler's own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+MOE_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2")
 
 namespace moe::avx512 {
 
@@ -119,7 +115,5 @@ void find_places(const int32_t* ids, int64_t n, uint32_t first, const FirstPlace
 
 }  // namespace moe::avx512
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+MOE_END_TARGET
 #endif

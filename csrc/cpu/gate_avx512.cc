@@ -6,7 +6,9 @@
 // first and second: distinct experts, so at least 8 reach it, and about one more. A network sorts them by keys of
 // choice above id. Rows with a NaN, and rows with more than 16 candidates, are left to the general path. Every step is
 // done for all rows of a call before the next one: it is a chain of waits, and rows fill each other's.
-#if defined(__x86_64__) || defined(_M_X64)
+#include "compiler.h"
+
+#if defined(MOE_X86)
 #include <immintrin.h>
 
 #include <cstdint>
@@ -14,14 +16,7 @@
 #include "../common/float_formats.h"
 #include "kernels.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt"))), \
-                             apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside the compiler's own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+MOE_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")
 
 namespace moe::avx512 {
 
@@ -290,7 +285,5 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
 
 }  // namespace moe::avx512
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+MOE_END_TARGET
 #endif

@@ -2,10 +2,6 @@
 // multiples of kGatePad with NaN, which is never a maximum, adds nothing and is no candidate.
 #pragma once
 
-#if defined(_MSC_VER) && !defined(__clang__)
-#include <intrin.h>
-#endif
-
 namespace moe::MOE_ISA {
 
 constexpr float kLeast = __builtin_bit_cast(float, 0xff7fffffu);  // that is finite
@@ -54,12 +50,12 @@ inline float kth_highest(const V* values, int k) {
 }
 
 inline int lowest_bit(uint64_t bits) {
-#if defined(__GNUC__) || defined(__clang__)
-  return __builtin_ctzll(bits);
-#else
+#if defined(MOE_MSVC)
   unsigned long at;
   _BitScanForward64(&at, bits);
   return static_cast<int>(at);
+#else
+  return __builtin_ctzll(bits);
 #endif
 }
 

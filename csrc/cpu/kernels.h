@@ -37,6 +37,13 @@ struct Fetch {
   int64_t stride;
 };
 
+// Where fill_rows finds the halves of a panel, and where the panel goes. Without `second`, the values of both halves
+// take turns from `first` on.
+struct PanelRows {
+  const void *first, *second;
+  void* panel;
+};
+
 struct Kernels {
   const char* name;
   int64_t tile_rows;  // the most rows that multiply takes at once
@@ -52,6 +59,10 @@ struct Kernels {
 
   // 32 rows of k elements of 2 or 4 bytes become the k rows of a panel.
   void (*fill_panel)(const void* const* rows, int64_t bytes, int64_t k, void* panel);
+
+  // The k rows of `count` panels side by side, converted. The values of a row follow each other, and those of the next
+  // begin `stride` elements later.
+  void (*fill_rows)(const PanelRows* panels, int64_t count, DType from, int64_t stride, int64_t k, DType to);
 
   // active[c * m + r] = swiglu(gate, up) for c < n <= kHalf, from m rows [kHalf gates, kHalf ups].
   void (*activate)(const SwiGLU& swiglu, const float* rows, int64_t m, int64_t n, float* active);

@@ -7,17 +7,8 @@ namespace moe::MOE_ISA {
 
 // Products ---------------------------------------------------------------------------------------------------------
 
-// Loops over an array of sums are unrolled before the compiler decides what lives in registers: sums that it keeps in
-// memory around the loop over k cost more than 70 stores a call.
-#if defined(__clang__)
-#define MOE_UNROLL _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
-#define MOE_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MOE_UNROLL
-#endif
-
-// m rows by kN vectors of each half of a panel.
+// m rows by kN vectors of each half of a panel. Loops over an array of sums are unrolled before the compiler decides
+// what lives in registers: sums that it keeps in memory around the loop over k cost more than 70 stores a call.
 template <int64_t m, class T>
 inline void multiply_tile(const float* x, const T* panel, int64_t k, Fetch fetch, bool adds, float* out,
                           int64_t stride) {
@@ -156,6 +147,65 @@ inline void fill_panel(const void* const* rows, int64_t bytes, int64_t k, void* 
       for (int64_t b = 0; b < bytes; b++) to[(at * kPanel + column) * bytes + b] = from[b];
     }
   }
+}
+
+// A row of a panel from its halves; equal types bit by bit.
+template <class From, class To>
+inline void fill_row(const From* first, const From* second, To* row) {
+  for (int64_t i = 0; i < kHalf; i += kWidth) {
+    if constexpr (sizeof(To) == 4) {
+      store(row + i, load(first + i));
+      store(row + kHalf + i, load(second + i));
+    } else if constexpr (std::is_same_v<From, To>) {
+      store_words(row + 2 * i, zip(first + i, second + i));
+    } else {
+      To low[kWidth], high[kWidth];
+      store(low, load(first + i));
+      store(high, load(second + i));
+      store_words(row + 2 * i, zip(low, high));
+    }
+  }
+}
+
+// From both halves in turns, which is what rows of two-byte types hold.
+template <class From, class To>
+inline void fill_row(const From* both, To* row) {
+  if constexpr (sizeof(To) == 4) {
+    To values[kPanel];
+    for (int64_t i = 0; i < kPanel; i += kWidth) store(values + i, load(both + i));
+    for (int64_t i = 0; i < kHalf; i++) row[i] = values[2 * i], row[kHalf + i] = values[2 * i + 1];
+  } else if constexpr (std::is_same_v<From, To>) {
+    for (int64_t i = 0; i < kHalf; i += kWidth) store_words(row + 2 * i, load_words(both + 2 * i));
+  } else {
+    for (int64_t i = 0; i < kPanel; i += kWidth) store(row + i, load(both + i));
+  }
+}
+
+template <class From, class To>
+inline void fill_rows_of(const PanelRows* panels, int64_t count, int64_t stride, int64_t k) {
+  for (int64_t at = 0; at < k; at++) {
+    for (int64_t i = 0; i < count; i++) {
+      const PanelRows& rows = panels[i];
+      const From* first = static_cast<const From*>(rows.first) + at * stride;
+      To* row = static_cast<To*>(rows.panel) + at * kPanel;
+      if (rows.second == nullptr) {
+        fill_row(first, row);
+      } else {
+        fill_row(first, static_cast<const From*>(rows.second) + at * stride, row);
+      }
+    }
+  }
+}
+template <class From>
+inline void fill_rows_from(const PanelRows* panels, int64_t count, int64_t stride, int64_t k, DType to) {
+  if (to == DType::kF32) return fill_rows_of<From, float>(panels, count, stride, k);
+  if (to == DType::kBF16) return fill_rows_of<From, bf16>(panels, count, stride, k);
+  fill_rows_of<From, f16>(panels, count, stride, k);
+}
+inline void fill_rows(const PanelRows* panels, int64_t count, DType from, int64_t stride, int64_t k, DType to) {
+  if (from == DType::kF32) return fill_rows_from<float>(panels, count, stride, k, to);
+  if (from == DType::kBF16) return fill_rows_from<bf16>(panels, count, stride, k, to);
+  fill_rows_from<f16>(panels, count, stride, k, to);
 }
 
 // Elementwise ------------------------------------------------------------------------------------------------------
@@ -302,9 +352,9 @@ namespace moe {
 
 extern const Kernels MOE_TABLE(MOE_ISA);
 const Kernels MOE_TABLE(MOE_ISA) = {
-    MOE_NAME(MOE_ISA), MOE_ISA::kTileRows, MOE_ISA::multiply, MOE_ISA::dots, MOE_ISA::fill_panel, MOE_ISA::activate,
-    MOE_ISA::interleave, MOE_ISA::widen, MOE_ISA::narrow, MOE_ISA::add_scaled, MOE_ISA::sigmoids, MOE_ISA::softmax,
-    MOE_ISA::top, MOE_ISA::best_two, MOE_ISA::choose, MOE_ISA::rank, MOE_ISA::find, MOE_ISA::read,
+    MOE_NAME(MOE_ISA), MOE_ISA::kTileRows, MOE_ISA::multiply, MOE_ISA::dots, MOE_ISA::fill_panel, MOE_ISA::fill_rows,
+    MOE_ISA::activate, MOE_ISA::interleave, MOE_ISA::widen, MOE_ISA::narrow, MOE_ISA::add_scaled, MOE_ISA::sigmoids,
+    MOE_ISA::softmax, MOE_ISA::top, MOE_ISA::best_two, MOE_ISA::choose, MOE_ISA::rank, MOE_ISA::find, MOE_ISA::read,
     MOE_ISA::multiply_add,
 };
 

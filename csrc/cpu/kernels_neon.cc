@@ -1,8 +1,11 @@
 // Every 64-bit ARM processor has these instructions.
-#if defined(__aarch64__) || defined(_M_ARM64)
+#include "compiler.h"
+
+#if defined(MOE_ARM)
 #include <arm_neon.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/float_formats.h"
 #include "kernels.h"

@@ -8,19 +8,20 @@
 #include <limits>
 #include <thread>
 
+#include "compiler.h"
+#include "x86.h"
+
 #if defined(_WIN32)
 #if !defined(NOMINMAX)
 #define NOMINMAX
 #endif
 #include <windows.h>
-#if defined(_M_X64) || defined(_M_IX86)
-#include <intrin.h>
-#endif
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #include <unistd.h>
 #else
 #include <sched.h>
+#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
@@ -127,52 +128,37 @@ size_t available_memory() {
   return physical_memory();
 }
 
-std::string cpu_name() {
+void want_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  char text[512];
-  if (read_line("/proc/cpuinfo", "model name", text, sizeof text)) {
-    const char* name = std::strchr(text, ':');
-    if (name != nullptr) return name + 1 + std::strspn(name + 1, " ");
-  }
-#elif defined(__APPLE__)
+  madvise(data, bytes, MADV_HUGEPAGE);  // no matter if it is refused
+#endif
+}
+
+std::string cpu_name() {
+#if defined(MOE_X86)
+  return x86_name();
+#else
+#if defined(__APPLE__)
   char text[256];
   size_t size = sizeof text;
   if (sysctlbyname("machdep.cpu.brand_string", text, &size, nullptr, 0) == 0) return text;
-#elif defined(_M_X64) || defined(_M_IX86)
-  int words[12];
-  for (int i = 0; i < 3; i++) __cpuid(words + 4 * i, static_cast<int>(0x80000002u) + i);
-  char text[sizeof words + 1] = {};
-  std::memcpy(text, words, sizeof words);
-  return text + std::strspn(text, " ");
 #endif
-#if defined(__aarch64__) || defined(_M_ARM64)
+#if defined(MOE_ARM)
   return "ARM64 processor";
 #else
   return "processor";
 #endif
+#endif
 }
 
 std::string cpu_features() {
-  std::string features;
-#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
-  __builtin_cpu_init();
-  const auto add = [&features](bool supported, const char* name) {
-    if (!supported) return;
-    if (!features.empty()) features += ' ';
-    features += name;
-  };
-  add(__builtin_cpu_supports("sse4.2"), "sse4.2");
-  add(__builtin_cpu_supports("avx"), "avx");
-  add(__builtin_cpu_supports("avx2"), "avx2");
-  add(__builtin_cpu_supports("fma"), "fma");
-  add(__builtin_cpu_supports("avx512f"), "avx512f");
-  add(__builtin_cpu_supports("avx512bw"), "avx512bw");
-  add(__builtin_cpu_supports("avx512vnni"), "avx512vnni");
-  add(__builtin_cpu_supports("avx512bf16"), "avx512bf16");
-#elif defined(__aarch64__) || defined(_M_ARM64)
-  features = "neon";
+#if defined(MOE_X86)
+  return x86_features();
+#elif defined(MOE_ARM)
+  return "neon";
+#else
+  return {};
 #endif
-  return features;
 }
 
 }  // namespace moe

@@ -1,4 +1,5 @@
-// What this machine offers: processors, memory, names. Limits of the container count where there are any.
+// What this machine offers: processors, memory, names. Limits of the container count where there are any. The only file
+// of this folder that knows operating systems; compiler.h knows compilers.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -13,6 +14,9 @@ size_t physical_memory();
 
 // Bytes that could be had now without being killed for it, swap included; physical_memory() where nobody knows.
 size_t available_memory();
+
+// Asks for large pages in a block that nobody has touched, where a program may ask.
+void want_large_pages(void* data, size_t bytes);
 
 std::string cpu_name();
 

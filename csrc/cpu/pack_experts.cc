@@ -1,11 +1,12 @@
 // pack_experts: lays weights out in the panels of experts_layout.h, converting the dtype.
 //
-// Algorithm: threads share panels. What is stored [out, in] is taken where it lies if it has the packed dtype, else 128
+// Algorithm: threads share panels. What is stored [out, in] is taken where it lies if it has the packed dtype, else 256
 // columns at a time are converted into rows on the stack; the vectors' own transposition makes panel rows of them. What
-// is stored [in, out] has panel rows already: each is converted into its place, for several panels side by side, so
-// that what is read in one piece is long. Interleaved gate and up rows are taken apart by a step of 2. Values are
-// widened to f32 and rounded once (equal dtypes are copied bit by bit); biases become f32, and 0 where the slot has
-// biases and none are given. Columns beyond the matrix are 0. Limits: none.
+// is stored [in, out] has panel rows already: vectors of them are converted on their way into place, for several panels
+// side by side, so that what is read in one piece is long; only panels that are not full go value by value. Interleaved
+// gate and up rows are taken apart by a step of 2. Values are widened to f32 and rounded once (equal dtypes are copied
+// bit by bit); biases become f32, and 0 where the slot has biases and none are given. Columns beyond the matrix are 0.
+// Limits: none.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -32,21 +33,30 @@ struct Panel {
 // Panels that are packed side by side.
 constexpr int64_t kMostPanels = 8;
 
+// n values, at most kChunk; equal dtypes bit by bit.
+void convert(const Kernels& kernels, const void* from, DType from_dtype, int64_t n, void* to, DType dtype) {
+  if (from_dtype == dtype) {
+    std::memcpy(to, from, static_cast<size_t>(n) * size_of(dtype));
+  } else if (dtype == DType::kF32) {
+    kernels.widen(from, from_dtype, n, static_cast<float*>(to));
+  } else if (from_dtype == DType::kF32) {
+    kernels.narrow(static_cast<const float*>(from), n, to, dtype);
+  } else {
+    float wide[kChunk];
+    kernels.widen(from, from_dtype, n, wide);
+    kernels.narrow(wide, n, to, dtype);
+  }
+}
+
 // Columns begin .. begin+n-1 of a half's rows, stored [out, in], in the packed dtype, each at `width` elements from the
 // one before.
 void convert_rows(const Kernels& kernels, const Half& half, int64_t columns, int64_t begin, int64_t n, DType dtype,
                   char* to, int64_t width) {
   const auto row = [&](int64_t j) { return to + j * width * static_cast<int64_t>(size_of(dtype)); };
   for (int64_t j = half.count; j < kHalf; j++) std::memset(row(j), 0, static_cast<size_t>(n) * size_of(dtype));
-  float wide[kChunk];
   for (int64_t j = 0; j < half.count; j++) {
     const void* from = element(half.data, half.dtype, (half.start + j * half.step) * columns + begin);
-    if (half.dtype == dtype) {
-      std::memcpy(row(j), from, static_cast<size_t>(n) * size_of(dtype));
-    } else {
-      kernels.widen(from, half.dtype, n, wide);
-      kernels.narrow(wide, n, row(j), dtype);
-    }
+    convert(kernels, from, half.dtype, n, row(j), dtype);
   }
 }
 
@@ -54,21 +64,12 @@ void convert_rows(const Kernels& kernels, const Half& half, int64_t columns, int
 template <class T>
 void convert_line(const Kernels& kernels, const Half& half, int64_t k, DType dtype, T* to) {
   const int64_t span = half.count == 0 ? 0 : (half.count - 1) * half.step + 1;
-  const void* from = element(half.data, half.dtype, k * half.rows + half.start);
-  float wide[2 * kHalf];
   T line[2 * kHalf];
-  if (half.dtype == dtype) {
-    std::memcpy(line, from, static_cast<size_t>(span) * sizeof(T));
-  } else if (half.dtype == DType::kF32) {
-    kernels.narrow(static_cast<const float*>(from), span, line, dtype);
-  } else {
-    kernels.widen(from, half.dtype, span, wide);
-    kernels.narrow(wide, span, line, dtype);
-  }
+  convert(kernels, element(half.data, half.dtype, k * half.rows + half.start), half.dtype, span, line, dtype);
   for (int64_t j = 0; j < half.count; j++) to[j] = line[j * half.step];
 }
 
-// Panels of `columns` rows from what is stored [in, out].
+// Panels of `columns` rows from what is stored [in, out], value by value.
 template <class T>
 void pack_lines(const Kernels& kernels, const Panel* panels, int64_t count, int64_t columns, DType dtype) {
   T lines[kMostPanels][2][kHalf] = {};
@@ -85,9 +86,30 @@ void pack_lines(const Kernels& kernels, const Panel* panels, int64_t count, int6
   }
 }
 
+// Panels of `columns` rows from what is stored [in, out], all of one matrix.
+void pack_side_by_side(const Kernels& kernels, const Panel* panels, int64_t count, int64_t columns, DType dtype) {
+  PanelRows whole[kMostPanels];
+  Panel others[kMostPanels];
+  int64_t wholes = 0, rest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Half &first = panels[i].halves[0], &second = panels[i].halves[1];
+    if (first.count < kHalf || second.count < kHalf) {
+      others[rest++] = panels[i];
+    } else {
+      const void* apart = first.step == 1 ? element(second.data, second.dtype, second.start) : nullptr;
+      whole[wholes++] = {element(first.data, first.dtype, first.start), apart, panels[i].to};
+    }
+  }
+  const Half& any = panels[0].halves[0];
+  if (wholes > 0) kernels.fill_rows(whole, wholes, any.dtype, any.rows, columns, dtype);
+  if (rest == 0) return;
+  if (size_of(dtype) == 2) return pack_lines<uint16_t>(kernels, others, rest, columns, dtype);
+  pack_lines<uint32_t>(kernels, others, rest, columns, dtype);
+}
+
 // A panel of `columns` rows from what is stored [out, in].
 void pack_panel(const Kernels& kernels, const Panel& panel, int64_t columns, DType dtype) {
-  constexpr int64_t kColumns = 128;
+  constexpr int64_t kColumns = kChunk;
   const auto bytes = static_cast<int64_t>(size_of(dtype));
   const void* rows[kPanel];
   const auto in_place = [&](const Half& half) { return half.dtype == dtype && half.count == kHalf; };
@@ -120,8 +142,7 @@ void pack_panels(ThreadPool& pool, const Kernels& kernels, int64_t count, int64_
     if (!transposed) return pack_panel(kernels, panel_at(first), columns, dtype);
     Panel panels[kMostPanels];
     for (int64_t i = 0; i < n; i++) panels[i] = panel_at(first + i);
-    if (size_of(dtype) == 2) return pack_lines<uint16_t>(kernels, panels, n, columns, dtype);
-    pack_lines<uint32_t>(kernels, panels, n, columns, dtype);
+    pack_side_by_side(kernels, panels, n, columns, dtype);
   });
 }
 

@@ -16,10 +16,10 @@ using V = float32x4_t;
 using U = uint32x4_t;
 
 inline void prefetch(const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p);
-#else
+#if defined(MOE_MSVC)
   __prefetch(p);
+#else
+  __builtin_prefetch(p);
 #endif
 }
 inline V zero() { return vdupq_n_f32(0); }

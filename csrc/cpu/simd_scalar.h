@@ -13,10 +13,10 @@ constexpr decltype(Kernels::rank_choices) rank = nullptr;
 constexpr decltype(Kernels::find_places) find = nullptr;
 
 // Compilers that know vectors keep them in registers; an array they would not.
-#if defined(__GNUC__)
-typedef float Lanes __attribute__((vector_size(16)));
-#else
+#if defined(MOE_MSVC)
 using Lanes = float[4];
+#else
+typedef float Lanes __attribute__((vector_size(16)));
 #endif
 
 struct V {
@@ -43,7 +43,7 @@ inline V splat(float x) {
 }
 inline V zero() { return splat(0); }
 inline void store(float* p, V a) { std::memcpy(p, &a.lane, sizeof a.lane); }
-#if defined(__GNUC__)
+#if !defined(MOE_MSVC)
 inline V add(V a, V b) { return {a.lane + b.lane}; }
 inline V sub(V a, V b) { return {a.lane - b.lane}; }
 inline V mul(V a, V b) { return {a.lane * b.lane}; }

@@ -15,6 +15,8 @@ namespace moe::mlp {
 namespace {
 
 constexpr int kWarpsM = 4, kBlockRows = 32 * kWarpsM;  // packed weight rows of a block
+// Of a multiprocessor at least, where shared memory allows it: one multiplies while the other waits.
+constexpr int kBlocks = 2;
 
 // The operand of `kBlockRows` rows of a tiled matrix from row `first` on.
 template <class T>
@@ -50,7 +52,7 @@ __device__ void store_rows(const T* staged, int pitch, int rows, int columns, To
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kTensorThreads) gate_up(GroupedCall p) {
+__global__ void __launch_bounds__(kTensorThreads, kBlocks) gate_up(GroupedCall p) {
   using Shape = TensorShape<kWarpsM, N>;
   constexpr int kValues = kBlockRows / 2, kPitch = kValues + 8;
   for (int t = static_cast<int>(blockIdx.y); t < *p.tile_count; t += static_cast<int>(gridDim.y)) {
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kTensorThreads) gate_up(GroupedCall p) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kTensorThreads) down(GroupedCall p) {
+__global__ void __launch_bounds__(kTensorThreads, kBlocks) down(GroupedCall p) {
   using Shape = TensorShape<kWarpsM, N>;
   constexpr int kPitch = kBlockRows + 8;
   for (int t = static_cast<int>(blockIdx.y); t < *p.tile_count; t += static_cast<int>(gridDim.y)) {

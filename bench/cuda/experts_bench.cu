@@ -3,10 +3,11 @@
 //   experts_bench check [PATH...]              every shape, dtype and option against an f64 reference, each run twice
 //   experts_bench time [PATH|auto] [LAYER|all] [T|FROM-TO] [zipf]
 //                                              us, ratio to the floor and TFLOP/s of the layers of the peers' table
-//   experts_bench paths [LAYER]                where one path overtakes another, beside the table of expert_paths.cc
+//   experts_bench paths [LAYER]                where one path overtakes another, and the limits of expert_paths.h anew
 //   experts_bench shared                       a shared expert as a slot, after the others, beside them
 //   experts_bench profile PATH LAYER TOKENS    one launch after a warm-up, for ncu
 //   experts_bench sanitize [PATH...]           the small cases of `check`, for compute-sanitizer
+//   experts_bench race [PATH...]               a few of them, for its racecheck
 //
 // PATH: plain, mma, wgmma, stream; a path that cannot run a call is skipped there.
 #include "experts_check.cuh"
@@ -67,9 +68,10 @@ int profile(CudaBackend& backend, const std::vector<std::string>& words) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "check";
   const std::vector<std::string> words(argv + std::min(argc, 2), argv + argc);
-  if (mode == "check" || mode == "sanitize") {
+  if (mode == "check" || mode == "sanitize" || mode == "race") {
     const std::vector<std::string> all = {"plain", "mma", "wgmma", "stream"};
-    return check(words.empty() ? all : words, mode == "sanitize");
+    const Extent extent = mode == "check" ? Extent::kAll : mode == "sanitize" ? Extent::kSmall : Extent::kFewest;
+    return check(words.empty() ? all : words, extent);
   }
   auto owner = open();
   CudaBackend& backend = cuda(*owner);
@@ -79,15 +81,17 @@ int main(int argc, char** argv) {
   if (mode == "paths") {
     std::vector<Layer> layers(std::begin(kLayers), std::end(kLayers));
     layers.insert(layers.end(), std::begin(kMoreLayers), std::end(kMoreLayers));
+    std::vector<PathPoint> points;
     for (const Layer& l : layers) {
-      if (words.empty() || words[0] == l.name) time_paths(backend, l, flush);
+      if (words.empty() || words[0] == l.name) time_paths(backend, l, flush, &points);
     }
+    derive_paths(points);
     return 0;
   }
   if (mode == "shared") {
     for (const Layer& l : kSharedLayers) time_shared(backend, l, flush);
     return 0;
   }
-  std::printf("expected check, time, paths, shared, profile or sanitize but received %s\n", mode.c_str());
+  std::printf("expected check, time, paths, shared, profile, sanitize or race but received %s\n", mode.c_str());
   return 1;
 }

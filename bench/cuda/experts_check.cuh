@@ -70,6 +70,22 @@ inline bool run_case(Backend& backend, const Case& c, const std::string& path, W
   return good;
 }
 
+// How many cases: all; small ones, for compute-sanitizer; the fewest that have every part of `wgmma`, for its
+// racecheck, which takes seconds for each.
+enum class Extent { kAll, kSmall, kFewest };
+
+inline void run_fewest(Backend& backend, const std::vector<std::string>& paths, int* failures, int* ran) {
+  // Blocks cut along K; biases and clamping, row weights, ids of other experts.
+  const Layer parts = {"parts", 2048, 64, 2, 1},
+              odd = {"odd", 72, 40, 5, 3, 1, DType::kBF16, true, {1.702f, 1.0f, 1.5f}};
+  Weights of_parts(backend, parts, 5), of_odd(backend, odd, 5);
+  for (const std::string& path : paths) {
+    run_case(backend, {parts, 17}, path, of_parts, failures, ran);
+    run_case(backend, {odd, 17}, path, of_odd, failures, ran);
+    run_case(backend, {odd, 130, Routing::kUniform, true, 7, 2, 0.3, 2.5f}, path, of_odd, failures, ran);
+  }
+}
+
 inline void run_cases(Backend& backend, const std::vector<std::string>& paths, bool small_only, int* failures,
                       int* ran) {
   const SwiGLU clamped = {1.702f, 1.0f, 1.5f};
@@ -172,18 +188,27 @@ inline void run_shared(Backend& backend, const std::string& path, const Layer& l
   verify("halves");
 }
 
-inline int check(const std::vector<std::string>& paths, bool small_only) {
+inline int check(const std::vector<std::string>& paths, Extent extent) {
   int failures = 0, ran = 0;
   auto backend = open();
   for (const std::string& path : paths) {
+    if (extent == Extent::kFewest) {
+      run_shared(*backend, path, {"shared", 136, 72, 1, 1}, 5, &failures, &ran);
+      continue;
+    }
     for (const DType dtype : {DType::kBF16, DType::kF16}) {
       for (const int64_t T : {1, 5, 40, 300}) {
         run_shared(*backend, path, {"shared", 136, 72, 1, 1, 0, dtype}, T, &failures, &ran);
-        if (!small_only) run_shared(*backend, path, {"shared", 1024, 512, 1, 1, 0, dtype, true}, T, &failures, &ran);
+        if (extent == Extent::kSmall) continue;
+        run_shared(*backend, path, {"shared", 1024, 512, 1, 1, 0, dtype, true}, T, &failures, &ran);
       }
     }
   }
-  run_cases(*backend, paths, small_only, &failures, &ran);
+  if (extent == Extent::kFewest) {
+    run_fewest(*backend, paths, &failures, &ran);
+  } else {
+    run_cases(*backend, paths, extent == Extent::kSmall, &failures, &ran);
+  }
   std::printf("%d cases, %d failed\n", ran, failures);
   return failures > 0;
 }

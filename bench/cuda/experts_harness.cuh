@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/backend.h"
-#include "../../csrc/cuda/expert_paths.h"
+#include "../../csrc/cuda/expert_tiles.h"
 #include "../../csrc/cuda/floats.cuh"
 #include "harness.cuh"
 

@@ -64,46 +64,95 @@ inline void time_layer(CudaBackend& backend, const Layer& l, const char* path, i
   }
 }
 
-// `stream` and `wgmma` in turn up to 128 tokens, beside what expert_paths.cc says of the layer.
-inline void time_paths(CudaBackend& backend, const Layer& l, Buffer& flush) {
+// `stream` and `wgmma` in turn, at one number of tokens of a layer: what expert_paths.h decides by, and what it took.
+struct PathPoint {
+  const char* layer;
+  int64_t T;
+  mlp::Shape shape;
+  double stream, wgmma;  // us
+  // What is lost by a choice.
+  double loss(bool by_stream) const { return (by_stream ? stream : wgmma) / std::min(stream, wgmma) - 1; }
+};
+
+inline mlp::Shape shape_of(CudaBackend& backend, const Layer& l, int64_t T) {
+  mlp::StreamCall call{};
+  call.dtype = l.dtype, call.T = T, call.C = l.C, call.H = l.H, call.I = l.I, call.S = l.S;
+  call.sm_count = backend.sm_count();
+  return {l.dtype, l.dtype, T, l.C, l.S, l.H, l.I, backend.compute_capability(), stream_kernel(call), call.sm_count};
+}
+
+inline void time_paths(CudaBackend& backend, const Layer& l, Buffer& flush, std::vector<PathPoint>* points) {
   Weights weights(backend, l, 5);
   weights.drop_source();
-  const mlp::Path paths[] = {mlp::Path::kStream, mlp::Path::kWgmma};
-  int64_t measured = 0, worst_at = 0;
-  double worst = 0;
-  const auto in_table = [&](int64_t tokens) {
-    mlp::Path path{};
-    mlp::choose({l.dtype, l.dtype, tokens, l.C, l.S, l.H, l.I, backend.compute_capability(), true, backend.sm_count()},
-                nullptr, &path);
-    return path;
-  };
   for (const int64_t T : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128}) {
+    const mlp::Shape shape = shape_of(backend, l, T);
+    if (shape.stream == mlp::StreamKernel::kNone) break;
     const auto inputs = inputs_of(l, T, Routing::kUniform);
     std::vector<std::function<void(int)>> launches;
-    bool both = true;
-    for (const mlp::Path path : paths) {
+    for (const mlp::Path path : {mlp::Path::kStream, mlp::Path::kWgmma}) {
       launches.push_back([&, path](int i) {
         wish_path(name_of(path));
         OK(enqueue<FusedMoe>(backend, call_of(weights, *inputs[i])));
-        both = both && path_taken(backend, "fused_moe") == name_of(path);
       });
     }
     const std::vector<double> us = time_graphs(backend, flush, static_cast<int>(inputs.size()), launches);
-    if (!both) break;
-    const mlp::Path chosen = in_table(T);
-    if (us[0] <= us[1]) measured = T;
-    const double loss = us[chosen == paths[1]] / std::min(us[0], us[1]) - 1;
-    if (loss > worst) worst = loss, worst_at = T;
-    std::printf("%-14s %4lld tokens  stream %7.1f us  wgmma %7.1f us  chosen: %-6s%s\n", l.name, (long long)T, us[0],
-                us[1], name_of(chosen), loss > 0 ? "  slower" : "");
+    const PathPoint& point = points->emplace_back(PathPoint{l.name, T, shape, us[0], us[1]});
+    mlp::Path chosen{};
+    mlp::choose(shape, nullptr, &chosen);
+    const double loss = point.loss(chosen == mlp::Path::kStream);
+    std::printf("%-14s %4lld tokens  %5.2f blocks  stream (%s) %7.1f us  wgmma %7.1f us  chosen: %-6s", l.name,
+                (long long)T, mlp::blocks_a_multiprocessor(shape),
+                shape.stream == mlp::StreamKernel::kFew ? "few" : "many", us[0], us[1], name_of(chosen));
+    std::printf(loss > 0 ? "  loses %.1f%%\n" : "\n", 100 * loss);
+    std::fflush(stdout);
   }
-  int64_t table = 0;
-  for (int64_t T = 1; T <= 1024; T++) {
-    if (in_table(T) == mlp::Path::kStream) table = T;
+}
+
+// The limit of blocks a multiprocessor that the points of one kernel of `stream` would set: where the worst loss is the
+// least, beside that of expert_paths.h.
+inline void derive_paths(const std::vector<PathPoint>& points, mlp::StreamKernel kernel, const char* name,
+                         double limit) {
+  std::vector<const PathPoint*> of;
+  for (const PathPoint& p : points) {
+    if (p.shape.stream == kernel && (kernel == mlp::StreamKernel::kFew || p.T <= mlp::kManyTokens)) of.push_back(&p);
   }
-  std::printf("%-14s stream is quicker up to %lld tokens, chosen up to %lld; the choice loses %.1f%% at most (%lld)\n",
-              l.name, (long long)measured, (long long)table, 100 * worst, (long long)worst_at);
-  std::fflush(stdout);
+  if (of.empty()) return;
+  const auto blocks = [](const PathPoint* p) { return mlp::blocks_a_multiprocessor(p->shape); };
+  std::sort(of.begin(), of.end(), [&](auto* a, auto* b) { return blocks(a) < blocks(b); });
+  const auto worst = [&](double below) {
+    return *std::max_element(of.begin(), of.end(),
+                             [&](auto* a, auto* b) { return a->loss(blocks(a) < below) < b->loss(blocks(b) < below); });
+  };
+  const auto loss = [&](double below) {
+    const PathPoint* p = worst(below);
+    return p->loss(blocks(p) < below);
+  };
+  // Limits between two neighbours are all the same.
+  double from = 0, to = blocks(of[0]), least = loss(0);
+  for (size_t i = 0; i < of.size(); i++) {
+    const double next = i + 1 < of.size() ? blocks(of[i + 1]) : INFINITY,
+                 here = loss(std::nextafter(blocks(of[i]), 1e9));
+    if (here < least) least = here, from = blocks(of[i]), to = next;
+  }
+  const PathPoint* p = worst(limit);
+  std::printf(
+      "stream (%s): a limit from %.2f to %.2f blocks a multiprocessor loses %.1f%% at most; %.2f, as it is, "
+      "%.1f%% (%s, %lld tokens)\n",
+      name, from, to, 100 * least, limit, 100 * loss(limit), p->layer, (long long)p->T);
+}
+
+inline void derive_paths(const std::vector<PathPoint>& points) {
+  derive_paths(points, mlp::StreamKernel::kFew, "few", mlp::kFewBlocks);
+  derive_paths(points, mlp::StreamKernel::kMany, "many", mlp::kManyBlocks);
+  double most = 0;
+  const PathPoint* quicker = nullptr;  // beyond the tokens that its kernel for many is chosen for
+  for (const PathPoint& p : points) {
+    if (p.shape.stream != mlp::StreamKernel::kMany || p.T <= mlp::kManyTokens || p.loss(false) <= most) continue;
+    most = p.loss(false), quicker = &p;
+  }
+  if (quicker == nullptr) return;
+  std::printf("stream beyond %lld tokens is quicker by up to %.1f%% (%s, %lld tokens)\n", (long long)mlp::kManyTokens,
+              100 * most, quicker->layer, (long long)quicker->T);
 }
 
 // A shared expert, in turn: as a slot of fused_moe; after it by shared_experts; beside it as an overlapped MoeLayer

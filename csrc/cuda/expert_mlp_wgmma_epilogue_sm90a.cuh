@@ -1,8 +1,10 @@
 // What the consumer warpgroups of `wgmma` do with their sums: bias, activation, rounding, and rows of 128 or 256 bytes
 // to global memory by way of 16 KiB of shared memory that are theirs.
 //
-// A warpgroup holds two tiles of 64 weight rows: thread t holds of tile a, in sum[a][4j + 2h + l], weight row
+// A warpgroup holds two or four tiles of 64 weight rows: thread t holds of tile a, in sum[a][4j + 2h + l], weight row
 // 16 (t / 32) + 8h + t % 32 / 4 and token 8j + 2 (t % 4) + l. For gate_up h is 0 for a gate row and 1 for its up row.
+// Two tiles are written at a time, in chunks of tokens that take the two halves of the 16 KiB in turn: so a barrier a
+// chunk is enough.
 //
 // GENERAL adds row weights, `projected` and Finish: few calls need them, and so they have a kernel of their own, whose
 // code does not lie between that of the others.
@@ -73,14 +75,21 @@ __device__ __forceinline__ void write_rows(uint32_t from, char* out, int64_t str
   }
 }
 
+// Of a warpgroup's weight tiles: half of a block's or all.
+template <int TILES>
+__device__ __forceinline__ int32_t first_tile(const Item& item, int group) {
+  return item.block * kBlockTiles + (TILES == kBlockTiles ? 0 : group * TILES);
+}
+
 // The activations of gate_up. `staging`: 16 KiB.
-template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void write_active(const Params& p, const Item& item, float (&sum)[2][N / 2],
+template <int N, class T, bool GENERAL, int TILES>
+__device__ __forceinline__ void write_active(const Params& p, const Item& item, float (&sum)[TILES][N / 2],
                                              uint32_t staging, int group, int thread) {
   constexpr int kGroups = N / 8;  // of 8 tokens
   constexpr int kChunk = 8;       // groups at a time: 8 KiB
+  constexpr int kChunks = (kGroups + kChunk - 1) / kChunk;
   const int warp = thread / 32, lane = thread % 32;
-  const int32_t first_i = item.block * 128 + group * 64;  // 64 columns of `active`
+  const int32_t first_i = first_tile<TILES>(item, group) * 32;  // column of `active`
   if (GENERAL && p.weights.order != nullptr) {
 #pragma unroll
     for (int j = 0; j < kGroups; j++) {
@@ -89,13 +98,13 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
         const int token = 8 * j + 2 * (lane % 4) + l;
         const float w = token < item.rows.rows ? weight_of_row(p.weights, item.rows.first + token) : 0.0f;
 #pragma unroll
-        for (int a = 0; a < 2; a++) sum[a][4 * j + l] *= w, sum[a][4 * j + 2 + l] *= w;
+        for (int a = 0; a < TILES; a++) sum[a][4 * j + l] *= w, sum[a][4 * j + 2 + l] *= w;
       }
     }
   }
   if (p.b13 != nullptr) {
 #pragma unroll
-    for (int a = 0; a < 2; a++) {
+    for (int a = 0; a < TILES; a++) {
       const int32_t i = first_i + a * 32 + warp * 8 + lane / 4;
       const float* b13 = p.b13 + int64_t{item.rows.expert} * 2 * p.I + i;
       const float gate = i < p.I ? b13[0] : 0.0f, up = i < p.I ? b13[p.I] : 0.0f;
@@ -114,7 +123,7 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
         const int token = 8 * j + 2 * (lane % 4) + l;
         if (token >= item.rows.rows) continue;
 #pragma unroll
-        for (int a = 0; a < 2; a++) {
+        for (int a = 0; a < TILES; a++) {
           const int32_t i = first_i + a * 32 + warp * 8 + lane / 4;
           if (i >= p.I) continue;
           T* row = out + int64_t{item.rows.first + token} * 2 * p.I;
@@ -132,41 +141,46 @@ __device__ __forceinline__ void write_active(const Params& p, const Item& item, 
   const auto value = [&](int a, int j) {
     return pack<T>(activation(sum[a][4 * j], sum[a][4 * j + 2]), activation(sum[a][4 * j + 1], sum[a][4 * j + 3]));
   };
-  // Matrices of a store: groups j and j + 1 of tile 0, of tile 1.
+  // Matrices of a store: groups j and j + 1 of the first tile, of the second.
   const uint32_t to = staging + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2 * 4 + warp) ^ (lane % 8)) * 16;
 #pragma unroll
-  for (int c = 0; c < kGroups; c += kChunk) {
-    const uint32_t half = c / kChunk % 2 * 8192;
+  for (int a = 0; a < TILES; a += 2) {
 #pragma unroll
-    for (int j = c; j < c + kChunk && j < kGroups; j += 2) {
-      if (j + 1 < kGroups) {
-        hopper::store_transposed(to + half + (j - c) * 1024, value(0, j), value(1, j), value(0, j + 1),
-                                 value(1, j + 1));
-      } else {
-        hopper::store_transposed(to + half + (j - c) * 1024, value(0, j), value(1, j));
+    for (int c = 0; c < kGroups; c += kChunk) {
+      const uint32_t half = (a / 2 * kChunks + c / kChunk) % 2 * 8192;
+#pragma unroll
+      for (int j = c; j < c + kChunk && j < kGroups; j += 2) {
+        if (j + 1 < kGroups) {
+          hopper::store_transposed(to + half + (j - c) * 1024, value(a, j), value(a + 1, j), value(a, j + 1),
+                                   value(a + 1, j + 1));
+        } else {
+          hopper::store_transposed(to + half + (j - c) * 1024, value(a, j), value(a + 1, j));
+        }
       }
-    }
-    hopper::named_barrier(1 + group, 128);
-    constexpr int kLast = kGroups % kChunk == 0 ? kChunk : kGroups % kChunk;
-    if (c + kChunk <= kGroups) {
-      write_rows<8 * kChunk, 8>(staging + half, out, stride, 8 * c, item.rows.rows, pieces, thread);
-    } else {
-      write_rows<8 * kLast, 8>(staging + half, out, stride, 8 * c, item.rows.rows, pieces, thread);
+      hopper::named_barrier(1 + group, 128);
+      constexpr int kLast = kGroups % kChunk == 0 ? kChunk : kGroups % kChunk;
+      char* rows = out + a * 64;
+      if (c + kChunk <= kGroups) {
+        write_rows<8 * kChunk, 8>(staging + half, rows, stride, 8 * c, item.rows.rows, pieces - a * 4, thread);
+      } else {
+        write_rows<8 * kLast, 8>(staging + half, rows, stride, 8 * c, item.rows.rows, pieces - a * 4, thread);
+      }
     }
   }
 }
 
 // The rows of down. `staging`: 16 KiB.
-template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void write_out(const Params& p, const Item& item, float (&sum)[2][N / 2], uint32_t staging,
-                                          int group, int thread) {
+template <int N, class T, bool GENERAL, int TILES>
+__device__ __forceinline__ void write_out(const Params& p, const Item& item, float (&sum)[TILES][N / 2],
+                                          uint32_t staging, int group, int thread) {
   constexpr int kGroups = N / 8;  // of 8 tokens
   constexpr int kChunk = 4;       // groups at a time: 8 KiB
+  constexpr int kChunks = (kGroups + kChunk - 1) / kChunk;
   const int warp = thread / 32, lane = thread % 32;
-  const int32_t first_h = item.block * 256 + group * 128;  // 128 columns of the output
+  const int32_t first_h = first_tile<TILES>(item, group) * 64;  // column of the output
   if (p.b2 != nullptr) {
 #pragma unroll
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 2 * TILES; m++) {
       const int32_t h = first_h + m / 2 * 64 + warp * 16 + m % 2 * 8 + lane / 4;
       const float bias = h < p.H ? p.b2[int64_t{item.rows.expert} * p.H + h] : 0.0f;
 #pragma unroll
@@ -187,7 +201,7 @@ __device__ __forceinline__ void write_out(const Params& p, const Item& item, flo
         const int64_t row = item.rows.first + token;
         const float gate = p.finish.gates != nullptr ? p.finish.gates[row] : 1.0f;
 #pragma unroll
-        for (int m = 0; m < 4; m++) {
+        for (int m = 0; m < 2 * TILES; m++) {
           const int32_t h = first_h + m / 2 * 64 + warp * 16 + m % 2 * 8 + lane / 4;
           float& value = sum[m / 2][4 * j + m % 2 * 2 + l];
           value *= gate;
@@ -199,23 +213,28 @@ __device__ __forceinline__ void write_out(const Params& p, const Item& item, flo
   const int64_t stride = int64_t{p.H} * 2;
   char* out = static_cast<char*>(p.finish.out) + item.rows.first * stride + first_h * 2;
   const int pieces = (p.H - first_h) / 8;
-  // Matrices of a store: the upper and lower 8 rows of tile 0, of tile 1.
+  // Matrices of a store: the upper and lower 8 rows of the first tile, of the second.
   const uint32_t to = staging + lane % 8 * 256 + ((lane / 16 * 8 + 2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
-  for (int c = 0; c < kGroups; c += kChunk) {
-    const uint32_t half = c / kChunk % 2 * 8192;
+  for (int a = 0; a < TILES; a += 2) {
 #pragma unroll
-    for (int j = c; j < c + kChunk && j < kGroups; j++) {
-      hopper::store_transposed(to + half + (j - c) * 2048, pack<T>(sum[0][4 * j], sum[0][4 * j + 1]),
-                               pack<T>(sum[0][4 * j + 2], sum[0][4 * j + 3]), pack<T>(sum[1][4 * j], sum[1][4 * j + 1]),
-                               pack<T>(sum[1][4 * j + 2], sum[1][4 * j + 3]));
-    }
-    hopper::named_barrier(1 + group, 128);
-    constexpr int kLast = kGroups % kChunk == 0 ? kChunk : kGroups % kChunk;
-    if (c + kChunk <= kGroups) {
-      write_rows<8 * kChunk, 16>(staging + half, out, stride, 8 * c, item.rows.rows, pieces, thread);
-    } else {
-      write_rows<8 * kLast, 16>(staging + half, out, stride, 8 * c, item.rows.rows, pieces, thread);
+    for (int c = 0; c < kGroups; c += kChunk) {
+      const uint32_t half = (a / 2 * kChunks + c / kChunk) % 2 * 8192;
+#pragma unroll
+      for (int j = c; j < c + kChunk && j < kGroups; j++) {
+        hopper::store_transposed(to + half + (j - c) * 2048, pack<T>(sum[a][4 * j], sum[a][4 * j + 1]),
+                                 pack<T>(sum[a][4 * j + 2], sum[a][4 * j + 3]),
+                                 pack<T>(sum[a + 1][4 * j], sum[a + 1][4 * j + 1]),
+                                 pack<T>(sum[a + 1][4 * j + 2], sum[a + 1][4 * j + 3]));
+      }
+      hopper::named_barrier(1 + group, 128);
+      constexpr int kLast = kGroups % kChunk == 0 ? kChunk : kGroups % kChunk;
+      char* rows = out + a * 128;
+      if (c + kChunk <= kGroups) {
+        write_rows<8 * kChunk, 16>(staging + half, rows, stride, 8 * c, item.rows.rows, pieces - a * 8, thread);
+      } else {
+        write_rows<8 * kLast, 16>(staging + half, rows, stride, 8 * c, item.rows.rows, pieces - a * 8, thread);
+      }
     }
   }
 }

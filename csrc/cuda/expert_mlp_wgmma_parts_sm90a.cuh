@@ -8,9 +8,9 @@ namespace moe::mlp::wgmma {
 
 // Whether this warpgroup came last and has the whole sums of item `n`, which is read each time: the sums leave no
 // registers to keep it in.
-template <int SUMS>
-__device__ __forceinline__ bool add_parts(const Params& p, Shared shared, int n, float (&sum)[2][SUMS], int group,
-                                          int thread) {
+template <bool IN_TURNS, int TILES, int SUMS>
+__device__ __forceinline__ bool add_parts(const Params& p, Shared<IN_TURNS> shared, int n, float (&sum)[TILES][SUMS],
+                                          int group, int thread) {
   static_assert(SUMS % 4 == 0);
 #pragma unroll 1
   for (int width = 1;; width *= 2) {
@@ -18,13 +18,13 @@ __device__ __forceinline__ bool add_parts(const Params& p, Shared shared, int n,
     if (width >= item.parts) return true;
     const auto place = [&](int part) {
       const int slot = item.product * static_cast<int>(gridDim.x) + item.slot + part;
-      return int64_t{slot} * kConsumers + group;
+      return int64_t{slot} * kConsumers + (IN_TURNS ? 0 : group);
     };
     const int mine = carrier(item.part, width), sibling = sibling_of(mine, width);
     if (sibling >= item.parts) continue;
     float4* to = reinterpret_cast<float4*>(p.parts + place(mine) * p.part_floats) + thread;
 #pragma unroll
-    for (int a = 0; a < 2; a++) {
+    for (int a = 0; a < TILES; a++) {
 #pragma unroll
       for (int i = 0; i < SUMS; i += 4) {
         __stcg(to + (a * SUMS + i) * 32, make_float4(sum[a][i], sum[a][i + 1], sum[a][i + 2], sum[a][i + 3]));
@@ -38,7 +38,7 @@ __device__ __forceinline__ bool add_parts(const Params& p, Shared shared, int n,
     if (hopper::load_shared_word(shared.word(group)) == 0) return false;
     const float4* from = reinterpret_cast<const float4*>(p.parts + place(sibling) * p.part_floats) + thread;
 #pragma unroll
-    for (int a = 0; a < 2; a++) {
+    for (int a = 0; a < TILES; a++) {
 #pragma unroll
       for (int i = 0; i < SUMS; i += 4) {
         const float4 v = __ldcg(from + (a * SUMS + i) * 32);

@@ -3,11 +3,14 @@
 // A work item is a tile of at most 176 rows of one expert times a block of 256 weight rows, along all of K or, where
 // blocks are few, a part of it (expert_items.h). First come all items of gate_up, then those of down, which wait until
 // their row tile has been through all blocks of gate_up. Items are handed out in this order by an atomic counter, to
-// blocks of threads that run, so what is waited for is always under way.
+// blocks of threads that run, so what is waited for is always under way; and late, so that nobody has a second item
+// while others have none.
 //
 // Warpgroup 0 loads: one warp the weights, by bulk copies of the packed tiles, three warps the rows, gathered 16
-// bytes at a time into the same swizzle. Warpgroups 1 and 2 multiply, 128 weight rows each (weights are M, tokens N, so
-// that N fits the tile to 16 rows), and write out; the loads for the next item go on meanwhile. A stage is 64 along K.
+// bytes at a time into the same swizzle. Warpgroups 1 and 2 multiply (weights are M, tokens N, so that N fits the tile
+// to 16 rows) and write out; the loads for the next item go on meanwhile. A stage is 64 along K. They do it together,
+// 128 weight rows each, or where experts have few rows in turns, an item each (Sharing): items are short then, and
+// memory would have to wait for what is done between one item's products and the next one's.
 //
 // The kernel starts while the one before it still runs, and then waits for it (programmatic.cuh); meanwhile it brings
 // the input into the L2 cache.
@@ -48,21 +51,23 @@ __device__ __forceinline__ int32_t from_first_lane(int32_t x) { return __shfl_sy
 // One warp: the weights, and the items. All lanes have the same, taken from the first where the compiler would not know
 // it: so addresses are in uniform registers, where a copy wants them. It takes a loop over the lanes to bring them
 // there from others, and the copies of a step then come late.
+template <class Shared>
 __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const auto take = [&] { return first_lane ? atomicAdd(p.next, 1) : 0; };
+  const int32_t first = take();  // on its way together with the number of tiles
   const int32_t tiles = from_first_lane(*p.tile_count);
   const auto cut = [&](const Product& product) {
     return blocks_of(tiles * static_cast<int32_t>(product.blocks.value), gridDim.x, product.steps);
   };
   const Blocks gate_up = p.gate_up ? cut(p.product[0]) : Blocks{}, down = p.down ? cut(p.product[1]) : Blocks{};
   const uint64_t once = evict_first_policy();
-  const bool first_lane = threadIdx.x % 32 == 0;
-  const auto take = [&] { return from_first_lane(first_lane ? atomicAdd(p.next, 1) : 0); };
   Stage stage;
-  Item item = item_of(p, take(), gate_up, down);
+  Item item = item_of(p, from_first_lane(first), gate_up, down);
   for (int n = 0;; n++) {
     if (first_lane) send(shared, n, item);
     if (item.none) return let_next_kernel_start();
-    const int32_t next = take();
+    int32_t next = 0;
     const Product& product = p.product[item.product];
     const int32_t block = from_first_lane(item.block), steps = from_first_lane(item.steps);
     const bool read_once = from_first_lane(item.rows.alone) != 0;
@@ -71,8 +76,9 @@ __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
     const char* from = product.weights + from_first_lane(item.rows.expert) * product.slot_bytes +
                        block * kBlockTiles * tile_run + int64_t{from_first_lane(item.k)} * kTileBytes;
     for (int k = 0; k < steps; k++, from += kTileBytes) {
-      // Late enough for `next` to be known, early enough for the tile to come.
-      if (k == max(steps - 3, 0)) item = item_of(p, next, gate_up, down);
+      // Early enough for the counter's answer, then the tile, to come.
+      if (k == max(steps - 6, 0)) next = take();
+      if (k == max(steps - 3, 0)) item = item_of(p, from_first_lane(next), gate_up, down);
       barrier_wait(shared.empty(stage.index), stage.parity ^ 1);
       if (elected()) {
         const uint32_t full = shared.full(stage.index), to = shared.weights(stage.index);
@@ -98,8 +104,10 @@ __device__ __forceinline__ void load_weights(const Params& p, Shared shared) {
 // Three warps: the rows. Eight lanes take a row's 128 bytes, so a warp has four rows at a time, and twelve rows later
 // the next four. Each lane keeps its pointers: a pointer computed in front of its copy would have to wait until the
 // copy before it has read its own.
-__device__ __forceinline__ void gather_rows(const Params& p, Shared shared, int thread) {
-  constexpr int kAtOnce = kGatherWarps * 4, kPasses = (kMaxRows + kAtOnce - 1) / kAtOnce, kUnrolled = 4;
+template <bool IN_TURNS>
+__device__ __forceinline__ void gather_rows(const Params& p, Shared<IN_TURNS> shared, int thread) {
+  constexpr int kAtOnce = kGatherWarps * 4, kPasses = (Sharing<IN_TURNS>::kRows + kAtOnce - 1) / kAtOnce;
+  constexpr int kUnrolled = 4;
   const int first = thread / 8;
   const uint32_t piece = thread % 8;
   // Row first + 12 i is row (first + 4 i) % 8 of its group.
@@ -167,27 +175,38 @@ __device__ __forceinline__ int thread_of_warpgroup() {
   return static_cast<int>(thread % 128);
 }
 
+// Consumer warpgroups that take turns: the stages of an item come in only when those of the one before have been seen,
+// because a barrier tells one phase from the next, but not from the one after that.
+__device__ __forceinline__ void await_turn(int group) { named_barrier(1 + kConsumers + group, 128 * kConsumers); }
+__device__ __forceinline__ void give_turn(int group) {
+  named_barrier_arrive(1 + kConsumers + (group ^ 1), 128 * kConsumers);
+}
+
 // A consumer warpgroup's part of one item. What there is to know of the item is read behind the products: the sums
 // leave few registers.
-template <int N, class T, bool GENERAL>
-__device__ __forceinline__ void multiply(const Params& p, Shared shared, int n, int steps, Stage& stage, int group) {
+template <int N, class T, bool GENERAL, bool IN_TURNS>
+__device__ __forceinline__ void multiply(const Params& p, Shared<IN_TURNS> shared, int n, int steps, Stage& stage,
+                                         int group) {
+  constexpr int kTiles = Sharing<IN_TURNS>::kTiles;
   // Zero instead of skipped by the first product: ptxas would make copies, and the sums leave no registers for any.
-  float sum[2][N / 2] = {};
+  float sum[kTiles][N / 2] = {};
+  const uint32_t own = IN_TURNS ? 0 : group * kTiles * kTileBytes;  // of a stage's weights
   int before = 0;
   const auto release = [&] {
     if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(before));
   };
+  if (IN_TURNS) await_turn(group);
 #pragma unroll 1
   for (int k = 0; k < steps; k++) {
     barrier_wait(shared.full(stage.index), stage.parity);
     fence_proxy_shared();  // the rows were not copied by the copy engine
-    const uint64_t a = describe(shared.weights(stage.index) + group * (2 * kTileBytes));
+    const uint64_t a = describe(shared.weights(stage.index) + own);
     const uint64_t b = describe(shared.rows(stage.index));
     product_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
-      product<N, T>(sum[0], a + 2 * kk, b + 2 * kk, true);
-      product<N, T>(sum[1], a + (kTileBytes >> 4) + 2 * kk, b + 2 * kk, true);
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) product<N, T>(sum[t], a + t * (kTileBytes >> 4) + 2 * kk, b + 2 * kk, true);
     }
     product_commit();
     product_wait<1>();
@@ -195,39 +214,44 @@ __device__ __forceinline__ void multiply(const Params& p, Shared shared, int n, 
     before = stage.index;
     stage.advance();
   }
+  if (IN_TURNS) give_turn(group);
   product_wait<0>();
-  product_done(sum[0]);
-  product_done(sum[1]);
+#pragma unroll
+  for (int t = 0; t < kTiles; t++) product_done(sum[t]);
   const int thread = thread_of_warpgroup();
-  // What this warpgroup has multiplied of the last stage's weights becomes its staging area.
-  named_barrier(1 + group, 128);
+  if (IN_TURNS) {
+    release();
+  } else {
+    named_barrier(1 + group, 128);  // what it has multiplied of the last stage's weights becomes its staging area
+  }
   const bool done = add_parts(p, shared, n, sum, group, thread);
   const Item item = item_at(shared, n);
   release_item(shared, n);
   if (done) {
-    const uint32_t staging = shared.weights(before) + group * (2 * kTileBytes);
+    const uint32_t staging = IN_TURNS ? shared.staging(group) : shared.weights(before) + own;
     if (item.product == 0) {
       write_active<N, T, GENERAL>(p, item, sum, staging, group, thread);
       named_barrier(1 + group, 128);
       // In front of release(): behind it this takes longer, among the copies that the stage is then filled by.
-      if (thread == 0 && p.down) add_release(p.done + item.tile, 1);
+      if (thread == 0 && p.down) add_release(p.done + item.tile, IN_TURNS ? kConsumers : 1);
     } else {
       write_out<N, T, GENERAL>(p, item, sum, staging, group, thread);
     }
-    fence_proxy_shared();
+    if (!IN_TURNS) fence_proxy_shared();
   }
+  if (IN_TURNS) return;
   __syncwarp();
   release();
 }
 
-template <class T, bool GENERAL>
+template <class T, bool GENERAL, bool IN_TURNS>
 __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant__ Params p) {
   extern __shared__ unsigned char memory[];
-  const Shared shared{(shared_address(memory) + 1023) & ~1023u};
+  const Shared<IN_TURNS> shared{(shared_address(memory) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; s++) {
       barrier_init(shared.full(s), 1 + 32 * kGatherWarps);
-      barrier_init(shared.empty(s), 4 * kConsumers);
+      barrier_init(shared.empty(s), Sharing<IN_TURNS>::kReleases);
     }
     for (int n = 0; n < kItems; n++) {
       barrier_init(shared.item_full(n), 1);
@@ -253,22 +277,35 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
     // The same in all lanes, for the compiler to know: what follows from it then takes uniform registers.
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
     Stage stage;
+    if (IN_TURNS && group == 1) give_turn(group);
     for (int n = 0;; n++) {
       await_item(shared, n);
       const Item item = item_at(shared, n);
-      if (item.none) return;
+      const bool own = !IN_TURNS || n % kConsumers == group;
+      if (item.none) {
+        if (IN_TURNS && own) await_turn(group);  // given by the other, which no barrier should be left with
+        return;
+      }
+      if (!own) {
+        stage.advance(item.steps);
+        release_item(shared, n);
+        continue;
+      }
 #define MOE_ROWS(N) \
   case N: multiply<N, T, GENERAL>(p, shared, n, item.steps, stage, group); break;
       // Few sizes in the general kernel, for the sake of what it takes to compile.
       if constexpr (GENERAL) {
-        switch (min((item.rows.rows + 31) / 32 * 32, kMaxRows)) {
+        switch (min((item.rows.rows + 31) / 32 * 32, Sharing<IN_TURNS>::kRows)) {
           MOE_ROWS(32) MOE_ROWS(64) MOE_ROWS(96) MOE_ROWS(128) MOE_ROWS(160) MOE_ROWS(176)
         }
+      } else if constexpr (IN_TURNS) {
+        switch ((item.rows.rows + 15) / 16 * 16) { MOE_ROWS(16) MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) }
       } else {
         switch ((item.rows.rows + 15) / 16 * 16) {
           MOE_ROWS(16)
-          MOE_ROWS(32) MOE_ROWS(48) MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128) MOE_ROWS(144)
-              MOE_ROWS(160) MOE_ROWS(176)
+          MOE_ROWS(32)
+          MOE_ROWS(48)
+          MOE_ROWS(64) MOE_ROWS(80) MOE_ROWS(96) MOE_ROWS(112) MOE_ROWS(128) MOE_ROWS(144) MOE_ROWS(160) MOE_ROWS(176)
         }
       }
 #undef MOE_ROWS
@@ -278,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
 
 // Of one warpgroup's part of a block, for a tile of that many rows at most.
 int64_t part_floats(int64_t rows) {
-  return std::min<int64_t>((rows + 31) / 32 * 32, kMaxRows) * (kBlockTiles / kConsumers) * kWeightTile;
+  return std::min<int64_t>((rows + 31) / 32 * 32, Sharing<false>::kRows) * (kBlockTiles / kConsumers) * kWeightTile;
 }
 
 // `size` and `in_stride` in elements.
@@ -294,12 +331,23 @@ Product product_of(int64_t M, int64_t K, const void* weights, int64_t size, cons
   return p;
 }
 
-template <class T, bool GENERAL>
+template <class T, bool GENERAL, bool IN_TURNS>
 cudaError_t launch(const Params& p, int sm_count, cudaStream_t stream) {
-  const auto kernel = expert_mlp<T, GENERAL>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  constexpr int kBytes = kSharedBytes<IN_TURNS>;
+  const auto kernel = expert_mlp<T, GENERAL, IN_TURNS>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  return launch_early(true, kernel, sm_count, kThreads, kSharedBytes, stream, p);
+  return launch_early(true, kernel, sm_count, kThreads, kBytes, stream, p);
+}
+
+template <class T>
+cudaError_t launch(const Params& p, int tile_rows, int sm_count, cudaStream_t stream) {
+  const bool finish = p.finish.gates != nullptr || p.finish.routed != nullptr;
+  if (p.weights.order != nullptr || p.projected != nullptr || finish) {
+    return launch<T, true, false>(p, sm_count, stream);
+  }
+  const bool in_turns = tile_rows <= Sharing<true>::kRows;
+  return in_turns ? launch<T, false, true>(p, sm_count, stream) : launch<T, false, false>(p, sm_count, stream);
 }
 
 }  // namespace wgmma
@@ -312,7 +360,7 @@ int64_t wgmma_part_floats(int64_t rows, int sm_count) {
 
 cudaError_t launch_wgmma(const GroupedCall& call) {
   using namespace wgmma;
-  if (call.tile_rows > kMaxRows) return cudaErrorInvalidValue;
+  if (call.tile_rows > Sharing<false>::kRows) return cudaErrorInvalidValue;
   if (call.most_tiles == 0) return cudaSuccess;
   const int64_t H = call.H, I = call.I;
   const RowSource active = {call.active, nullptr, 1};
@@ -331,12 +379,8 @@ cudaError_t launch_wgmma(const GroupedCall& call) {
   p.b13 = call.experts.b13, p.b2 = call.experts.b2;
   p.swiglu = call.swiglu, p.weights = call.weights;
   p.active = call.active, p.projected = call.projected, p.finish = call.finish;
-  const bool finish = p.finish.gates != nullptr || p.finish.routed != nullptr;
-  const bool general = p.weights.order != nullptr || p.projected != nullptr || finish;
-  const auto kernel = call.dtype == DType::kBF16
-                          ? (general ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>)
-                          : (general ? launch<__half, true> : launch<__half, false>);
-  return kernel(p, call.sm_count, call.stream);
+  const auto run = call.dtype == DType::kBF16 ? launch<__nv_bfloat16> : launch<__half>;
+  return run(p, call.tile_rows, call.sm_count, call.stream);
 }
 
 }  // namespace moe::mlp

@@ -18,7 +18,7 @@ bool can_run(Path path, const Shape& s) {
     case Path::kMma: return tensor && s.compute_capability >= 80;
     // sm_90a code runs on Hopper alone.
     case Path::kWgmma: return tensor && s.compute_capability == 90;
-    case Path::kStream: return tensor && s.compute_capability == 90 && s.streamable;
+    case Path::kStream: return tensor && s.compute_capability == 90 && s.stream != StreamKernel::kNone;
   }
   return false;
 }
@@ -35,12 +35,19 @@ const char* name_of(Path path) {
   return "";
 }
 
-bool few_blocks(const Shape& s) {
-  if (s.T > 32) return false;
+double blocks_a_multiprocessor(const Shape& s) {
   const double columns = static_cast<double>(std::min(s.C, s.S)), experts = static_cast<double>(s.S);
   const double hit = experts * (1 - std::pow(1 - columns / experts, static_cast<double>(s.T)));
-  // Up to four tokens `stream` has a quicker kernel.
-  return hit * static_cast<double>((2 * s.I + 255) / 256) < (s.T <= 4 ? 1.35 : 1.0) * s.sm_count;
+  return hit * static_cast<double>((2 * s.I + 255) / 256) / s.sm_count;
+}
+
+bool stream_is_quicker(const Shape& s) {
+  switch (s.stream) {
+    case StreamKernel::kNone: return false;
+    case StreamKernel::kFew: return blocks_a_multiprocessor(s) < kFewBlocks;
+    case StreamKernel::kMany: return s.T <= kManyTokens && blocks_a_multiprocessor(s) < kManyBlocks;
+  }
+  return false;
 }
 
 bool choose(const Shape& shape, const char* wanted, Path* out) {
@@ -53,7 +60,8 @@ bool choose(const Shape& shape, const char* wanted, Path* out) {
       return true;
     }
   }
-  for (const Path path : {few_blocks(shape) ? Path::kStream : Path::kWgmma, Path::kWgmma, Path::kMma, Path::kPlain}) {
+  for (const Path path :
+       {stream_is_quicker(shape) ? Path::kStream : Path::kWgmma, Path::kWgmma, Path::kMma, Path::kPlain}) {
     *out = path;
     if (can_run(path, shape)) break;
   }
@@ -63,7 +71,7 @@ bool choose(const Shape& shape, const char* wanted, Path* out) {
 int tile_rows(Path path, int64_t rows, int64_t experts) {
   const int64_t mean = experts > 0 ? (rows + experts - 1) / experts : rows;
   if (path == Path::kMma) return mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
-  if (path == Path::kWgmma) return 176;  // a product fits its tile, however few rows that has
+  if (path == Path::kWgmma) return mean <= 64 ? 80 : 176;  // a product fits its tile, however few rows that has
   return 64;
 }
 

@@ -1,5 +1,6 @@
 // Cuts the rows of every expert into tiles: one block, a round for every 1,024 experts with a scan of their numbers of
-// tiles. The order of tiles is that of a round.
+// tiles. The order of tiles is that of a round. A block of no more threads than it takes: it and the block of `wgmma`
+// behind it wait for room on a multiprocessor while the kernels before them still run.
 #include "expert_tiles.h"
 
 #include <algorithm>
@@ -7,13 +8,14 @@
 #include <string>
 
 #include "expert_items.h"
+#include "expert_mlp_stream_few.h"
 #include "launch_early.cuh"
 
 namespace moe {
 
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 1024, kFewestThreads = 128;
 
 __device__ void clear_counters(const RowTiles& out) {
   for (int64_t i = threadIdx.x; i < out.counted; i += blockDim.x) out.counters[i] = 0;
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous_kernel();
   clear_counters(out);
   int before = 0;  // tiles of experts before this round
-  for (int first = 0; first < experts; first += kThreads) {
+  for (int first = 0; first < experts; first += static_cast<int>(blockDim.x)) {
     const int e = first + static_cast<int>(threadIdx.x);
     int rows = e < experts ? counts[e] : 0;
     const int place = e < experts ? offsets[e] : 0;
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 31) of_warp[warp] = sum;
     __syncthreads();
     sum -= own;
-    for (int w = 0; w < 32; w++) {
+    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; w++) {
       if (w < warp) sum += of_warp[w];
       all += of_warp[w];
     }
@@ -88,6 +90,11 @@ __global__ void __launch_bounds__(kThreads) cut_whole(int rows, RowTiles out) {
 
 }  // namespace
 
+mlp::StreamKernel stream_kernel(const mlp::StreamCall& call) {
+  if (!mlp::stream_takes(call)) return mlp::StreamKernel::kNone;
+  return mlp::few_takes(call) ? mlp::StreamKernel::kFew : mlp::StreamKernel::kMany;
+}
+
 Status choose_path(const mlp::Shape& shape, mlp::Path* out) {
   const char* wanted = std::getenv("MOE_KERNELS_CUDA_EXPERTS");
   if (mlp::choose(shape, wanted, out)) return Status::Ok();
@@ -112,7 +119,8 @@ Status scratch_tiles(CudaBackend& device, mlp::Path path, int64_t rows, int64_t 
 
 Status cut_tiles(CudaBackend& device, const int32_t* counts, const int32_t* offsets, int64_t experts, int64_t rows,
                  const RowTiles& tiles, bool early) {
-  MOE_CUDA_CHECK(launch_early(early && device.compute_capability() >= 90, cut, 1, kThreads, 0, device.stream(), counts,
+  const auto threads = static_cast<unsigned>(std::clamp<int64_t>((experts + 31) / 32 * 32, kFewestThreads, kThreads));
+  MOE_CUDA_CHECK(launch_early(early && device.compute_capability() >= 90, cut, 1, threads, 0, device.stream(), counts,
                               offsets, static_cast<int>(experts), static_cast<int>(rows), tiles, device.fault_notes()));
   return Status::Ok();
 }

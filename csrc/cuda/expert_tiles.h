@@ -24,6 +24,8 @@ inline int64_t most_tiles(int64_t rows, int64_t experts, int tile_rows) {
 // Kernels go through the tiles in steps of the grid's second dimension, which is limited.
 inline unsigned grid_of_tiles(int64_t most) { return static_cast<unsigned>(most < 65535 ? most : 65535); }
 
+mlp::StreamKernel stream_kernel(const mlp::StreamCall& call);
+
 // The path of a call, see mlp::choose.
 Status choose_path(const mlp::Shape& shape, mlp::Path* out);
 

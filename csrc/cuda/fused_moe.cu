@@ -202,7 +202,7 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
   mlp::Path path{};
   MOE_RETURN_IF_ERROR(
       choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, p.C, p.S, p.H, p.I, device.compute_capability(),
-                   !device.two_lanes() && mlp::stream_takes(stream), device.sm_count()},
+                   device.two_lanes() ? mlp::StreamKernel::kNone : stream_kernel(stream), device.sm_count()},
                   &path));
   if (path == mlp::Path::kStream) {
     MOE_RETURN_IF_ERROR(device.scratch(mlp::stream_scratch(stream), &stream.scratch));

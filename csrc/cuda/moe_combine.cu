@@ -12,6 +12,7 @@
 
 #include "backend.h"
 #include "floats.cuh"
+#include "launch_early.cuh"
 
 namespace moe {
 
@@ -28,6 +29,8 @@ __device__ uint4 zeros;
 template <class T, int N, int COLUMNS>
 __global__ void __launch_bounds__(kThreads, 8) combine(MoeCombine p, unsigned slices, FaultNote* notes) {
   extern __shared__ char shared[];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int C = COLUMNS > 0 ? COLUMNS : static_cast<int>(p.C);
   const T** source = reinterpret_cast<const T**>(shared);
   float* weight = reinterpret_cast<float*>(source + C);
@@ -79,10 +82,14 @@ __global__ void __launch_bounds__(kThreads, 8) combine(MoeCombine p, unsigned sl
 }
 
 template <class T, int N>
-void launch(const MoeCombine& p, FaultNote* notes, unsigned slices, size_t shared, cudaStream_t stream) {
+cudaError_t launch(CudaBackend& device, const MoeCombine& p, unsigned slices, size_t shared) {
   const auto blocks = static_cast<unsigned>(p.T * slices);
+  const auto run = [&](auto kernel) {
+    return launch_early(device.compute_capability() >= 90, kernel, blocks, kThreads, shared, device.stream(), p, slices,
+                        device.fault_notes());
+  };
 #define MOE_COMBINE(columns) \
-  case columns: combine<T, N, columns><<<blocks, kThreads, shared, stream>>>(p, slices, notes); break
+  case columns: return run(combine<T, N, columns>)
   switch (N > 1 ? p.C : 0) {
     MOE_COMBINE(1);
     MOE_COMBINE(2);
@@ -94,7 +101,7 @@ void launch(const MoeCombine& p, FaultNote* notes, unsigned slices, size_t share
     MOE_COMBINE(10);
     MOE_COMBINE(11);
     MOE_COMBINE(16);
-    default: combine<T, N, 0><<<blocks, kThreads, shared, stream>>>(p, slices, notes);
+    default: return run(combine<T, N, 0>);
   }
 #undef MOE_COMBINE
 }
@@ -115,12 +122,7 @@ Status moe_combine(Backend& backend, const MoeCombine& p) {
     const int64_t pieces = ceil_div(p.H / (wide ? kWide : 1), kThreads);
     const auto slices = static_cast<unsigned>(std::min(pieces, INT32_MAX / p.T));  // at least 1
     backend.note_path("moe_combine", wide ? "vectors" : "elements");
-    if (wide) {
-      launch<T, kWide>(p, device.fault_notes(), slices, shared, device.stream());
-    } else {
-      launch<T, 1>(p, device.fault_notes(), slices, shared, device.stream());
-    }
-    MOE_CUDA_LAUNCHED("moe_combine");
+    MOE_CUDA_CHECK((wide ? launch<T, kWide> : launch<T, 1>)(device, p, slices, shared));
     return Status::Ok();
   });
 }

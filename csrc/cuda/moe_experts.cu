@@ -49,7 +49,7 @@ Status moe_experts(Backend& backend, const MoeExperts& p) {
   CudaBackend& device = cuda(backend);
   mlp::Path path{};
   MOE_RETURN_IF_ERROR(choose_path({p.rows.dtype, p.experts.layout.dtype, p.P, 1, p.S, p.H, p.I,
-                                   device.compute_capability(), false, device.sm_count()},
+                                   device.compute_capability(), mlp::StreamKernel::kNone, device.sm_count()},
                                   &path));
   backend.note_path("moe_experts", mlp::name_of(path));
   RowTiles tiles;

@@ -134,10 +134,11 @@ Status shared_experts(Backend& backend, const SharedExperts& p) {
   if (p.T == 0) return Status::Ok();
   CudaBackend& device = cuda(backend);
   mlp::StreamCall stream = stream_call(device, p, nullptr);
+  const bool streamable = p.part == SharedPart::kWhole && !device.two_lanes();
   mlp::Path path{};
   MOE_RETURN_IF_ERROR(
       choose_path({p.hidden.dtype, p.experts.layout.dtype, p.T, 1, 1, p.H, p.I, device.compute_capability(),
-                   p.part == SharedPart::kWhole && !device.two_lanes() && mlp::stream_takes(stream), device.sm_count()},
+                   streamable ? stream_kernel(stream) : mlp::StreamKernel::kNone, device.sm_count()},
                   &path));
   backend.note_path("shared_experts", mlp::name_of(path));
   float* gates = nullptr;

@@ -80,8 +80,10 @@ inline void run_fewest(Backend& backend, const std::vector<std::string>& paths, 
               odd = {"odd", 72, 40, 5, 3, 1, DType::kBF16, true, {1.702f, 1.0f, 1.5f}};
   Weights of_parts(backend, parts, 5), of_odd(backend, odd, 5);
   for (const std::string& path : paths) {
-    run_case(backend, {parts, 17}, path, of_parts, failures, ran);
-    run_case(backend, {odd, 17}, path, of_odd, failures, ran);
+    for (const int64_t T : {17, 130}) {  // few rows an expert, then more
+      run_case(backend, {parts, T}, path, of_parts, failures, ran);
+      run_case(backend, {odd, T}, path, of_odd, failures, ran);
+    }
     run_case(backend, {odd, 130, Routing::kUniform, true, 7, 2, 0.3, 2.5f}, path, of_odd, failures, ran);
   }
 }

@@ -114,7 +114,8 @@ inline void derive_paths(const std::vector<PathPoint>& points, mlp::StreamKernel
                          double limit) {
   std::vector<const PathPoint*> of;
   for (const PathPoint& p : points) {
-    if (p.shape.stream == kernel && (kernel == mlp::StreamKernel::kFew || p.T <= mlp::kManyTokens)) of.push_back(&p);
+    const bool in_range = p.T >= mlp::kManyFrom && p.T <= mlp::kManyTo;
+    if (p.shape.stream == kernel && (kernel == mlp::StreamKernel::kFew || in_range)) of.push_back(&p);
   }
   if (of.empty()) return;
   const auto blocks = [](const PathPoint* p) { return mlp::blocks_a_multiprocessor(p->shape); };
@@ -145,14 +146,15 @@ inline void derive_paths(const std::vector<PathPoint>& points) {
   derive_paths(points, mlp::StreamKernel::kFew, "few", mlp::kFewBlocks);
   derive_paths(points, mlp::StreamKernel::kMany, "many", mlp::kManyBlocks);
   double most = 0;
-  const PathPoint* quicker = nullptr;  // beyond the tokens that its kernel for many is chosen for
+  const PathPoint* quicker = nullptr;  // at other numbers of tokens than its kernel for many is chosen for
   for (const PathPoint& p : points) {
-    if (p.shape.stream != mlp::StreamKernel::kMany || p.T <= mlp::kManyTokens || p.loss(false) <= most) continue;
+    const bool in_range = p.T >= mlp::kManyFrom && p.T <= mlp::kManyTo;
+    if (p.shape.stream != mlp::StreamKernel::kMany || in_range || p.loss(false) <= most) continue;
     most = p.loss(false), quicker = &p;
   }
   if (quicker == nullptr) return;
-  std::printf("stream beyond %lld tokens is quicker by up to %.1f%% (%s, %lld tokens)\n", (long long)mlp::kManyTokens,
-              100 * most, quicker->layer, (long long)quicker->T);
+  std::printf("stream (many) below %lld and beyond %lld tokens is quicker by up to %.1f%% (%s, %lld tokens)\n",
+              (long long)mlp::kManyFrom, (long long)mlp::kManyTo, 100 * most, quicker->layer, (long long)quicker->T);
 }
 
 // A shared expert, in turn: as a slot of fused_moe; after it by shared_experts; beside it as an overlapped MoeLayer

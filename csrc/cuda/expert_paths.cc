@@ -45,7 +45,7 @@ bool stream_is_quicker(const Shape& s) {
   switch (s.stream) {
     case StreamKernel::kNone: return false;
     case StreamKernel::kFew: return blocks_a_multiprocessor(s) < kFewBlocks;
-    case StreamKernel::kMany: return s.T <= kManyTokens && blocks_a_multiprocessor(s) < kManyBlocks;
+    case StreamKernel::kMany: return s.T >= kManyFrom && s.T <= kManyTo && blocks_a_multiprocessor(s) < kManyBlocks;
   }
   return false;
 }
@@ -71,7 +71,8 @@ bool choose(const Shape& shape, const char* wanted, Path* out) {
 int tile_rows(Path path, int64_t rows, int64_t experts) {
   const int64_t mean = experts > 0 ? (rows + experts - 1) / experts : rows;
   if (path == Path::kMma) return mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
-  if (path == Path::kWgmma) return mean <= 64 ? 80 : 176;  // a product fits its tile, however few rows that has
+  // A product of `wgmma` fits its tile, however few rows that has; up to 80, its warpgroups take turns.
+  if (path == Path::kWgmma) return mean <= 64 ? 80 : 176;
   return 64;
 }
 

@@ -36,7 +36,7 @@ double blocks_a_multiprocessor(const Shape& shape);
 // Below how many of them `stream` is quicker, by its kernel. From `experts_bench paths` on an H200, which times both
 // paths beside this rule and prints what it would have set (bench/cuda/EXPERTS.md).
 constexpr double kFewBlocks = 1.8, kManyBlocks = 0.95;
-constexpr int64_t kManyTokens = 32;  // and up to how many tokens its kernel for many
+constexpr int64_t kManyFrom = 5, kManyTo = 32;  // and at how many tokens its kernel for many
 
 bool stream_is_quicker(const Shape& shape);
 

@@ -26,7 +26,7 @@
 
 #include "expert_mlp_stream_few_consume.cuh"
 #include "expert_mlp_stream_few_produce.cuh"
-#include "launch_early.cuh"
+#include "expert_mlp_stream_launch.cuh"
 
 namespace moe::mlp {
 
@@ -120,30 +120,13 @@ Layout layout_of(const StreamCall& call) {
   const int hidden = static_cast<int>(call.T) * l.hidden_pitch;
   const int active = static_cast<int>(call.T * call.C) * l.active_pitch;
   const int sums = kBuffers * kWarps * 16 * align(call.T, 2) * 4;
-  const int fixed = hidden + active + sums + align(sizeof(Shared), 1024);
+  const int fixed = hidden + active + sums;
   l.stages = std::min(kMostStages, (kMostShared - fixed) / (kWarps * kSliceBytes));
   l.hidden = l.stages * kWarps * kSliceBytes;
   l.active = l.hidden + hidden;
   l.sums = l.active + active;
   l.end = l.sums + sums;
   return l;
-}
-
-template <class T>
-cudaError_t launch(const Args& args, const StreamCall& call) {
-  static const cudaError_t allowed = cudaFuncSetAttribute(stream_few<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                          kMostShared - align(sizeof(Shared), 1024));
-  if (allowed != cudaSuccess) return allowed;
-  // Cooperative, so that all blocks run at once; programmatic, so that they start while the last ones of the kernel
-  // before are still at work, which saves about 0.7 us.
-  return launch_shape(stream_few<T>,
-                      {.blocks = static_cast<unsigned>(call.sm_count),
-                       .threads = kThreads,
-                       .shared = static_cast<size_t>(args.layout.end),
-                       .stream = call.stream,
-                       .early = true,
-                       .cooperative = true},
-                      args);
 }
 
 }  // namespace
@@ -174,7 +157,8 @@ cudaError_t launch_few(const StreamCall& call) {
   args.layout = layout_of(call);
   // With one token more weights on their way only delay the last of gate_up, for which all blocks wait.
   args.ahead = call.T == 1 ? 1 : args.layout.stages;
-  return call.dtype == DType::kBF16 ? launch<__nv_bfloat16>(args, call) : launch<__half>(args, call);
+  const auto kernel = call.dtype == DType::kBF16 ? stream_few<__nv_bfloat16> : stream_few<__half>;
+  return launch_streaming(kernel, kThreads, args.layout.end, kMostShared, call, args);
 }
 
 }  // namespace moe::mlp

@@ -70,6 +70,12 @@ __device__ __forceinline__ unsigned equal_lanes(int value, int lanes) {
   return equal;
 }
 
+// Has values computed here, while the ids are on their way; the compiler would leave some of it until after them.
+template <class... Values>
+__device__ __forceinline__ void now(Values&... values) {
+  (..., [&] { asm volatile("" : "+r"(values)); }());
+}
+
 // Made by every warp for itself; lane c has choice c, and lane e entry e.
 struct Plan {
   int entries, rows, slot;  // rows: of activations, one per choice of an expert that is here
@@ -77,8 +83,9 @@ struct Plan {
   int entry, row;  // of this choice
 };
 
-__device__ __forceinline__ Plan make_plan(const Args& a, int id) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, token = lane / a.C;
+// `token`: of this choice.
+__device__ __forceinline__ Plan make_plan(const Args& a, int id, int token) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const unsigned below = (1u << lane) - 1;
   const int64_t e = int64_t{id} - a.first_expert;
   const bool here = lane < a.T * a.C && e >= 0 && e < a.S;

@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
   } else if (warp < kWarps) {
     if (warp == 0) {
       if (lane < kBuffers) {
-        hopper::barrier_init(hopper::shared_address(s.summed + lane), kWarps);
-        hopper::barrier_init(hopper::shared_address(s.finished + lane), 1);
+        hopper::barrier_init(hopper::shared_address(s.summed + lane), 32 * kWarps);
+        hopper::barrier_init(hopper::shared_address(s.finished + lane), 32);
       }
       hopper::fence_barrier_init();
     }
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
     for (int i = thread; i < kPieces * kWeightTile / 2; i += 32 * kWarps) s.nothing[i] = 0;
     const auto clear_beyond = [&](char* rows, int count, int pitch, int columns) {
       const int beyond = (64 - columns % 64) % 64;
+#pragma unroll 1
       for (int i = thread; i < beyond * count; i += 32 * kWarps) {
         reinterpret_cast<T*>(rows + i / beyond * pitch)[columns + i % beyond] = narrow<T>(0.0f);
       }
@@ -81,8 +82,10 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
     clear_beyond(memory + a.layout.active, a.T * a.C, a.layout.active_pitch, a.I);
   }
   Shape shape(a, lane + 1);
+  int token = lane / a.C;
+  now(token, shape.each, shape.more, shape.lo, shape.hi, shape.first2, shape.last2, shape.unit, shape.entry);
   __syncwarp();
-  const Plan plan = make_plan(a, id);
+  const Plan plan = make_plan(a, id, token);
   shape.choose(plan.entries);
   if (warp >= kWarps && warp < 2 * kWarps) {  // from the first weight on
     hopper::fewer_registers<kCopierRegisters>();

@@ -156,11 +156,11 @@ struct Consumer {
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");  // not to be read before the wait
   }
   __device__ __forceinline__ void release(int weights, int rows, int product) {
-    // What the copy engine writes next is freed by one lane for all; other threads write the rows of gate_up, so that
-    // every lane arrives for what it has read.
     __syncwarp();
-    if (product == 0 || lane == 0) arrive(barriers->rows_free[product] + rows);
-    if (lane == 0) arrive(barriers->weights_free + weights);
+    if (lane == 0) {
+      arrive(barriers->weights_free + weights);
+      arrive(barriers->rows_free[product] + rows);
+    }
   }
 
   __device__ __forceinline__ float* part(int owner) const {

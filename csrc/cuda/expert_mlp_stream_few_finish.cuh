@@ -6,8 +6,7 @@
 
 namespace moe::mlp::few {
 
-// The sums of a unit's 16 rows, from the warps that multiply to the one that finishes; `fragment` counts units. Every
-// lane arrives for what it has written or read itself.
+// The sums of a unit's 16 rows, from the warps that multiply to the one that finishes; `fragment` counts units.
 struct Sums {
   const Args& a;
   Shared& s;
@@ -25,7 +24,8 @@ struct Sums {
       *reinterpret_cast<float2*>(row(warp, lane / 4) + token) = make_float2(sum[0], sum[1]);
       *reinterpret_cast<float2*>(row(warp, lane / 4 + 8) + token) = make_float2(sum[2], sum[3]);
     }
-    hopper::barrier_arrive(hopper::shared_address(s.summed + buffer));
+    __syncwarp();
+    if (lane == 0) hopper::barrier_arrive(hopper::shared_address(s.summed + buffer));
     fragment++;
   }
   __device__ __forceinline__ void await() const {
@@ -38,7 +38,8 @@ struct Sums {
     return sum;
   }
   __device__ __forceinline__ void release() {
-    hopper::barrier_arrive(hopper::shared_address(s.finished + fragment % kBuffers));
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) hopper::barrier_arrive(hopper::shared_address(s.finished + fragment % kBuffers));
     fragment++;
   }
 };

@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
   } else if (warp < kWarps) {
     if (warp == 0) {
       if (lane < kBuffers) {
-        hopper::barrier_init(hopper::shared_address(s.summed + lane), 32 * kWarps);
-        hopper::barrier_init(hopper::shared_address(s.finished + lane), 32);
+        hopper::barrier_init(hopper::shared_address(s.summed + lane), kWarps);
+        hopper::barrier_init(hopper::shared_address(s.finished + lane), 1);
       }
       hopper::fence_barrier_init();
     }

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
     const int i = thread - 32;
     hopper::barrier_init(hopper::shared_address(barriers.rows_full[0] + i), 32 * kGatherWarps);
     hopper::barrier_init(hopper::shared_address(barriers.rows_full[1] + i), 1);
-    hopper::barrier_init(hopper::shared_address(barriers.rows_free[0] + i), 32 * kConsumerWarps);
+    hopper::barrier_init(hopper::shared_address(barriers.rows_free[0] + i), kConsumerWarps);
     hopper::barrier_init(hopper::shared_address(barriers.rows_free[1] + i), kConsumerWarps);
     hopper::fence_barrier_init();
   }

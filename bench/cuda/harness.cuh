@@ -55,6 +55,7 @@ struct Buffer {
       std::memcpy(data, from, n);
     } else {
       CHECK(cudaMemcpy(data, from, n, cudaMemcpyHostToDevice));
+      wait_for_default();
     }
   }
   void get(void* to, size_t n) const {
@@ -70,8 +71,12 @@ struct Buffer {
       std::memset(data, 0xa5, bytes);
     } else {
       CHECK(cudaMemset(data, 0xa5, bytes));
+      wait_for_default();
     }
   }
+  // cudaMemset, and cudaMemcpy from pageable memory, may return before the device has done its part, and streams that
+  // are not blocking do not wait for the default one.
+  static void wait_for_default() { CHECK(cudaStreamSynchronize(nullptr)); }
 };
 
 struct Random {

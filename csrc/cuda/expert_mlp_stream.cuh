@@ -18,14 +18,14 @@ constexpr int kConsumerWarps = 8;  // two warpgroups, one tile of 64 rows each
 constexpr int kGatherWarps = 3;    // after one that streams weights
 constexpr int kWarps = kConsumerWarps + 1 + kGatherWarps;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMostRows = 128;  // of an entry: an expert with more is streamed again
+constexpr int kMostShared = 226 * 1024;  // besides Barriers and Plan
+constexpr int kMostRows = 128;           // of an entry: an expert with more is streamed again
 constexpr int kTileBytes = kWeightTileElements * 2;
 constexpr int kStepBytes = 2 * kTileBytes;
 constexpr int kMostStages = 13;  // of weights
 constexpr int kAhead = 4;        // stages of weights on their way at once: more only lengthens the queues at the memory
 constexpr int kFewRows = 32;     // columns of a product up to which mma.sync is used: 1% less time than wgmma
 constexpr int kRowStages = 12;   // of rows
-constexpr int kMostShared = 227 * 1024;
 
 struct Entry {
   uint16_t slot, rows, first, first8;  // first: of its rows in the plan; first8: the same with entries padded to 8 rows
@@ -70,6 +70,7 @@ struct Barriers {
   uint64_t weights_full[kMostStages], weights_free[kMostStages];
   uint64_t rows_full[2][kRowStages], rows_free[2][kRowStages];  // by product
 };
+static_assert(sizeof(Barriers) + sizeof(Plan) <= 1024);
 
 // counters: [product][block of threads][warp], then activations written, then blocks that know it
 __device__ __forceinline__ int32_t* part_counter(const Args& a, int product, int block, int warp) {

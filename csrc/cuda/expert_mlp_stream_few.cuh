@@ -18,7 +18,7 @@ constexpr int kPieces = 4, kPieceBytes = 16 * 128;  // of a slice, one a tile
 constexpr int kSliceBytes = kPieces * kPieceBytes;
 constexpr int kMostStages = 3, kFewestStages = 2;  // slices of a warp in shared memory
 constexpr int kBuffers = 4;                        // for the warps' sums of a unit
-constexpr int kMostShared = 227 * 1024;
+constexpr int kMostShared = 225 * 1024;            // besides Shared
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Layout {
@@ -60,7 +60,7 @@ struct Shared {
   float zeros[kMostTokens];                                 // weight of a token's zero experts
   alignas(16) uint32_t nothing[kPieces * kWeightTile / 2];  // in place of rows that there are not
 };
-static_assert(sizeof(Shared) <= 2048, "rounded up to 1024; 4 tokens of 7,168 and 8 activations of 2,048 just fit");
+static_assert(sizeof(Shared) <= 2048, "4 tokens of 7,168 and 8 activations of 2,048 just fit");
 
 // The lanes with the same value as this one, of the first `lanes`: several times as quick as match.any.
 __device__ __forceinline__ unsigned equal_lanes(int value, int lanes) {
@@ -70,6 +70,12 @@ __device__ __forceinline__ unsigned equal_lanes(int value, int lanes) {
   return equal;
 }
 
+// Has values computed here, while the ids are on their way; the compiler would leave some of it until after them.
+template <class... Values>
+__device__ __forceinline__ void now(Values&... values) {
+  (..., [&] { asm volatile("" : "+r"(values)); }());
+}
+
 // Made by every warp for itself; lane c has choice c, and lane e entry e.
 struct Plan {
   int entries, rows, slot;  // rows: of activations, one per choice of an expert that is here
@@ -77,8 +83,9 @@ struct Plan {
   int entry, row;  // of this choice
 };
 
-__device__ __forceinline__ Plan make_plan(const Args& a, int id) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, token = lane / a.C;
+// `token`: of this choice.
+__device__ __forceinline__ Plan make_plan(const Args& a, int id, int token) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const unsigned below = (1u << lane) - 1;
   const int64_t e = int64_t{id} - a.first_expert;
   const bool here = lane < a.T * a.C && e >= 0 && e < a.S;

@@ -14,6 +14,7 @@ struct Worker {
   int warp, lane;
   int stage = 0;
   uint32_t parity = 0;
+  uint32_t ring;  // of this warp, from where this lane begins (ldmatrix)
   Sums sums;
   uint32_t left[kPieces][4][4];  // of a slice
 
@@ -24,17 +25,20 @@ struct Worker {
         memory(memory),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32),
+        ring(hopper::shared_address(memory) + warp * a.layout.stages * kSliceBytes + lane % 16 * 128 +
+             ((lane / 16 ^ lane % 8) << 4)),
         sums(a, s, memory) {}
 
   // The next slice of weights, as the tensor cores take it
   __device__ __forceinline__ void load() {
-    const uint32_t place = hopper::shared_address(memory) + (warp * a.layout.stages + stage) * kSliceBytes;
-    const uint32_t weights = place + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4);
+    const uint32_t weights = ring + stage * kSliceBytes;
     hopper::barrier_wait(hopper::shared_address(s.full[warp] + stage), parity);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; piece++) {
+    for (int k = 0; k < 4; k++) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) load_matrices(left[piece][k], (weights + piece * kPieceBytes) ^ (k << 5));
+      for (int piece = 0; piece < kPieces; piece++) {
+        load_matrices(left[piece][k], (weights ^ (k << 5)) + piece * kPieceBytes);
+      }
     }
     __syncwarp();
     if (lane == 0) hopper::barrier_arrive(hopper::shared_address(s.free[warp] + stage));

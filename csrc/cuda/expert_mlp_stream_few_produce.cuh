@@ -24,6 +24,12 @@ struct Supply {
     entry = shape.entry;
     rows = shape.unit - entry * shape.units1, unit_end = (shape.unit + 1) * shape.slices1;
   }
+  // Has the first page of down looked up, so that nothing waits for that in the middle.
+  __device__ __forceinline__ void touch_down() const {
+    if (down.group >= shape.last2) return;
+    const char* matrix = matrix_of_down();
+    if (threadIdx.x % 32 == 0) hopper::prefetch_l2(row_of(matrix, down.group));
+  }
   // The next slice to `to`; false when there are no more.
   __device__ __forceinline__ bool copy(uint32_t to, uint32_t full) {
     const char* source;
@@ -40,13 +46,10 @@ struct Supply {
       at += kWarps;
     } else if (down.group < shape.last2) {
       const int group = down.group;
-      const char* matrix = static_cast<const char*>(a.experts.w2) +
-                           __shfl_sync(kAll, slot, down.entry) * a.experts.size2 * 2 +
-                           int64_t{down.slice} * kPieces * kTileBytes;
-      const auto row_of = [&](int g) { return matrix + int64_t{g / 8 * shape.along_i} * kTileBytes + g % 8 * 1024; };
-      source = row_of(group);
+      const char* matrix = matrix_of_down();
+      source = row_of(matrix, group);
       bytes = shape.groups_of(group) * 1024;
-      if (bytes == kPieceBytes && group % 8 == 7) rest = row_of(group + 1);
+      if (bytes == kPieceBytes && group % 8 == 7) rest = row_of(matrix, group + 1);
       pieces = down.pieces();
       down.advance();
     } else {
@@ -67,6 +70,15 @@ struct Supply {
       }
     }
     return true;
+  }
+
+ private:
+  __device__ __forceinline__ const char* matrix_of_down() const {
+    return static_cast<const char*>(a.experts.w2) + __shfl_sync(kAll, slot, down.entry) * a.experts.size2 * 2 +
+           int64_t{down.slice} * kPieces * kTileBytes;
+  }
+  __device__ __forceinline__ const char* row_of(const char* matrix, int group) const {
+    return matrix + int64_t{group / 8 * shape.along_i} * kTileBytes + group % 8 * 1024;
   }
 };
 
@@ -99,6 +111,7 @@ __device__ __forceinline__ void copy_weights(const Args& a, Shared& s, char* mem
     }
     const uint32_t to = hopper::shared_address(memory) + (warp * a.layout.stages + stage) * kSliceBytes;
     if (!supply.copy(to, hopper::shared_address(s.full[warp] + stage))) break;
+    if (i == 0) supply.touch_down();
     if (++stage == a.layout.stages) stage = 0, parity ^= 1;
   }
   if (warp == 0) clear_words(a, plan);

@@ -26,7 +26,7 @@
 
 #include "expert_mlp_stream_few_consume.cuh"
 #include "expert_mlp_stream_few_produce.cuh"
-#include "launch_early.cuh"
+#include "expert_mlp_stream_launch.cuh"
 
 namespace moe::mlp {
 
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
     for (int i = thread; i < kPieces * kWeightTile / 2; i += 32 * kWarps) s.nothing[i] = 0;
     const auto clear_beyond = [&](char* rows, int count, int pitch, int columns) {
       const int beyond = (64 - columns % 64) % 64;
+#pragma unroll 1
       for (int i = thread; i < beyond * count; i += 32 * kWarps) {
         reinterpret_cast<T*>(rows + i / beyond * pitch)[columns + i % beyond] = narrow<T>(0.0f);
       }
@@ -81,8 +82,10 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
     clear_beyond(memory + a.layout.active, a.T * a.C, a.layout.active_pitch, a.I);
   }
   Shape shape(a, lane + 1);
+  int token = lane / a.C;
+  now(token, shape.each, shape.more, shape.lo, shape.hi, shape.first2, shape.last2, shape.unit, shape.entry);
   __syncwarp();
-  const Plan plan = make_plan(a, id);
+  const Plan plan = make_plan(a, id, token);
   shape.choose(plan.entries);
   if (warp >= kWarps && warp < 2 * kWarps) {  // from the first weight on
     hopper::fewer_registers<kCopierRegisters>();
@@ -120,30 +123,13 @@ Layout layout_of(const StreamCall& call) {
   const int hidden = static_cast<int>(call.T) * l.hidden_pitch;
   const int active = static_cast<int>(call.T * call.C) * l.active_pitch;
   const int sums = kBuffers * kWarps * 16 * align(call.T, 2) * 4;
-  const int fixed = hidden + active + sums + align(sizeof(Shared), 1024);
+  const int fixed = hidden + active + sums;
   l.stages = std::min(kMostStages, (kMostShared - fixed) / (kWarps * kSliceBytes));
   l.hidden = l.stages * kWarps * kSliceBytes;
   l.active = l.hidden + hidden;
   l.sums = l.active + active;
   l.end = l.sums + sums;
   return l;
-}
-
-template <class T>
-cudaError_t launch(const Args& args, const StreamCall& call) {
-  static const cudaError_t allowed = cudaFuncSetAttribute(stream_few<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                          kMostShared - align(sizeof(Shared), 1024));
-  if (allowed != cudaSuccess) return allowed;
-  // Cooperative, so that all blocks run at once; programmatic, so that they start while the last ones of the kernel
-  // before are still at work, which saves about 0.7 us.
-  return launch_shape(stream_few<T>,
-                      {.blocks = static_cast<unsigned>(call.sm_count),
-                       .threads = kThreads,
-                       .shared = static_cast<size_t>(args.layout.end),
-                       .stream = call.stream,
-                       .early = true,
-                       .cooperative = true},
-                      args);
 }
 
 }  // namespace
@@ -172,9 +158,13 @@ cudaError_t launch_few(const StreamCall& call) {
   const int slices2 = static_cast<int>((weight_tiles(call.I) + kPieces - 1) / kPieces);
   args.next_slice = kWarps % slices2, args.next_entry = kWarps / slices2;
   args.layout = layout_of(call);
-  // With one token more weights on their way only delay the last of gate_up, for which all blocks wait.
-  args.ahead = call.T == 1 ? 1 : args.layout.stages;
-  return call.dtype == DType::kBF16 ? launch<__nv_bfloat16>(args, call) : launch<__half>(args, call);
+  // With one token more weights on their way delay the last of gate_up, for which all blocks wait, which only a long run
+  // makes good (measured: 9 and 11 slices a warp with 1 on its way, 20 with 2).
+  const int64_t slices1 = (weight_tiles(call.H) + kPieces - 1) / kPieces * (call.I / 8);
+  const int64_t slices = call.C * (slices1 + slices2 * (call.H / 16)) / (call.sm_count * kWarps);
+  args.ahead = call.T > 1 ? args.layout.stages : slices < 16 ? 1 : 2;
+  const auto kernel = call.dtype == DType::kBF16 ? stream_few<__nv_bfloat16> : stream_few<__half>;
+  return launch_streaming(kernel, kThreads, args.layout.end, kMostShared, call, args);
 }
 
 }  // namespace moe::mlp

@@ -19,9 +19,9 @@
 
 #include "expert_mlp_stream_consume.cuh"
 #include "expert_mlp_stream_few.h"
+#include "expert_mlp_stream_launch.cuh"
 #include "expert_mlp_stream_plan.cuh"
 #include "expert_mlp_stream_produce.cuh"
-#include "launch_early.cuh"
 
 namespace moe::mlp {
 
@@ -118,8 +118,7 @@ Layout layout_of(const StreamCall& call) {
   const int list = align(most_entries(call) * sizeof(Entry), 16), rows = align(choices * sizeof(PlanRow), 16);
   const int zeros = call.zero > 0 ? align(call.T * 4, 16) : 0;
   const int fixed = l.ring_bytes + sums + list + rows + zeros;
-  const int statics = align(sizeof(Barriers) + sizeof(Plan), 1024);
-  l.stages = std::min(kMostStages, (kMostShared - statics - fixed) / kStepBytes);
+  l.stages = std::min(kMostStages, (kMostShared - fixed) / kStepBytes);
   l.ring = l.stages * kStepBytes;
   l.sums = l.ring + l.ring_bytes;
   l.list = l.sums + sums;
@@ -133,24 +132,6 @@ Layout layout_of(const StreamCall& call) {
 int64_t active_bytes(const StreamCall& call) {
   const int64_t rows = call.T * call.C + 7 * most_entries(call);
   return (rows * weight_tiles(call.I) * kWeightTile * 2 + 255) / 256 * 256;
-}
-
-template <class T>
-cudaError_t launch(const Args& args, const StreamCall& call) {
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(stream_experts<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared - 1024);
-  if (allowed != cudaSuccess) return allowed;
-  // Blocks wait for each other, so all of them have to run at once, whatever another context has on the device: that is
-  // what a cooperative launch promises. Programmatic, so that they start while the last ones of the kernel before are
-  // still at work.
-  return launch_shape(stream_experts<T>,
-                      {.blocks = static_cast<unsigned>(call.sm_count),
-                       .threads = kThreads,
-                       .shared = static_cast<size_t>(args.layout.end),
-                       .stream = call.stream,
-                       .early = true,
-                       .cooperative = true},
-                      args);
 }
 
 }  // namespace
@@ -190,7 +171,9 @@ cudaError_t launch_stream(const StreamCall& call) {
   args.part_rows = stream::part_rows(call);
   args.counters = call.counters;
   args.layout = stream::layout_of(call);
-  return call.dtype == DType::kBF16 ? stream::launch<__nv_bfloat16>(args, call) : stream::launch<__half>(args, call);
+  const auto kernel =
+      call.dtype == DType::kBF16 ? stream::stream_experts<__nv_bfloat16> : stream::stream_experts<__half>;
+  return launch_streaming(kernel, stream::kThreads, args.layout.end, stream::kMostShared, call, args);
 }
 
 }  // namespace moe::mlp

@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   }
 
   // Columns
-  const bool done = (slow >> half & 1) == 0;
+  const bool done = (slow >> half & 1) == 0 && t < tokens;
   const uint2 chosen = get2(lists + Lists::kChosen + half * Lists::kChosenStride + 8 * (lane % 8));
   float weight = lane % 16 < a.K ? __uint_as_float(chosen.y) : 0.0f, total = weight;
 #pragma unroll

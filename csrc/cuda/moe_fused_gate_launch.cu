@@ -35,7 +35,7 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
 struct Limits {
   int64_t few, many, mapped, counted;
 };
-constexpr Limits kHalfLimits{106, 172, 110, 78}, kFloatLimits{120, 304, 150, 88};
+constexpr Limits kHalfLimits{68, 262, 110, 78}, kFloatLimits{82, 1000, 150, 88};
 
 unsigned blocks_of(int64_t tokens, int tokens_of_block) {
   return static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block);

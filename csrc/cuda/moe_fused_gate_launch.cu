@@ -30,8 +30,8 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest (up to `plain` where nothing but eight
-// choices is asked for), above `many` 2 lanes, half a warp between them. Where ids are mapped or captured, and where
+// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest (from 8 to `plain`, gate_plain where nothing but
+// eight choices is asked for), above `many` 2 lanes, half a warp between them. Where ids are mapped or captured, and where
 // the load is counted in shared memory, half a warp never is, and the other two meet at `mapped` and `counted`. Lines
 // through measured times cross there.
 struct Limits {
@@ -271,7 +271,7 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
     const int64_t many = counted ? limits.counted : a.extras ? limits.mapped : limits.many;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
     const bool nothing_else = a.plain && a.K == 8 && a.columns == 8 && a.group_score == GroupScore::kTop2Sum;
-    if (nothing_else && (force == 0 ? a.T <= limits.plain * sms : force == 33)) {
+    if (nothing_else && (force == 0 ? a.T > 8 * sms && a.T <= limits.plain * sms : force == 33)) {
       *path = name(32);
       return run_plain_dtype(a, stream);
     }

@@ -1,6 +1,6 @@
 // Checks the CUDA moe_fused_gate against the CPU kernel, and times it. NOTES.md says how.
 //   gate_bench check|sanitize [dry | beginning of a case's name]
-//   gate_bench time [dry | beginning of a case's name [tokens,tokens...]]
+//   gate_bench time|steady [dry | beginning of a case's name [tokens,tokens...]]
 //   gate_bench profile [tokens [lanes [f32]]]
 #include <memory>
 #include <sstream>
@@ -19,11 +19,11 @@ int main(int argc, char** argv) {
   }
   dry = word(2, "") == "dry";
   const std::string filter = dry ? "" : word(2, "");
-  if (mode == "time") {
+  if (mode == "time" || mode == "steady") {
     std::vector<int64_t> tokens;
     std::istringstream list(word(3, ""));
     for (std::string number; std::getline(list, number, ',');) tokens.push_back(std::stoll(number));
-    run_times(filter, tokens);
+    run_times(filter, tokens, mode == "steady");
     return 0;
   }
   std::unique_ptr<Backend> cpu;

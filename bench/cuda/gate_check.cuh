@@ -13,6 +13,14 @@ struct Result {
   std::vector<int64_t> load;
 };
 
+inline constexpr size_t kGuard = 64;  // bytes behind an output that nobody may write
+
+inline bool guard_is_whole(const Buffer& output) {
+  std::vector<uint8_t> all(output.bytes);
+  output.get(all.data(), all.size());
+  return std::all_of(all.end() - kGuard, all.end(), [](uint8_t x) { return x == 0xa5; });
+}
+
 inline uint16_t bits_of(DType dtype, float x) {
   return dtype == DType::kBF16 ? from_float<bf16>(x).bits : from_float<f16>(x).bits;
 }
@@ -129,7 +137,7 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
 
   // Device
   Buffer logits(logit_bytes), bias_d(c.E * 4), map_d(map.size() * 4), load_d(slots * 8), valid_d(4);
-  Buffer ids(T * columns * 4), weights(T * columns * 4), logical(T * c.K * 4);
+  Buffer ids(T * columns * 4 + kGuard), weights(T * columns * 4 + kGuard), logical(T * c.K * 4 + kGuard);
   logits.put(logits_host, logit_bytes);
   bias_d.put(bias.data(), c.E * 4);
   map_d.put(map.data(), map.size() * 4);
@@ -145,6 +153,7 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
   if (c.capture) d.logical_ids = {logical.data, DType::kI32, T * c.K};
   for (const int force : c.forces) {
     const char* path = "";
+    bool contained = true;
     Result got[2];
     for (auto& g : got) {
       ids.poison(), weights.poison(), logical.poison();
@@ -163,6 +172,7 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
       weights.get(g.weights.data(), T * columns * 4);
       if (c.capture) logical.get(g.logical.data(), T * c.K * 4);
       load_d.get(g.load.data(), slots * 8);
+      contained = contained && guard_is_whole(ids) && guard_is_whole(weights) && guard_is_whole(logical);
     }
     int bad = 0, near = 0;
     int64_t where = -1;
@@ -195,11 +205,12 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
     tally.cases++;
     tally.near_ties += near;
     tally.worst_weight = std::max(tally.worst_weight, near == 0 ? worst : 0.0);
-    if (bad > 0 || !load_ok || !steady || near > 3 + T / 2000) {
+    if (bad > 0 || !load_ok || !steady || !contained || near > 3 + T / 2000) {
       tally.failures++;
-      std::printf("FAIL %s %s %s T=%lld force=%d (%s): bad rows %d, near ties %d, load %s, steady %s\n", c.name.c_str(),
+      std::printf("FAIL %s %s %s T=%lld force=%d (%s): bad rows %d, near ties %d, load %s, steady %s, contained %s\n",
+                  c.name.c_str(),
                   name_of(c.dtype), fill_names[static_cast<int>(c.fill)], static_cast<long long>(T), force, path, bad,
-                  near, load_ok ? "ok" : "BAD", steady ? "yes" : "NO");
+                  near, load_ok ? "ok" : "BAD", steady ? "yes" : "NO", contained ? "yes" : "NO");
       if (where >= 0) {
         for (int k = 0; k < columns; k++) {
           const int64_t i = where * columns + k;

@@ -44,8 +44,8 @@ struct Args {
 };
 
 // Enqueues the op. `path` becomes the name of the kernel that was taken; `force` is for benchmarks and tests: lanes per
-// token of the fast kernel, 100 more of the kernel for large batches, 1 for the general kernel, 0 for the choice of
-// moe_fused_gate_launch.cu.
+// token of the fast kernel, 100 more of the kernel for large batches, 33 for gate_plain, 1 for the general kernel, 0
+// for the choice of moe_fused_gate_launch.cu.
 cudaError_t launch(const MoeFusedGate& p, int sm_count, cudaStream_t stream, const char** path, int force = 0);
 
 // gate_groups (moe_fused_gate_groups.cu): lanes per token that it takes for this, 0 where it does not cover it, and its

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "moe_fused_gate_pairs.cuh"
+#include "moe_fused_gate_plain.cuh"
 #include "moe_fused_gate_tokens.cuh"
 
 namespace moe::gate {
@@ -29,13 +30,14 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest, above `many` 2 lanes, half a warp
-// between them. Where ids are mapped or captured, and where the load is counted in shared memory, half a warp never is,
-// and the other two meet at `mapped` and `counted`. Lines through measured times cross there.
+// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest (from 8 to `plain`, gate_plain where nothing but
+// eight choices is asked for), above `many` 2 lanes, half a warp between them. Where ids are mapped or captured, and where
+// the load is counted in shared memory, half a warp never is, and the other two meet at `mapped` and `counted`. Lines
+// through measured times cross there.
 struct Limits {
-  int64_t few, many, mapped, counted;
+  int64_t plain, few, many, mapped, counted;
 };
-constexpr Limits kHalfLimits{106, 172, 110, 78}, kFloatLimits{120, 304, 150, 88};
+constexpr Limits kHalfLimits{87, 68, 262, 110, 78}, kFloatLimits{100, 82, 1000, 150, 88};
 
 unsigned blocks_of(int64_t tokens, int tokens_of_block) {
   return static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block);
@@ -76,6 +78,23 @@ cudaError_t run_few_dtype(const Args& a, int sms, cudaStream_t stream) {
   if (a.dtype == DType::kF32) return run_few<float>(a, sms, stream);
   if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, sms, stream);
   return run_few<__half>(a, sms, stream);
+}
+
+// The same where nothing else is asked for. Many tokens want more warps, and blocks that are fewer.
+template <class T>
+cudaError_t run_plain(const Args& a, cudaStream_t stream) {
+  if (a.T <= 2 * kEarlyBlocks) {
+    gate_plain<T, 2, 36><<<blocks_of(a.T, 2), 64, 0, stream>>>(a);
+  } else {
+    gate_plain<T, 4, 48><<<blocks_of(a.T, 4), 128, 0, stream>>>(a);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t run_plain_dtype(const Args& a, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_plain<float>(a, stream);
+  if (a.dtype == DType::kBF16) return run_plain<__nv_bfloat16>(a, stream);
+  return run_plain<__half>(a, stream);
 }
 
 // Two tokens per warp.
@@ -251,6 +270,11 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
     const bool counted = a.histogram > 0;
     const int64_t many = counted ? limits.counted : a.extras ? limits.mapped : limits.many;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
+    const bool nothing_else = a.plain && a.K == 8 && a.columns == 8 && a.group_score == GroupScore::kTop2Sum;
+    if (nothing_else && (force == 0 ? a.T > 8 * sms && a.T <= limits.plain * sms : force == 33)) {
+      *path = name(32);
+      return run_plain_dtype(a, stream);
+    }
     const bool fits_columns = a.columns <= 32 && a.T * a.columns < int64_t{1} << 31;
     if (fits_columns && (force == 0 ? a.extras || a.T <= limits.few * sms : force == 32)) {
       *path = name(32);

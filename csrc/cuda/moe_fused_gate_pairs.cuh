@@ -9,8 +9,9 @@
 // 3. Experts that reach it (about 11 a token) go to a list in shared memory, in the order of ids. Half of the lanes
 //    take the candidates of a token, one each, score them exactly, and each finds its rank by counting who beats it.
 //    Where a list has more than 16, the tokens take turns with all lanes.
-// A rank that nobody has means equal choices: they are ranked again, ties to the lower id. A token that this does not
-// cover (NaN, infinite scores, equal groups at the cut, more than 32 candidates) is routed by gate_row.
+// A rank that nobody has means equal choices: they are ranked again, ties to the lower id. A list longer than the warp
+// goes by rounds. A token that this does not cover (NaN, infinite scores, equal groups at the cut) is routed by
+// gate_row.
 //
 // Limits: those of gate_few. Order of accumulation: a tree over the slots.
 #pragma once
@@ -149,6 +150,43 @@ __device__ __forceinline__ void pair_choose(uint32_t lists, const T* row, const 
   __syncwarp();
 }
 
+// The same for a list longer than the warp, by rounds of the best choice that is left. (gate_row is no way out, not
+// even for one token in a hundred thousand: a launch that finds its code cold waits for it.)
+template <class T>
+__device__ __noinline__ void pair_choose_long(uint32_t lists, const T* row, const float* biases, int h, int count,
+                                              int K) {
+  using Lists = PairLists;
+  constexpr int kEach = Lists::kExpertStride / 32;
+  const int lane = threadIdx.x % 32;
+  uint32_t key[kEach], expert[kEach];
+  float score[kEach];
+#pragma unroll
+  for (int m = 0; m < kEach; m++) {
+    const int i = lane + 32 * m;
+    expert[m] = get_byte(lists + Lists::kExperts + h * Lists::kExpertStride + i);
+    score[m] = fast_sigmoid(widen(__ldg(row + expert[m])));
+    key[m] = i < count ? rank_key(score[m] + (biases != nullptr ? __ldg(biases + expert[m]) : 0.0f)) : 0;
+  }
+#pragma unroll 1
+  for (int r = 0; r < K; r++) {
+    uint32_t best = 0;
+#pragma unroll
+    for (int m = 0; m < kEach; m++) best = max(best, key[m]);
+    best = __reduce_max_sync(kAll, best);
+    uint32_t place = kAll;  // the first that has it: places are in the order of ids
+#pragma unroll
+    for (int m = kEach - 1; m >= 0; m--) place = key[m] == best ? lane + 32 * m : place;
+    const uint32_t first = __reduce_min_sync(kAll, place);
+#pragma unroll
+    for (int m = 0; m < kEach; m++) {
+      if (first != static_cast<uint32_t>(lane + 32 * m)) continue;
+      key[m] = 0;
+      put2(lists + Lists::kChosen + h * Lists::kChosenStride + 8 * r, expert[m], __float_as_uint(score[m]));
+    }
+  }
+  __syncwarp();
+}
+
 template <class T, int Warps>
 __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(const __grid_constant__ Args a) {
   using Lists = PairLists;
@@ -273,13 +311,18 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
 #pragma unroll 1
     for (int h = 0; h < 2; h++) {
       const int count = static_cast<int>(counts >> 16 * h & 0xffff);
-      if (count < a.K || count > 32) slow |= 1u << h;
-      if (count <= 32) pair_choose(lists, rows + h * second, a.bias, h, lane, count, 0, a.K);
+      if (count < a.K) {
+        slow |= 1u << h;
+      } else if (count > 32) {
+        pair_choose_long(lists, rows + h * second, a.bias, h, count, a.K);
+      } else {
+        pair_choose(lists, rows + h * second, a.bias, h, lane, count, 0, a.K);
+      }
     }
   }
 
   // Columns
-  const bool done = (slow >> half & 1) == 0;
+  const bool done = (slow >> half & 1) == 0 && t < tokens;
   const uint2 chosen = get2(lists + Lists::kChosen + half * Lists::kChosenStride + 8 * (lane % 8));
   float weight = lane % 16 < a.K ? __uint_as_float(chosen.y) : 0.0f, total = weight;
 #pragma unroll

@@ -100,6 +100,15 @@ __device__ inline float fast_sigmoid(float x) {
   return fast_inverse(1.0f + power);
 }
 
+// e^(x - most) for top = most * kLog2E, two instructions. What top was rounded by is a common factor of all powers of a
+// row, which their sum takes out. Defined for |most| < kMostLogit and x <= most.
+inline constexpr float kMostLogit = 0x1p126f;
+__device__ inline float power_under(float x, float top) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(fmaf(x, kLog2E, -top)));
+  return result;
+}
+
 __device__ inline float sqrt_softplus(float x) {
   if (isnan(x)) return x;
   return __fsqrt_rn(x > 20.0f ? x : log1pf(expf(x)));

@@ -38,7 +38,7 @@ struct Args {
   int32_t groups, group_size, top_groups;
   uint32_t group_magic;   // e * magic >> 20 is e / group_size
   uint32_t column_magic;  // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
-  uint32_t rounds;
+  uint32_t rounds, round_magic;  // mulhi(t, magic) is t / rounds or one less
   int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
   uint32_t seed;
 };
@@ -135,8 +135,11 @@ __device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id
   }
 }
 
+// t % rounds without a division
 __device__ inline uint32_t map_round(const Args& a, int64_t t) {
-  return a.rounds == 1 ? 0u : static_cast<uint32_t>(t) % a.rounds;
+  const uint32_t token = static_cast<uint32_t>(t);
+  const uint32_t rest = token - __umulhi(token, a.round_magic) * a.rounds;
+  return min(rest, rest - a.rounds);
 }
 
 __device__ inline int32_t mapped(const Args& a, uint32_t round, int32_t id) {

@@ -199,6 +199,7 @@ Args pack(const MoeFusedGate& p) {
   a.column_magic = a.columns % 2 == 0 ? static_cast<uint32_t>((int64_t{1} << 32) / a.columns + 1) : 0;
   a.group_magic = static_cast<uint32_t>(((1 << 20) + a.group_size - 1) / a.group_size);
   a.rounds = static_cast<uint32_t>(std::max<int64_t>(p.rounds, 1));
+  a.round_magic = static_cast<uint32_t>(std::min<uint64_t>((uint64_t{1} << 32) / a.rounds, 0xffffffffu));
   a.slots = static_cast<int32_t>(std::min<int64_t>(p.slots, 0x7fffffff));
   const bool counted_here = p.load && p.slots <= kHistogramSlots && p.T * a.columns >= kHistogramChoices;
   a.histogram = counted_here ? (a.slots + 3) / 4 * 4 : 0;

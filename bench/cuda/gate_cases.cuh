@@ -94,7 +94,7 @@ inline std::vector<Case> families() {
       c.name += ", by logits", c.selection = Selection::kLogits, c.renormalize = false, c.shared = 1, c.rounds = 3;
       add(c);
       c.name = "softmax not renormalised " + std::to_string(E), c.selection = Selection::kScore, c.shared = 0,
-      c.rounds = 0, c.forces = {0};
+      c.rounds = 0, c.forces = E < 256 ? std::vector<int>{0, 101} : std::vector<int>{0};
       add(c);
     }
   }
@@ -112,6 +112,8 @@ inline std::vector<Case> families() {
   general(160, 8, 3, 6, Scoring::kSigmoid, DType::kF32, true);
   general(512, 16, 8, 10, Scoring::kSigmoid, DType::kBF16, true);
   general(160, 8, 3, 6, Scoring::kSoftmax, DType::kF32, false)->renormalize = false;
+  general(160, 8, 3, 6, Scoring::kSoftmax, DType::kBF16, false)->renormalize = false;
+  general(512, 1, 1, 10, Scoring::kSoftmax, DType::kBF16, false)->renormalize = false;
   general(512, 1, 1, 10, Scoring::kSoftmax, DType::kBF16, false);
   general(96, 12, 5, 7, Scoring::kSigmoid, DType::kF16, true)->load = true;
   general(128, 32, 8, 8, Scoring::kSigmoid, DType::kF32, true)->shared = 1;
@@ -120,7 +122,10 @@ inline std::vector<Case> families() {
   general(128, 1, 1, 1, Scoring::kSigmoid, DType::kBF16, false)->selection = Selection::kLogits;
   general(1024, 1, 1, 32, Scoring::kSigmoid, DType::kF32, true);
   general(1024, 128, 40, 32, Scoring::kSigmoid, DType::kF16, true);
-  general(60, 1, 1, 4, Scoring::kSoftmax, DType::kF16, false);
+  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kF32}) {
+    general(60, 1, 1, 4, Scoring::kSoftmax, dtype, false);
+    general(60, 1, 1, 4, Scoring::kSoftmax, dtype, false)->renormalize = false;
+  }
   general(255, 5, 3, 8, Scoring::kSigmoid, DType::kBF16, true);
   general(256, 1, 1, 6, Scoring::kSqrtSoftplus, DType::kF32, true);
   general(8, 1, 1, 8, Scoring::kSigmoid, DType::kF32, true);

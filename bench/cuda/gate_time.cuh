@@ -192,18 +192,23 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
     c.forces = E == 64 ? std::vector<int>{0, 8, 101} : std::vector<int>{0, 8, 16, 101};
     time_case(run, c, some);
   }
-  const auto general = [&](int E, int groups, int top_groups, int K, Scoring scoring, DType dtype, bool bias) {
+  const auto general = [&](int E, int groups, int top_groups, int K, Scoring scoring, bool bias, bool renormalize) {
     Case c;
     c.name = std::to_string(E) + "/" + std::to_string(groups) + "/" + std::to_string(top_groups) + "/" +
-             std::to_string(K) + " general";
-    c.E = E, c.groups = groups, c.top_groups = top_groups, c.K = K, c.scoring = scoring, c.dtype = dtype, c.bias = bias;
+             std::to_string(K) + (renormalize ? " general" : " not renormalised");
+    c.E = E, c.groups = groups, c.top_groups = top_groups, c.K = K, c.scoring = scoring, c.dtype = DType::kBF16;
+    c.bias = bias, c.renormalize = renormalize;
     if (!bias) c.group_score = GroupScore::kMax;
     time_case(run, c, {64, 4096, 40000});
   };
-  general(160, 8, 3, 6, Scoring::kSoftmax, DType::kBF16, false);
-  general(512, 16, 8, 10, Scoring::kSigmoid, DType::kBF16, true);
-  general(1024, 1, 1, 32, Scoring::kSigmoid, DType::kBF16, true);
-  general(60, 1, 1, 4, Scoring::kSoftmax, DType::kBF16, false);
+  for (const bool renormalize : {true, false}) {
+    general(160, 8, 3, 6, Scoring::kSoftmax, false, renormalize);
+    general(128, 1, 1, 8, Scoring::kSoftmax, false, renormalize);
+    general(64, 1, 1, 8, Scoring::kSoftmax, false, renormalize);
+    general(60, 1, 1, 4, Scoring::kSoftmax, false, renormalize);
+  }
+  general(512, 16, 8, 10, Scoring::kSigmoid, true, true);
+  general(1024, 1, 1, 32, Scoring::kSigmoid, true, true);
 }
 
 }  // namespace bench

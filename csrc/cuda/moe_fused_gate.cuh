@@ -38,7 +38,7 @@ struct Args {
   int32_t groups, group_size, top_groups;
   uint32_t group_magic;   // e * magic >> 20 is e / group_size
   uint32_t column_magic;  // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
-  uint32_t rounds;
+  uint32_t rounds, round_magic;  // mulhi(t, magic) is t / rounds or one less
   int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
   uint32_t seed;
 };
@@ -100,6 +100,15 @@ __device__ inline float fast_sigmoid(float x) {
   return fast_inverse(1.0f + power);
 }
 
+// e^(x - most) for top = most * kLog2E, two instructions. What top was rounded by is a common factor of all powers of a
+// row, which their sum takes out. Defined for |most| < kMostLogit and x <= most.
+inline constexpr float kMostLogit = 0x1p126f;
+__device__ inline float power_under(float x, float top) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(fmaf(x, kLog2E, -top)));
+  return result;
+}
+
 __device__ inline float sqrt_softplus(float x) {
   if (isnan(x)) return x;
   return __fsqrt_rn(x > 20.0f ? x : log1pf(expf(x)));
@@ -126,8 +135,11 @@ __device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id
   }
 }
 
+// t % rounds without a division
 __device__ inline uint32_t map_round(const Args& a, int64_t t) {
-  return a.rounds == 1 ? 0u : static_cast<uint32_t>(t) % a.rounds;
+  const uint32_t token = static_cast<uint32_t>(t);
+  const uint32_t rest = token - __umulhi(token, a.round_magic) * a.rounds;
+  return min(rest, rest - a.rounds);
 }
 
 __device__ inline int32_t mapped(const Args& a, uint32_t round, int32_t id) {

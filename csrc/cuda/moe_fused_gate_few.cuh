@@ -6,11 +6,11 @@
 // 1. Every lane asks for its part of the row, then for the bias, and prepares its lists while they come.
 // 2. Exact choices (two special-function instructions each) stay in registers. The two best of each group, by
 //    shuffles, give the four groups; their smallest second best is the threshold: at least eight choices reach it.
-// 3. Choices that do (about 11) go to a list in shared memory. Each finds its rank by counting who beats it; ranks
-//    below K are the choices.
-// A rank that nobody has means equal choices: they are ranked again, ties to the lower id. A token with a NaN, an
-// infinite threshold, equal groups at the cut or more than kCandidates candidates is routed by gate_row of the general
-// kernel.
+// 3. Choices that do (about 11) go to a list in shared memory, in the order of ids. Each finds its rank by counting who
+//    beats it; ranks below K are the choices.
+// A rank that nobody has means equal choices: all are ranked again, ties to the lower id, before any is stored. A token
+// with a NaN, an infinite threshold, equal groups at the cut or more than kCandidates candidates is routed by gate_row
+// of the general kernel.
 //
 // Limits: 256 experts, 8 groups, 4 kept, sigmoid; K <= 8; at most 32 columns; logits and bias aligned to 16 bytes;
 // fewer than 2^31 cells of the outputs. Order of accumulation: a tree over the slots.
@@ -28,10 +28,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   asm volatile("" : "+r"(at));
   return at;
 }
-// Relaxed: equal choices have one rank and so write one place. Whichever is left there, the rank after it stays empty,
-// which is how such rows are found. (racecheck reports them; exchanging instead costs 0.23 us a launch.)
 __device__ __forceinline__ void put(uint32_t at, uint32_t x) {
-  asm volatile("st.relaxed.cta.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
 __device__ __forceinline__ void put4(uint32_t at, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
@@ -59,16 +57,21 @@ __device__ __forceinline__ uint4 ask(const void* at) {
   return x;
 }
 
-// What a warp has in shared memory, in bytes from its start. Choices and experts by rank begin as -inf, which is no
-// expert; scores by rank and the count begin as 0.
+// Brings 32 bytes into the first cache, by copying four of them to where nobody reads: nobody waits for them. (A load
+// whose result nobody reads is dropped by the assembler.)
+__device__ __forceinline__ void prefetch(uint32_t unread, const void* at) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(unread), "l"(at) : "memory");
+}
+
+// What a warp has in shared memory, in bytes from its start. Choices begin as -inf, scores by rank as 0.
 struct FewList {
-  static constexpr int kChoices = 0;                          // of candidates, padded to whole chunks of 16
-  static constexpr int kChosen = 4 * (kCandidates + 16);      // experts by rank: K, and one more that shows a tie at K
-  static constexpr int kWeights = kChosen + 48;               // scores by rank
-  static constexpr int kCount = kWeights + 48;                // of candidates, in bytes
-  static constexpr int kExperts = kCount + 16;                // of candidates
+  static constexpr int kChoices = 0;                          // of candidates, in the order of ids, in chunks of 16
+  static constexpr int kWeights = 4 * (kCandidates + 16);     // scores by rank
+  static constexpr int kChosen = kWeights + 32;               // experts by rank
+  static constexpr int kExperts = kChosen + 32;               // of candidates
   static constexpr int kScores = kExperts + 4 * kCandidates;  // of all experts
-  static constexpr int kBytes = kScores + 4 * 256;
+  static constexpr int kUnread = kScores + 4 * 256;           // where prefetches end
+  static constexpr int kBytes = kUnread + 4 * 32;
 };
 inline constexpr int kFewWarps = 36;      // of a multiprocessor
 inline constexpr int kFewBlockWarps = 2;  // of a block
@@ -80,51 +83,61 @@ static_assert(FewList::kBytes % 16 == 0 && FewList::kBytes >= 4 * row_scratch(25
 __device__ __forceinline__ void few_clear(uint32_t list) {
   const int lane = threadIdx.x % 32;
   const float x = lane < FewList::kWeights / 16 ? -infinity() : 0.0f;
-  if (lane < FewList::kExperts / 16) put4(list + 16 * lane, x, x, x, x);
+  if (lane < FewList::kChosen / 16) put4(list + 16 * lane, x, x, x, x);
 }
 
-// Ranks every candidate against all and stores those that are chosen.
+// The choices of sixteen candidates.
+struct Sixteen {
+  float4 four[4];
+};
+__device__ __forceinline__ Sixteen get16(uint32_t at) {
+  Sixteen v;
+#pragma unroll
+  for (int k = 0; k < 4; k++) v.four[k] = get4(at + 16 * k);
+  return v;
+}
+// How many of the `count` candidates, of which the first are in `v`, beat `own`; with Ties also those that equal it and
+// come before place i.
 template <bool Ties>
-__device__ __forceinline__ void few_rank(uint32_t list, int count, int K) {
+__device__ __forceinline__ int few_rank(uint32_t list, Sixteen v, int count, float own, int i) {
+  float rank = 0x1p23f;  // whole numbers that can be read as integers
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const float own = __uint_as_float(get(list + 4 * i));
-    uint32_t others = list;
-    float4 v[4];
+  for (int j = 0;;) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) v[k] = get4(others + 16 * k);
-    const uint32_t expert = get(list + FewList::kExperts + 4 * i), score = get(list + FewList::kScores + 4 * expert);
-    float rank = 0x1p23f;  // whole numbers that can be read as integers
-#pragma unroll 1
-    for (int j = 16;; j += 16) {
+    for (int k = 0; k < 4; k++) {
+      const float other[4] = {v.four[k].x, v.four[k].y, v.four[k].z, v.four[k].w};
+      float beats[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float other[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
-        float beats[4];
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-          bool beaten = other[m] > own;
-          if (Ties) beaten = beaten || (other[m] == own && get(others + FewList::kExperts + 16 * k + 4 * m) < expert);
-          beats[m] = beaten ? 1.0f : 0.0f;
-        }
-        rank += (beats[0] + beats[1]) + (beats[2] + beats[3]);
+      for (int m = 0; m < 4; m++) {
+        beats[m] = other[m] > own || (Ties && other[m] == own && j + 4 * k + m < i) ? 1.0f : 0.0f;
       }
-      if (j >= count) break;
-      others += 64;
-#pragma unroll
-      for (int k = 0; k < 4; k++) v[k] = get4(others + 16 * k);
+      rank += (beats[0] + beats[1]) + (beats[2] + beats[3]);
     }
-    const int place = __float_as_int(rank) - __float_as_int(0x1p23f);
-    if (place <= K) put(list + FewList::kChosen + 4 * place, expert);
-    if (place < K) put(list + FewList::kWeights + 4 * place, score);
+    j += 16;
+    if (j >= count) return __float_as_int(rank) - __float_as_int(0x1p23f);
+    v = get16(list + 4 * j);
   }
 }
+// Stores a choice in its place, which is K or more for those that are none.
+__device__ __forceinline__ void few_choose(uint32_t list, int rank, int K, uint32_t expert, uint32_t score) {
+  if (rank >= K) return;
+  put(list + FewList::kChosen + 4 * rank, expert);
+  put(list + FewList::kWeights + 4 * rank, score);
+}
 
-// Rare things are functions of their own, so that the other instructions are fetched without gaps.
+// Ranks and stores where choices are equal, or more than there are lanes. Rare things are functions of their own, so
+// that the other instructions are fetched without gaps.
 __device__ __noinline__ void few_rank_ties(uint32_t list, int count, int K) {
-  __syncwarp();
-  few_rank<true>(list, count, K);
-  __syncwarp();
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const uint32_t expert = get(list + FewList::kExperts + 4 * i);
+    const int rank = few_rank<true>(list, get16(list), count, __uint_as_float(get(list + 4 * i)), i);
+    few_choose(list, rank, K, expert, get(list + FewList::kScores + 4 * expert));
+  }
+}
+// valid_tokens where the launch has brought what the host gave into range.
+__device__ __forceinline__ int few_valid(const Args& a) {
+  return a.valid_device != nullptr ? min(*a.valid_device, static_cast<int>(a.T)) : static_cast<int>(a.valid_host);
 }
 // The padding row of a token, by some lanes of a warp.
 template <int Lanes>
@@ -166,24 +179,19 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
   const int32_t* map = nullptr;
   if (a.plain) {
     biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
-    few_clear(list);
   } else {
     if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
-    few_clear(list);
     if (a.id_map != nullptr) {
       map = a.id_map + static_cast<int64_t>(map_round(a, t)) * (a.E + a.shared);
       // Its row is on its way to the first cache before it is needed. With many tokens it is there already.
-      const int lines_end = gridDim.x <= kEarlyBlocks ? a.E + a.shared : 0;
-      for (int i = 32 * lane; i < lines_end; i += 1024) {
-        int32_t ignored;
-        asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(ignored) : "l"(map + i));
-      }
+      if (gridDim.x <= kEarlyBlocks) prefetch(list + List::kUnread + 4 * lane, map + 8 * lane);
     }
-    if (t >= static_cast<int>(valid_tokens(a))) {
+    if (t >= few_valid(a)) {
       few_pad<32>(a, t);
       return;
     }
   }
+  few_clear(list);
   __syncwarp();
 
   float c[8], score[8], bias[8];
@@ -214,7 +222,7 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) above += __shfl_xor_sync(kAll, above, lanes);
   const bool kept = above < 4;
-  const int groups = __popc(__ballot_sync(kAll, kept)) / 4;
+  const uint32_t kept_lanes = __ballot_sync(kAll, kept);
   const auto ordered_bits = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
   const int32_t key = kept ? ordered_bits(__float_as_int(next)) : 0x7fffffff;
   const float threshold = __int_as_float(ordered_bits(__reduce_min_sync(kAll, key)));
@@ -229,14 +237,25 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
   }
   const auto choose = [](uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); };
   uint32_t mask = ~choose(0x0c0c, choose(0x0404, signs[0], signs[1]), choose(0x1010, signs[2], signs[3])) & 0x3c3c;
-  const uint32_t found = 4 * __popc(mask);
-  uint32_t place = 0;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p atom.shared.add.u32 %0, [%2], %1;\n}"
-               : "+r"(place)
-               : "r"(found), "r"(list + List::kCount)
-               : "memory");
-  if (place + found > 4 * kCandidates) mask = 0;  // the list is too long: the row is given away
-  uint32_t at = list + place;
+  // Places: lanes of a group add up what they found, and one sum over the warp has a byte for each of the four groups.
+  const uint32_t found = __popc(mask);
+  uint32_t upto = found;
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    asm volatile("{\n.reg .pred p;\n.reg .b32 x;\nshfl.sync.up.b32 x|p, %0, %1, 0x1c00, -1;\n@p add.u32 %0, %0, x;\n}"
+                 : "+r"(upto)
+                 : "r"(lanes));
+  }
+  const int before = 2 * __popc(kept_lanes & ((1u << (lane & 28)) - 1));  // bits of the groups before this one
+  const uint32_t of_groups = __reduce_add_sync(kAll, found << (before & 31));
+  const int count = of_groups * 0x01010101u >> 24;
+  if (__popc(kept_lanes) != 16 || !(fabsf(threshold) < infinity()) || count > kCandidates) {
+    __syncwarp();
+    gate_row_apart<8>(a, t, reinterpret_cast<uint32_t*>(memory), histogram);
+    return;
+  }
+  const uint32_t of_before = of_groups & ((1u << before) - 1);
+  uint32_t at = list + 4 * ((of_before * 0x01010101u >> 24) + upto - found);
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     uint32_t after;  // a new register each: a store must have read its address before it may change
@@ -250,27 +269,23 @@ __device__ __forceinline__ void few_token(const Args& a, int t, char* memory, ui
     at = after;
   }
   __syncwarp();
-  const int count = get(list + List::kCount) / 4;
-  if (groups != 4 || !(fabsf(threshold) < infinity()) || count > kCandidates) {
-    __syncwarp();  // the count has been read by all
-    gate_row_apart<8>(a, t, reinterpret_cast<uint32_t*>(memory), histogram);
-    return;
-  }
-  few_rank<false>(list, count, a.K);
-  __syncwarp();
-  int32_t id;
-  float weight;
-  float4 low, high;
-  const auto fetch = [&] {
-    id = static_cast<int32_t>(get(list + List::kChosen + 4 * lane));
-    weight = __uint_as_float(get(list + List::kWeights + 4 * lane));
-    low = get4(list + List::kWeights), high = get4(list + List::kWeights + 16);
-  };
-  fetch();
-  if (__any_sync(kAll, lane <= a.K && lane < count && id < 0)) {
+  // A lane without a candidate has -inf, which all of them beat. Where no choices are equal, the ranks are all numbers
+  // up to theirs. (The first 32 may be that of more; then the choices are among them.)
+  const float own = __uint_as_float(get(list + 4 * lane));
+  const uint32_t expert = get(list + List::kExperts + 4 * lane) & 255;
+  const Sixteen first = get16(list);
+  const uint32_t own_score = get(list + List::kScores + 4 * expert);
+  const int rank = few_rank<false>(list, first, count, own, lane);
+  const uint32_t ranks = __reduce_or_sync(kAll, __funnelshift_lc(0, 1, rank));
+  if (ranks + 1 != __funnelshift_lc(0, 2, count)) {
     few_rank_ties(list, count, a.K);
-    fetch();
+  } else {
+    few_choose(list, rank, a.K, expert, own_score);
   }
+  __syncwarp();
+  int32_t id = static_cast<int32_t>(get(list + List::kChosen + 4 * lane));
+  float weight = __uint_as_float(get(list + List::kWeights + 4 * lane));
+  const float4 low = get4(list + List::kWeights), high = get4(list + List::kWeights + 16);
 
   // Columns
   if (lane < a.columns) {
@@ -298,7 +313,8 @@ __global__ void __launch_bounds__(32 * kFewBlockWarps, kFewWarps / kFewBlockWarp
 }
 
 // The same with the load counted in shared memory: histogram counters, then a list for every warp. A block for every
-// multiprocessor, so that few add their counters to the load.
+// multiprocessor, so that few add their counters to the load: a line of it takes 2.3 ns for every 32 bytes that one of
+// them adds.
 template <class T>
 __global__ void __launch_bounds__(32 * kMostFewWarps, 1) gate_few_counted(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint32_t shared_memory[];

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(128, 4) gate_groups(const __grid_constant__ Ar
 
   const int quads = a.E / 4, group_quads = a.group_size / 4;
   const bool grouped = a.top_groups < a.groups;
+  const bool whole = a.scoring == Scoring::kSoftmax && a.selection == Selection::kScore && !a.renormalize;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps * kTokens;
   int64_t first = (static_cast<int64_t>(blockIdx.x) * warps + warp) * kTokens;
   Quad raw[J] = {};
@@ -138,6 +139,20 @@ __global__ void __launch_bounds__(128, 4) gate_groups(const __grid_constant__ Ar
     for (int j = 1; j < J; j++) most = larger(most, best[j]);
     most = over_lanes<L>(most, [](float x, float y) { return larger(x, y); });
     bool plain = most < infinity();
+    float sum = 0;  // of a whole softmax
+    const float top_of_row = most * kLog2E;
+    if (!Sigmoid && whole) {
+      plain = fabsf(most) < kMostLogit;
+#pragma unroll
+      for (int j = 0; j < J; j++) {
+        if (j * L < quads) {
+          const float* x = c + 4 * j;
+          sum += (power_under(x[0], top_of_row) + power_under(x[1], top_of_row)) +
+                 (power_under(x[2], top_of_row) + power_under(x[3], top_of_row));
+        }
+      }
+      sum = over_lanes<L>(sum, [](float x, float y) { return x + y; });
+    }
 
     // The groups that are kept, a bit each
     uint32_t kept = kAll;
@@ -237,12 +252,6 @@ __global__ void __launch_bounds__(128, 4) gate_groups(const __grid_constant__ Ar
       own.list.score[i] = score;
       own.list.key[i] = static_cast<uint64_t>(rank_key(choice)) << 32 | (0xffffu - e);
     }
-    float sum = 0;  // of a whole softmax
-    if (!Sigmoid && a.scoring == Scoring::kSoftmax && a.selection == Selection::kScore && !a.renormalize) {
-#pragma unroll
-      for (int i = 0; i < 4 * J; i++) sum += exp2f((c[i] - most) * kLog2E);
-      sum = over_lanes<L>(sum, [](float x, float y) { return x + y; });
-    }
     __syncwarp();
     if (first + step < a.T) load(t + step);
 
@@ -282,12 +291,12 @@ __global__ void __launch_bounds__(128, 4) gate_groups(const __grid_constant__ Ar
         const float least = __shfl_sync(kAll, weight, token * L + a.K - 1), top = __shfl_sync(kAll, weight, token * L);
         if (a.selection == Selection::kScore) plain = plain && (!routed || least > most - 79.0f);
         routed = routed && plain;
-        weight = routed ? expf(weight - (sum != 0 ? most : top)) : 0.0f;
+        weight = routed ? (whole ? power_under(weight, top_of_row) : expf(weight - top)) : 0.0f;
       }
     }
     const bool softmax = !Sigmoid && a.scoring == Scoring::kSoftmax;
     if (a.renormalize || softmax) {
-      if (sum == 0) sum = over_lanes<L>(weight, [](float x, float y) { return x + y; });
+      if (!whole) sum = over_lanes<L>(weight, [](float x, float y) { return x + y; });
       weight = sum == 0 ? 0.0f : __fdividef(weight, sum);
     }
     const Rows rows(a, first);

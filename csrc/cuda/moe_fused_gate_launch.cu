@@ -218,6 +218,7 @@ Args pack(const MoeFusedGate& p) {
   a.column_magic = a.columns % 2 == 0 ? static_cast<uint32_t>((int64_t{1} << 32) / a.columns + 1) : 0;
   a.group_magic = static_cast<uint32_t>(((1 << 20) + a.group_size - 1) / a.group_size);
   a.rounds = static_cast<uint32_t>(std::max<int64_t>(p.rounds, 1));
+  a.round_magic = static_cast<uint32_t>(std::min<uint64_t>((uint64_t{1} << 32) / a.rounds, 0xffffffffu));
   a.slots = static_cast<int32_t>(std::min<int64_t>(p.slots, 0x7fffffff));
   const bool counted_here = p.load && p.slots <= kHistogramSlots && p.T * a.columns >= kHistogramChoices;
   a.histogram = counted_here ? (a.slots + 3) / 4 * 4 : 0;
@@ -251,8 +252,9 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   const bool fits = force != 1 && a.K <= 8 && aligned(a.logits) && aligned(a.bias);
   const bool single = a.top_groups == a.groups;
   const bool sigmoid = a.scoring == Scoring::kSigmoid && a.selection == Selection::kScore;
-  const bool softmax = a.scoring == Scoring::kSoftmax && single && a.bias == nullptr &&
-                       ((a.selection == Selection::kScore && a.renormalize) || a.selection == Selection::kLogits);
+  const bool any_softmax = a.scoring == Scoring::kSoftmax && single && a.bias == nullptr &&
+                           (a.selection == Selection::kScore || a.selection == Selection::kLogits);
+  const bool softmax = any_softmax && (a.renormalize || a.selection == Selection::kLogits);  // of the chosen alone
   const auto pick = [&](int few, int some, int many) {
     const int lanes = force != 0 && force < 100 ? force : a.T <= 8 * sms ? few : a.T <= 48 * sms ? some : many;
     *path = name(lanes);
@@ -291,18 +293,14 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
     return run_dtype<384, Family::kSigmoid, 8, 16>(a, pick(16, 16, 8), sms, stream);
   if (fits && sigmoid && single && a.E == 256)
     return run_dtype<256, Family::kSigmoid, 8, 32>(a, pick(32, 8, 8), sms, stream);
+  if (fits && any_softmax && halves) {
+    if (a.E == 128 && large(1, 24 * sms)) return run_softmax<128, false>(a, stream);
+    if (a.E == 64 && large(1, 0)) return run_softmax<64, false>(a, stream);
+    if (a.E >= 32 && a.E < 64 && a.E % 4 == 0 && large(1, 0)) return run_softmax<64, true>(a, stream);
+  }
   if (fits && softmax && a.E == 256) return run_dtype<256, Family::kSoftmax, 8, 32>(a, pick(32, 8, 8), sms, stream);
-  if (fits && softmax && a.E == 128) {
-    if (halves && large(1, 24 * sms)) return run_softmax<128, false>(a, stream);
-    return run_dtype<128, Family::kSoftmax, 8, 16>(a, pick(16, 8, 8), sms, stream);
-  }
-  if (fits && softmax && a.E == 64) {
-    if (halves && large(1, 0)) return run_softmax<64, false>(a, stream);
-    return run_dtype<64, Family::kSoftmax, 8>(a, pick(8, 8, 8), sms, stream);
-  }
-  if (fits && softmax && halves && a.E >= 32 && a.E < 64 && a.E % 4 == 0 && large(1, 0)) {
-    return run_softmax<64, true>(a, stream);
-  }
+  if (fits && softmax && a.E == 128) return run_dtype<128, Family::kSoftmax, 8, 16>(a, pick(16, 8, 8), sms, stream);
+  if (fits && softmax && a.E == 64) return run_dtype<64, Family::kSoftmax, 8>(a, pick(8, 8, 8), sms, stream);
   const int lanes = force != 1 && aligned(a.logits) && aligned(a.bias) ? group_lanes(a) : 0;
   if (lanes > 0) {
     *path = lanes == 8 ? "8 lanes per token, any groups" : "16 lanes per token, any groups";

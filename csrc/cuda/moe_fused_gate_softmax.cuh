@@ -77,12 +77,14 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
   __syncthreads();
 
   if (here > 0) {
-    bool plain = true;
+    bool plain;
     wait_async();
     __syncwarp();
 
     // Candidates: a bit each, of low halves and then of high halves
     uint32_t mask[kPieces];
+    const bool whole = a.selection == Selection::kScore && !a.renormalize;  // weights are parts of the sum of all
+    float peak, sum = 0;  // peak: the largest logit, times kLog2E
     {
       Pair pairs[kPieces * 16], most_of_octet[kPieces * 4];
 #pragma unroll
@@ -94,9 +96,10 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
       }
       float most;
       const float threshold = eighth_of_pairs<1, kPieces * 4>(most_of_octet, most);
-      plain = plain && most < infinity() && threshold > -infinity();
+      plain = fabsf(most) < kMostLogit && threshold > -infinity();
       // Where powers underflow, they tie, and the logits do not tell.
       if (a.selection == Selection::kScore) plain = plain && threshold > most - 79.0f;
+      peak = most * kLog2E;
       Pair under;
       if constexpr (std::is_same_v<Pair, __half2>) {
         under = __float2half2_rn(threshold);
@@ -108,6 +111,16 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
         mask[q] = 0;
 #pragma unroll
         for (int w = 0; w < 16; w++) mask[q] |= __hge2_mask(pairs[16 * q + w], under) & (0x00010001u << w);
+      }
+    }
+    if (whole) {
+#pragma unroll 2
+      for (int i = 0; i < kPieces * 4; i++) {
+        float x[8];
+        unpack(Octet<T>{*reinterpret_cast<const uint4*>(row + i * 16)}, x);
+#pragma unroll
+        for (int k = 0; k < 8; k++) x[k] = power_under(x[k], peak);
+        sum += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
       }
     }
     int count = 0;
@@ -184,11 +197,12 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
       expert[k] = routed ? static_cast<int32_t>(0xffffu - (top[k] & 0xffffu)) : 0;
       weight[k] = routed && k < a.K ? widen(*reinterpret_cast<const T*>(&half)) : -infinity();
     }
-    const float most = routed ? weight[0] : 0.0f;
 #pragma unroll
-    for (int k = 0; k < 8; k++) weight[k] = expf(weight[k] - most);
-    const float low = (weight[0] + weight[1]) + (weight[2] + weight[3]);
-    const float sum = low + ((weight[4] + weight[5]) + (weight[6] + weight[7]));
+    for (int k = 0; k < 8; k++) weight[k] = power_under(weight[k], peak);
+    if (!whole) {
+      const float low = (weight[0] + weight[1]) + (weight[2] + weight[3]);
+      sum = low + ((weight[4] + weight[5]) + (weight[6] + weight[7]));
+    }
     const float inverse = fast_inverse(sum);
 #pragma unroll
     for (int k = 0; k < 8; k++) weight[k] = sum == 0 ? 0.0f : weight[k] * inverse;

@@ -5,7 +5,7 @@ import type { Change, LayerState } from './layer_state.js';
 
 /** PAR that one expert moved must gain in its layer. */
 const worthwhile = 3e-5;
-const mostChanges = 128;
+const mostChanges = 64;
 /** How many changes a course is continued by at a time, and how many its rate looks back on. */
 const stride = 4;
 /** Moves per layer that courses are drawn beyond the budget, so that there is something to choose from. */

@@ -6,7 +6,7 @@ import { normal, uniform } from '../../lib/eplb/random.js';
 const experts = 512;
 
 /** The forecast after windows of one layer and one step, each f64[experts]. */
-function afterAll(windows: readonly Float64Array[], leastDecay = 0) {
+function forecastAfter(windows: readonly Float64Array[], leastDecay = 0) {
   const loads = new Loads({ steps: 1, layers: 1, experts }, windows.at(-1)!);
   return forecastOf(loads, windows.slice(0, -1), leastDecay);
 }
@@ -23,19 +23,19 @@ function wandering(windows: number, keep: number, random: () => number): Float64
 describe('forecast', () => {
   it('expects the last window again where there is nothing to judge by', () => {
     const windows = wandering(2, 0.5, uniform(1));
-    expect(afterAll(windows.slice(0, 1))).toEqual({ decay: 0, keep: 1, error: 0 });
-    expect(afterAll(windows)).toMatchObject({ keep: 1, error: 0 });
+    expect(forecastAfter(windows.slice(0, 1))).toEqual({ decay: 0, keep: 1, error: 0 });
+    expect(forecastAfter(windows)).toMatchObject({ keep: 1, error: 0 });
   });
 
   it('reckons with no change of loads that stay', () => {
     const [window] = wandering(1, 1, uniform(2));
-    const { keep, error } = afterAll([window!, window!, window!, window!]);
+    const { keep, error } = forecastAfter([window!, window!, window!, window!]);
     expect(keep).toBeCloseTo(1, 9);
     expect(error).toBeCloseTo(0, 9);
   });
 
   it('finds by how much wandering loads return, and how far off that is', () => {
-    const { decay, keep, error } = afterAll(wandering(7, 0.8, uniform(3)));
+    const { decay, keep, error } = forecastAfter(wandering(7, 0.8, uniform(3)));
     expect(decay).toBe(0);
     expect(keep).toBeGreaterThan(0.78);
     expect(keep).toBeLessThan(0.95);
@@ -46,7 +46,7 @@ describe('forecast', () => {
 
   it('weighs windows alike where loads come back', () => {
     const [one, two] = wandering(2, 0, uniform(4));
-    expect(afterAll([one!, two!, one!, two!, one!, two!]).decay).toBe(1);
+    expect(forecastAfter([one!, two!, one!, two!, one!, two!]).decay).toBe(1);
   });
 
   it('foresees nothing of loads that have nothing to do with the window before', () => {
@@ -54,6 +54,6 @@ describe('forecast', () => {
     const windows = Array.from({ length: 5 }, () =>
       Float64Array.from({ length: experts }, () => 1000 * Math.exp(1.5 * normal(random))),
     );
-    expect(afterAll(windows)).toMatchObject({ keep: 1, error: 0 });
+    expect(forecastAfter(windows)).toMatchObject({ keep: 1, error: 0 });
   });
 });

@@ -59,7 +59,6 @@ export function scenariosOf(loads: Loads, layer: number, devices: number, past: 
     const fine = Math.min(fineBlocks, loads.steps);
     const finer = cut(loads, layer, devices, fine, past.runs.length, true);
     joinEarlier(finer, past.runs, layer, devices);
-    foresee(finer, past, devices);
     return finer;
   }
   joinEarlier(scenarios, past.windows, layer, devices);
@@ -69,12 +68,12 @@ export function scenariosOf(loads: Loads, layer: number, devices: number, past: 
 
 /**
  * The scenarios as a forecast: experts return towards the mean load as windows did before, and where the next window
- * will be off by more than the scenarios differ, the rest is noise of every expert in proportion to its load. Single
- * steps show all that themselves.
+ * will be off by more than the scenarios differ, the rest is noise of every expert in proportion to its load. Only for
+ * blocks: single steps show all that themselves.
  */
 function foresee(scenarios: Scenarios, { keep, error }: Past, devices: number): void {
-  const { experts, blocks, loads, weights, mean, noise, variance, fine } = scenarios;
-  if (fine || error === 0) return;
+  const { experts, blocks, loads, weights, mean, noise, variance } = scenarios;
+  if (error === 0) return;
   let spread = 0;
   let square = 0;
   for (let expert = 0; expert < experts; expert++) {

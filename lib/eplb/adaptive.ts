@@ -9,7 +9,7 @@ import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
 import { byChance, changeEvidence, deviceNoise, evidenceNeeded, surplusEvidence } from './chance.js';
 import { choose, drawCourses, type Steps } from './course.js';
-import { pastDecay } from './forecast.js';
+import { forecastOf } from './forecast.js';
 import { LayerState } from './layer_state.js';
 import { type Memory, pastOf, remember, totalsOf } from './memory.js';
 import type { PlanProblem, Policy } from './policy.js';
@@ -183,7 +183,7 @@ export const adaptive: Policy = {
     const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer, movesAreFree } = problem;
     const history = (problem.memory as Memory | undefined)?.windows ?? [];
     const least = leastDecay * Math.min(1, fewWindows / (history.length + 1));
-    const past = pastOf(history, Math.max(least, pastDecay(loads, history.map(totalsOf))));
+    const past = pastOf(history, forecastOf(loads, history.map(totalsOf), least));
     const scenarios = current.map((_, layer) => scenariosOf(loads, layer, devices, past));
     const memory = remember(history, loads, scenarios.some(({ fine }) => fine) ? fineBlocks : 1);
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;

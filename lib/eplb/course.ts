@@ -4,12 +4,12 @@ import { propose } from './improve.js';
 import type { Change, LayerState } from './layer_state.js';
 
 /** PAR that one expert moved must gain in its layer. */
-const worthwhile = 1e-4;
+const worthwhile = 3e-5;
 const mostChanges = 64;
 /** How many changes a course is continued by at a time, and how many its rate looks back on. */
 const stride = 4;
-/** Courses are drawn until they could use this many times the budget, so that there is something to choose from. */
-const ample = 1.5;
+/** Moves per layer that courses are drawn beyond the budget, so that there is something to choose from. */
+const ample = 6;
 
 /** What has been moved and gained after each step, in the order the steps would be taken. */
 export interface Steps {
@@ -82,7 +82,7 @@ export function drawCourses(
   });
   const certain = courses.filter((course) => course.certain);
   for (;;) {
-    if (certain.reduce((sum, { moved }) => sum + moved, 0) >= ample * maxMoves) break;
+    if (certain.reduce((sum, { moved }) => sum + moved, 0) >= maxMoves + ample * layers.length) break;
     let next: Course | undefined;
     for (const course of certain)
       if (!course.done && course.moved <= maxMovesPerLayer && course.rate > (next?.rate ?? 0)) next = course;

@@ -24,10 +24,29 @@ interface Best {
   transfers: number;
 }
 
-/** The device to relieve: f64[experts] what its cost falls by, to first order, when a replica of an expert leaves. */
+/** The device to relieve. */
 interface Hot {
   device: number;
+  /** f64[experts]: what its cost falls by, to first order, when a replica of an expert leaves. */
   relief: Float64Array;
+  /** f64[slots]: that of the experts in its slots. */
+  leaves: Float64Array;
+  /** f64[slots]: what costs fall by, on all that hold the expert in a slot, when it gets a further replica elsewhere. */
+  shared: Float64Array;
+}
+
+/** Memory that proposals share. */
+interface Scratch {
+  /** f64[blocks]: slopes of the partner's cost. */
+  slope: Float64Array;
+  /**
+   * f64[slots]: what the partner's cost rises by, to first order, when the expert in a slot of the hot device comes, and
+   * the transfers that its coming and leaving add. Infinite where the partner holds it.
+   */
+  arrives: Float64Array;
+  transfers: Float64Array;
+  /** f64[experts]: what costs rise by on all that hold an expert when it loses a replica; NaN where not worked out. */
+  ripples: Float64Array;
 }
 
 /**
@@ -35,19 +54,30 @@ interface Hot {
  * `least`, as on a device that one hot expert fills, the next costliest devices are tried; undefined if none gains it.
  */
 export function propose(state: LayerState, least: number): Proposal | undefined {
+  const { experts, devices, slots, rows, replicas, blocks } = state;
   const order = state.byCost();
   const coldestFirst = order.toReversed();
-  const slope = new Float64Array(state.blocks);
+  const scratch: Scratch = {
+    slope: new Float64Array(blocks),
+    arrives: new Float64Array(slots),
+    transfers: new Float64Array(slots),
+    ripples: new Float64Array(experts).fill(Number.NaN),
+  };
+  const relief = new Float64Array(experts);
+  const leaves = new Float64Array(slots);
+  const shared = new Float64Array(slots);
   for (const device of order.slice(0, costliest)) {
     const best: Best = { change: undefined, rate: 0, transfers: 1 };
-    const noiseSlope = state.slopeOf(device, slope);
-    const relief = new Float64Array(state.experts);
-    for (let expert = 0; expert < state.experts; expert++)
-      relief[expert] = state.slopeFor(expert, slope, noiseSlope);
-    const hot = { device, relief };
-    const others = partnersOf(state, hot, coldestFirst);
-    proposeExchange(state, hot, others, best);
-    proposeReplica(state, hot, others, best);
+    const noiseSlope = state.slopeOf(device, scratch.slope);
+    for (let expert = 0; expert < experts; expert++)
+      relief[expert] = state.slopeFor(expert, scratch.slope, noiseSlope);
+    for (let index = 0; index < slots; index++) {
+      const expert = rows[device * slots + index]!;
+      leaves[index] = relief[expert]!;
+      shared[index] = replicas[expert]! < devices ? -rippleOf(state, expert, 1) : 0;
+    }
+    const hot = { device, relief, leaves, shared };
+    for (const other of partnersOf(state, hot, coldestFirst)) tryPartner(state, hot, other, best, scratch);
     const gain = state.gainOf(best.rate * best.transfers) / best.transfers;
     if (best.change !== undefined && gain >= least) return { change: best.change, gain };
   }
@@ -72,104 +102,88 @@ function partnersOf(
   return [...others.slice(0, coldest), ...rest.slice(0, lightest).map(({ other }) => other)];
 }
 
-function proposeExchange(
+/**
+ * What the hot device can do with another one: exchange two experts, or have a further replica of one of its experts
+ * there, in place of a less needed one.
+ */
+function tryPartner(
   state: LayerState,
-  { device: hot, relief }: Hot,
-  others: readonly number[],
+  { device: hot, relief, leaves, shared }: Hot,
+  other: number,
   best: Best,
+  { slope, arrives, transfers, ripples }: Scratch,
 ): void {
-  const { slots, experts, rows, holds, cost, blocks } = state;
+  const { slots, experts, rows, holds, replicas, meanShare, cost } = state;
+  const { mean } = state.scenarios;
   const first = hot * slots;
-  const slope = new Float64Array(blocks);
-  const arrives = new Float64Array(slots);
-  let most = 0;
-  for (let slotA = first; slotA < first + slots; slotA++) most = Math.max(most, relief[rows[slotA]!]!);
-  for (const other of others) {
-    const noiseSlope = state.slopeOf(other, slope);
-    const both = cost[hot]! + cost[other]!;
-    let mostNet = 0;
+  const noiseSlope = state.slopeOf(other, slope);
+  const costHot = cost[hot]!;
+  const costOther = cost[other]!;
+  let mostNet = 0;
+  let mostShared = 0;
+  for (let index = 0; index < slots; index++) {
+    const a = rows[first + index]!;
+    arrives[index] = Number.POSITIVE_INFINITY;
+    if (holds[other * experts + a]) continue;
+    arrives[index] = state.slopeFor(a, slope, noiseSlope);
+    transfers[index] = state.isNew(other, a) - state.isNew(hot, a);
+    mostNet = Math.max(mostNet, leaves[index]! - arrives[index]!);
+    mostShared = Math.max(mostShared, shared[index]!);
+  }
+  for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
+    const b = rows[slotB]!;
+    const comes = relief[b]!;
+    const freed = state.slopeFor(b, slope, noiseSlope);
+    if (!holds[hot * experts + b] && mostNet - comes + freed > best.rate * leastTransfers) {
+      const back = state.isNew(hot, b) - state.isNew(other, b);
+      for (let index = 0; index < slots; index++) {
+        const moved = Math.max(leastTransfers, transfers[index]! + back);
+        const enough = best.rate * moved;
+        if (Math.min(costHot, leaves[index]! - comes) - arrives[index]! + freed <= enough) continue;
+        const least =
+          state.leastCost(hot, comes - leaves[index]!) + state.leastCost(other, arrives[index]! - freed);
+        if (costHot + costOther - least <= enough) continue;
+        const gain = costHot + costOther - state.exchangeCost(hot, rows[first + index]!, other, b);
+        if (gain <= enough) continue;
+        best.rate = gain / moved;
+        best.transfers = moved;
+        best.change = { slotA: first + index, slotB, replaceBy: -1 };
+      }
+    }
+    const count = replicas[b]!;
+    if (count === 1 || mostShared + freed <= best.rate * leastTransfers) continue;
+    let lost = Number.NaN; // what the other replicas of b cost more
     for (let index = 0; index < slots; index++) {
       const a = rows[first + index]!;
-      arrives[index] = state.slopeFor(a, slope, noiseSlope);
-      mostNet = Math.max(mostNet, relief[a]! - arrives[index]!);
-    }
-    for (let slotB = other * slots; slotB < (other + 1) * slots; slotB++) {
-      const b = rows[slotB]!;
-      if (most - relief[b]! <= best.rate * leastTransfers || holds[hot * experts + b]) continue;
-      const leaves = state.slopeFor(b, slope, noiseSlope);
-      if (mostNet - relief[b]! + leaves <= best.rate * leastTransfers) continue;
-      for (let index = 0; index < slots; index++) {
-        const a = rows[first + index]!;
-        const bound = Math.min(cost[hot]!, relief[a]! - relief[b]!) - arrives[index]! + leaves;
-        if (bound <= best.rate * leastTransfers || holds[other * experts + a]) continue;
-        const transfers = Math.max(leastTransfers, state.transfers(hot, a, b) + state.transfers(other, b, a));
-        if (bound <= best.rate * transfers) continue;
-        const least =
-          state.leastCost(hot, relief[b]! - relief[a]!) + state.leastCost(other, arrives[index]! - leaves);
-        if (both - least <= best.rate * transfers) continue;
-        const rate = (both - state.exchangeCost(hot, a, other, b)) / transfers;
-        if (rate > best.rate) {
-          best.rate = rate;
-          best.transfers = transfers;
-          best.change = { slotA: first + index, slotB, replaceBy: -1 };
-        }
-      }
+      if (shared[index] === 0 || arrives[index] === Number.POSITIVE_INFINITY) continue;
+      if (mean[b]! / (count - 1) > meanShare[a]! * 1.5) continue;
+      const moved = Math.max(leastTransfers, state.isNew(other, a) - state.isNew(other, b));
+      const enough = best.rate * moved;
+      // The new share is smaller than today's by kept, its noise by the square of that
+      const kept = replicas[a]! / (replicas[a]! + 1);
+      const most = shared[index]! + costOther - state.leastCost(other, kept ** 2 * arrives[index]! - freed);
+      if (most <= enough) continue;
+      if (Number.isNaN(lost)) lost = lostBy(state, b, other, ripples);
+      if (most - lost <= enough) continue;
+      const part = 1 / (replicas[a]! + 1);
+      const after = state.costWith(other, b, -1 / count, -1 / count ** 2, a, part, part ** 2);
+      const gain = shared[index]! - lost + costOther - after;
+      if (gain <= enough) continue;
+      best.rate = gain / moved;
+      best.transfers = moved;
+      best.change = { slotA: -1, slotB, replaceBy: a };
     }
   }
 }
 
-/** A further replica of an expert of the hot device, in place of a replica of a less needed one elsewhere. */
-function proposeReplica(
-  state: LayerState,
-  { device: hot }: Hot,
-  others: readonly number[],
-  best: Best,
-): void {
-  const { slots, devices, experts, rows, holds, replicas, meanShare, cost, blocks } = state;
-  const { mean } = state.scenarios;
-  const spare = others.map((device) => {
-    const own: number[] = [];
-    for (let slot = device * slots; slot < (device + 1) * slots; slot++)
-      if (replicas[rows[slot]!]! > 1) own.push(slot);
-    return own;
-  });
-  const slope = new Float64Array(blocks);
-  const ripples = new Float64Array(experts).fill(Number.NaN);
-  for (let slotA = hot * slots; slotA < (hot + 1) * slots; slotA++) {
-    const a = rows[slotA]!;
-    const count = replicas[a]!;
-    if (count >= devices) continue;
-    const relief = -rippleOf(state, a, 1);
-    if (relief <= best.rate * leastTransfers) continue;
-    const part = 1 / (count + 1);
-    for (let partner = 0; partner < others.length; partner++) {
-      const device = others[partner]!;
-      if (spare[partner]!.length === 0 || holds[device * experts + a]) continue;
-      const noiseSlope = state.slopeOf(device, slope);
-      // The new share is smaller than today's by count / (count + 1), its noise by the square of that
-      const arrives = (count * part) ** 2 * state.slopeFor(a, slope, noiseSlope);
-      for (const slotB of spare[partner]!) {
-        const old = rows[slotB]!;
-        const oldCount = replicas[old]!;
-        if (mean[old]! / (oldCount - 1) > meanShare[a]! * 1.5) continue;
-        const transfers = Math.max(leastTransfers, state.transfers(device, old, a));
-        const least = state.leastCost(device, arrives - state.slopeFor(old, slope, noiseSlope));
-        if (relief + cost[device]! - least <= best.rate * transfers) continue;
-        if (Number.isNaN(ripples[old])) ripples[old] = rippleOf(state, old, -1);
-        // The ripple counts this device as a holder; it stops being one
-        const up = 1 / (oldCount - 1) - 1 / oldCount;
-        const upNoise = 1 / (oldCount - 1) ** 2 - 1 / oldCount ** 2;
-        const here = state.costWith(device, old, up, upNoise, old, 0, 0);
-        const after = state.costWith(device, old, -1 / oldCount, -1 / oldCount ** 2, a, part, part ** 2);
-        const rate = (relief - ripples[old]! + here - after) / transfers;
-        if (rate > best.rate) {
-          best.rate = rate;
-          best.transfers = transfers;
-          best.change = { slotA: -1, slotB, replaceBy: a };
-        }
-      }
-    }
-  }
+/** What costs rise by on the other devices that hold `expert` when `device` gives up its replica. */
+function lostBy(state: LayerState, expert: number, device: number, ripples: Float64Array): number {
+  if (Number.isNaN(ripples[expert])) ripples[expert] = rippleOf(state, expert, -1);
+  const count = state.replicas[expert]!;
+  const part = 1 / (count - 1) - 1 / count;
+  const noisePart = 1 / (count - 1) ** 2 - 1 / count ** 2;
+  const here = state.costWith(device, expert, part, noisePart, expert, 0, 0);
+  return ripples[expert]! - (here - state.cost[device]!);
 }
 
 /** Change of cost on the devices that hold `expert` if it had `more` replicas more. */

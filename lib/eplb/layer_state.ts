@@ -80,7 +80,7 @@ export class LayerState {
     this.#before.set(this.holds);
     this.#moves = 0;
     const noise = this.#noise.reduce((sum, value) => sum + value, 0) / this.devices;
-    const variance = noise + Math.max(this.#spread(), this.#drift()) + 1e-9;
+    const variance = noise + this.spread + 1e-9;
     const scale = peakDeviates(this.devices) / Math.sqrt(variance);
     this.#squarings = Math.max(3, Math.min(6, Math.floor(Math.log2(scale))));
     this.#costs();
@@ -151,20 +151,22 @@ export class LayerState {
 
   /** Mean over devices of the variance of one step around its scenario. */
   get noise(): number {
-    return this.#noise.reduce((sum, value) => sum + value, 0) / this.devices;
+    let sum = 0;
+    for (let device = 0; device < this.devices; device++) sum += this.noiseOf(device);
+    return sum / this.devices;
   }
 
   /** Variance of one step's load on a device around its scenario. */
   noiseOf(device: number): number {
-    return this.#noise[device]!;
+    const { noise } = this.scenarios;
+    let sum = 0;
+    for (let slot = device * this.slots; slot < (device + 1) * this.slots; slot++)
+      sum += noise[this.rows[slot]!]! / this.replicas[this.rows[slot]!]! ** 2;
+    return sum;
   }
 
   /** Variance of device loads over the scenarios, mean over devices. */
   get spread(): number {
-    return this.#spread();
-  }
-
-  #spread(): number {
     const { weights } = this.scenarios;
     let spread = 0;
     for (let device = 0; device < this.devices; device++) {
@@ -175,21 +177,6 @@ export class LayerState {
         spread += (weights[block]! * (this.#load[row + block]! - mean) ** 2) / this.devices;
     }
     return spread;
-  }
-
-  /**
-   * Variance of device loads as the change since the window before shows it, half the squared difference. The rows in
-   * use were made without this window, so it is what to expect of the next one; their spread over the scenarios that
-   * they were made for is less. Where scenarios are single steps, their spread says it.
-   */
-  #drift(): number {
-    const { earlier, fine } = this.scenarios;
-    if (earlier === 0 || fine) return 0;
-    const newest = this.blocks - earlier;
-    let sum = 0;
-    for (let device = 0; device < this.devices; device++)
-      sum += (this.window[device]! - this.#load[device * this.blocks + newest]!) ** 2;
-    return sum / (2 * this.devices);
   }
 
   /** Devices by falling cost. */
@@ -205,10 +192,9 @@ export class LayerState {
     return this.#value * (1 - Math.max(1e-12, 1 - relief / this.#value) ** (1 / this.power));
   }
 
-  /** Transfers that putting `comes` on a device in the place of `leaves` adds. */
-  transfers(device: number, leaves: number, comes: number): number {
-    const row = device * this.experts;
-    return (this.#before[row + comes]! ? 0 : 1) - (this.#before[row + leaves]! ? 0 : 1);
+  /** 1 where a device did not hold an expert at the start, so that it takes a transfer to have it there; else 0. */
+  isNew(device: number, expert: number): number {
+    return 1 - this.#before[device * this.experts + expert]!;
   }
 
   /** Makes a change. */
@@ -265,7 +251,7 @@ export class LayerState {
     partB: number,
     noiseB: number,
   ): number {
-    const { loads, noise } = this.scenarios;
+    const { loads, variance: noise } = this.scenarios;
     const { blocks } = this;
     const load = this.#load;
     const price = this.#price;
@@ -328,7 +314,7 @@ export class LayerState {
   }
 
   #setShare(expert: number): void {
-    const { loads, mean, window, noise } = this.scenarios;
+    const { loads, mean, window, variance: noise } = this.scenarios;
     const factor = 1 / this.replicas[expert]!;
     const row = expert * this.blocks;
     for (let block = 0; block < this.blocks; block++) this.share[row + block] = loads[row + block]! * factor;
@@ -349,7 +335,7 @@ export class LayerState {
   #put(slot: number, expert: number): void {
     const device = Math.floor(slot / this.slots);
     const old = this.rows[slot]!;
-    this.#moves += this.transfers(device, old, expert);
+    this.#moves += this.isNew(device, expert) - this.isNew(device, old);
     this.holds[device * this.experts + old] = 0;
     this.holds[device * this.experts + expert] = 1;
     this.#add(device, old, -1);
@@ -364,7 +350,7 @@ export class LayerState {
     for (const one of [old, expert])
       for (let other = 0; other < devices; other++)
         if (this.holds[other * experts + one]) this.#add(other, one, -1);
-    this.#moves += this.transfers(device, old, expert);
+    this.#moves += this.isNew(device, expert) - this.isNew(device, old);
     this.holds[device * experts + old] = 0;
     this.holds[device * experts + expert] = 1;
     this.rows[slot] = expert;

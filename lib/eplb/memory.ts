@@ -1,5 +1,6 @@
 // What the default policy remembers: the last windows, each as its total or, where single steps are worth remembering,
 // cut into a few runs of steps. Plain data, because it travels to the planning thread and back.
+import type { Forecast } from './forecast.js';
 import type { Loads } from './loads.js';
 
 export interface SeenWindow {
@@ -19,8 +20,8 @@ export interface EarlierLoads {
   weight: number;
 }
 
-/** Earlier windows as totals, and the same cut into runs. */
-export interface Past {
+/** Earlier windows as totals, and the same cut into runs; what they say about the next window. */
+export interface Past extends Pick<Forecast, 'keep' | 'error'> {
   windows: EarlierLoads[];
   runs: EarlierLoads[];
 }
@@ -53,9 +54,9 @@ export function totalsOf({ runs, counts }: SeenWindow): Float64Array {
   return sum;
 }
 
-/** Earlier windows weighted by age: `decay` is the weight of a window relative to the one after it. */
-export function pastOf(history: readonly SeenWindow[], decay: number): Past {
-  const past: Past = { windows: [], runs: [] };
+/** Earlier windows weighted by age. */
+export function pastOf(history: readonly SeenWindow[], { decay, keep, error }: Forecast): Past {
+  const past: Past = { windows: [], runs: [], keep, error };
   for (const [index, window] of [...history].reverse().entries()) {
     const weight = decay ** (index + 1);
     if (weight <= leastWeight) break;

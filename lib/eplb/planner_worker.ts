@@ -16,7 +16,7 @@ const progressEvery = 8;
 
 function warmUp(): void {
   const steps = 16;
-  const plans = 3;
+  const plans = 4;
   const loads = generateTrace({
     kind: 'drifting',
     steps: steps * plans,
@@ -26,12 +26,13 @@ function warmUp(): void {
     tokens: 512,
   });
   let last: Plan | undefined;
-  for (const window of loads.windows(steps))
+  for (const [index, window] of loads.windows(steps).entries())
     last = planSync({
       loads: window,
       devices: 32,
       slots: 9,
       ...(last === undefined ? {} : { current: last.placements, memory: last.memory }),
+      ...(index + 1 < plans ? {} : { maxMoves: 600 }),
     });
 }
 

@@ -18,8 +18,10 @@ export interface Scenarios {
   mean: Float64Array;
   /** f64[experts]: the window alone, its steps summed. */
   window: Float64Array;
-  /** f64[experts]: variance of one step around its scenario. */
+  /** f64[experts]: variance of one step around its scenario by sampling. */
   noise: Float64Array;
+  /** f64[experts]: that, and what the next window differs by from all scenarios. */
+  variance: Float64Array;
   /** The part of `noise` that is fresh in every step, 0..1: the rest lasts for some steps, as bursts do. */
   fresh: number;
   /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
@@ -44,7 +46,7 @@ const structured = 1.2;
  */
 const uneven = 0.1;
 const sampled = 0.01;
-const nothing: Past = { windows: [], runs: [] };
+const nothing: Past = { windows: [], runs: [], keep: 1, error: 0 };
 
 /** How the steps of a window are cut at first: enough blocks to see bursts, at least two steps each to see noise. */
 const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mostBlocks, steps >> 1));
@@ -60,7 +62,34 @@ export function scenariosOf(loads: Loads, layer: number, devices: number, past: 
     return finer;
   }
   joinEarlier(scenarios, past.windows, layer, devices);
+  foresee(scenarios, past, devices);
   return scenarios;
+}
+
+/**
+ * The scenarios as a forecast: experts return towards the mean load as windows did before, and where the next window
+ * will be off by more than the scenarios differ, the rest is noise of every expert in proportion to its load. Only for
+ * blocks: single steps show all that themselves.
+ */
+function foresee(scenarios: Scenarios, { keep, error }: Past, devices: number): void {
+  const { experts, blocks, loads, weights, mean, noise, variance } = scenarios;
+  if (error === 0) return;
+  let spread = 0;
+  let square = 0;
+  for (let expert = 0; expert < experts; expert++) {
+    const load = mean[expert]!;
+    square += load ** 2;
+    for (let block = 0; block < blocks; block++)
+      spread += weights[block]! * (loads[expert * blocks + block]! - load) ** 2;
+  }
+  const unseen = Math.max(0, error - spread / square);
+  for (let expert = 0; expert < experts; expert++) {
+    const load = mean[expert]!;
+    const factor = load > 0 ? keep + ((1 - keep) * devices) / (experts * load) : 1;
+    for (let at = expert * blocks; at < (expert + 1) * blocks; at++) loads[at]! *= factor;
+    mean[expert] = load * factor;
+    variance[expert] = noise[expert]! + unseen * mean[expert]! ** 2;
+  }
 }
 
 /**
@@ -175,6 +204,7 @@ function cut(
       mean: window.slice(),
       window,
       noise,
+      variance: noise.slice(),
       fresh: 1,
       fine: false,
       structure: 0,
@@ -247,6 +277,7 @@ function cut(
     mean,
     window,
     noise,
+    variance: noise.slice(),
     fresh,
     fine,
     structure: explained,

@@ -74,10 +74,8 @@ export class NativeBackend implements Backend {
       record[at++] = value === undefined ? 0 : (value.handle(op.name, name) as number);
       if (signature.kind === 'count') record[at++] = count ?? dims.get(signature.dims[0][0].name!) ?? 0;
     }
-    for (const { name, value } of outputs) {
-      record[at++] = value === undefined ? 0 : (value.handle(op.name, name) as number);
-    }
-    for (const [name, kind] of Object.entries(op.options)) record[at++] = kind.encode(options[name]);
+    for (const output of outputs) record[at++] = output === undefined ? 0 : (output.handle as number);
+    for (const [name, kind] of op.optionKinds) record[at++] = kind.encode(options[name]);
     this.#context.enqueue(record, at);
   }
 

@@ -3,7 +3,7 @@
 import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { ExpertWeights } from './experts.js';
-import { describeValue, type OptionKinds, type OptionScope, resolveOptions } from './options.js';
+import { describeValue, listOf, type OptionKinds, type OptionScope, resolveOptions } from './options.js';
 import { evaluateDim, formatDim, parseSignature, type Signature, solveDim } from './signature.js';
 import { type DType, describeTensor, elementsOf, type Handle, Tensor } from './tensor.js';
 
@@ -79,7 +79,6 @@ export interface CompiledOp {
   readonly computed: readonly (readonly [name: string, compute: (scope: CallScope) => number])[];
   readonly rules: readonly Rule[];
   readonly options: OptionKinds;
-  readonly optionKinds: readonly (readonly [name: string, kind: OptionKinds[string]])[];
   /** One line per field; `describe()` of a native backend must give the same lines. */
   readonly fields: readonly string[];
 }
@@ -105,7 +104,6 @@ export function isOp(value: unknown): value is Op<object, object, unknown> {
 
 function compile(spec: OpSpec): CompiledOp {
   const options = spec.options ?? {};
-  const optionKinds = Object.entries(options);
   const inputs = Object.entries(spec.inputs).map(([name, text]) => ({
     name,
     signature: parseSignature(text),
@@ -136,10 +134,10 @@ function compile(spec: OpSpec): CompiledOp {
     ...outputs.map(
       ({ name, signature: s, when }) => `out${when === undefined ? '' : '?'} ${name} ${dtype(s)}`,
     ),
-    ...optionKinds.map(([name, kind]) => `${name}: ${kind.native}`),
+    ...listOf(options).map(([name, kind]) => `${name}: ${kind.native}`),
   ];
   const rules = spec.rules ?? [];
-  return { spec, name: spec.name, inputs, outputs, dims, computed, rules, options, optionKinds, fields };
+  return { spec, name: spec.name, inputs, outputs, dims, computed, rules, options, fields };
 }
 
 function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
@@ -153,15 +151,19 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   for (const input of inputs) bind(op, input, bound, boundBy);
   const scope: CallScope = {
     options: {},
-    given: new Set(
-      inputs.filter(({ value, count }) => value !== undefined || count !== undefined).map(({ name }) => name),
-    ),
+    given: {
+      has: (name) =>
+        inputs.some(
+          (input) => input.name === name && (input.value !== undefined || input.count !== undefined),
+        ),
+    },
     dim: (name) => bound.get(name) ?? 0,
     input: (name) => inputs.find((input) => input.name === name)?.value,
   };
   const options = resolveOptions(opName, op.options, givenOptions, scope);
   (scope as { options: unknown }).options = options;
-  for (const [name, value] of Object.entries(options)) {
+  for (const [name] of listOf(op.options)) {
+    const value = options[name];
     if (typeof value === 'number') bound.set(name, value);
   }
 

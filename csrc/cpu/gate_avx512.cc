@@ -169,10 +169,10 @@ inline __m256i best_eight(__m512 values, __m512i complements) {
   return _mm512_cvtepi64_epi32(best);
 }
 
-// The choices of two groups, and the two best of each in half the lanes. A choice is 1 / (1 + e^-x) to within 2e-7, and
-// to within 2e-6 of itself, and the bias. `far` gets bits above those of 2 * kMiddle - 1 where an |x| is beyond 44; kAny
-// takes those as well, makes 87 of what is beyond that, and leaves such bits to NaN alone. Step by step for four
-// registers: the processor has little to wait for, and the compiler little to keep.
+// The choices of two groups, and the two best of each in half the lanes. A choice is the bias and 1 / (1 + e^-x), which
+// is within 2e-7, and within 2e-6 of itself. `far` gets bits from 2 * kMiddle up where an |x| is beyond 44; kAny takes
+// those as well, makes 87 of what is beyond that, and leaves such bits to NaN alone. Step by step for four registers:
+// the processor has little to wait for, and the compiler little to keep.
 template <bool kAny>
 inline TopTwo choose_in_two(const float* logits, const float* bias, float* choices, __m512i& far) {
   constexpr int kSteps = 4;

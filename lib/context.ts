@@ -11,6 +11,7 @@ import {
   checkShape,
   constructionKey,
   type DType,
+  describeTensor,
   dtypes,
   elementsOf,
   type Handle,
@@ -319,45 +320,56 @@ export class Context {
 
   /** @internal */
   allocate<D extends DType>(op: string, arg: string, dtype: D, shape: readonly number[]): Tensor<D> {
+    return this.own({ dtype, shape, handle: this.reserve(op, arg, dtype, shape) });
+  }
+
+  /** @internal Memory of a tensor to be; until somebody owns it nothing but `unreserve` gives it back. */
+  reserve(op: string, arg: string, dtype: DType, shape: readonly number[]): Handle {
     const elements = elementsOf(shape);
     if (!(elements * dtypes[dtype].bytes < ADDRESSABLE)) {
       throw new MoeError(
         'ERR_MOE_OOM',
-        `out of memory: ${arg}: ${dtype}[${shape.join(', ')}] has too many elements`,
-        {
-          op,
-          arg,
-        },
+        `out of memory: ${arg}: ${describeTensor({ dtype, shape })} has too many elements`,
+        { op, arg },
       );
     }
-    const handle = this.#room(op, arg, `${dtype}[${shape.join(', ')}]`, () =>
-      this.#backend.allocate(dtype, elements),
-    );
-    return this.#own(new Tensor(constructionKey, this, dtype, shape, handle), handle);
+    try {
+      return this.#backend.allocate(dtype, elements);
+    } catch (error) {
+      throw this.#noRoom(error, op, arg, describeTensor({ dtype, shape }));
+    }
+  }
+
+  /** @internal */
+  unreserve(handle: Handle): void {
+    if (this.#state === 'open') this.#backend.release(handle);
+  }
+
+  /** @internal The tensor of reserved memory; `shape` becomes its own. */
+  own<D extends DType>(of: { dtype: D; shape: readonly number[]; handle: Handle }): Tensor<D> {
+    return this.#own(new Tensor(constructionKey, this, of.dtype, of.shape, of.handle), of.handle);
   }
 
   /** @internal */
   allocateExperts(layout: ExpertsLayout): ExpertWeights {
     this.assertUsable('allocate_experts');
     const { slots, hidden, intermediate, dtype } = layout;
-    const { handle, bytes } = this.#room(
-      'allocate_experts',
-      'experts',
-      `experts ${dtype}[${slots}, ${hidden}, ${intermediate}]`,
-      () => this.#backend.allocateExperts(layout),
-    );
+    let made: ReturnType<Backend['allocateExperts']>;
+    try {
+      made = this.#backend.allocateExperts(layout);
+    } catch (error) {
+      const what = `experts ${dtype}[${slots}, ${hidden}, ${intermediate}]`;
+      throw this.#noRoom(error, 'allocate_experts', 'experts', what);
+    }
+    const { handle, bytes } = made;
     return this.#own(new ExpertWeights(constructionKey, this, layout, handle, bytes), handle);
   }
 
-  /** Memory for an argument, or an error that says for which. */
-  #room<T>(op: string, arg: string, what: string, allocate: () => T): T {
-    try {
-      return this.#noticing(allocate);
-    } catch (cause) {
-      if (!(cause instanceof MoeError) || cause.code !== 'ERR_MOE_OOM') throw cause;
-      const text = cause.message.replace(/^\[\w+\] (out of memory: )?/, '');
-      throw new MoeError('ERR_MOE_OOM', `out of memory for ${arg}: ${what}: ${text}`, { op, arg, cause });
-    }
+  /** An error that says for which argument there was no memory. */
+  #noRoom(cause: unknown, op: string, arg: string, what: string): unknown {
+    if (!(cause instanceof MoeError) || cause.code !== 'ERR_MOE_OOM') return this.#notice(cause);
+    const text = cause.message.replace(/^\[\w+\] (out of memory: )?/, '');
+    return new MoeError('ERR_MOE_OOM', `out of memory for ${arg}: ${what}: ${text}`, { op, arg, cause });
   }
 
   #own<T extends { dispose(): void }>(owner: T, handle: Handle): T {
@@ -378,12 +390,16 @@ export class Context {
 
   #release(owner: object, handle: Handle): void {
     this.#net.unregister(owner);
-    if (this.#state === 'open') this.#backend.release(handle);
+    this.unreserve(handle);
   }
 
   /** @internal */
   run(call: Call): void {
-    this.#noticing(() => this.#backend.run(call));
+    try {
+      this.#backend.run(call);
+    } catch (error) {
+      throw this.#notice(error);
+    }
   }
 
   /** @internal */

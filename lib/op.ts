@@ -3,9 +3,9 @@
 import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { ExpertWeights } from './experts.js';
-import { describeValue, type OptionKinds, type OptionScope, resolveOptions } from './options.js';
+import { describeValue, listOf, type OptionKinds, type OptionScope, resolveOptions } from './options.js';
 import { evaluateDim, formatDim, parseSignature, type Signature, solveDim } from './signature.js';
-import { type DType, describeTensor, elementsOf, Tensor } from './tensor.js';
+import { type DType, describeTensor, elementsOf, type Handle, Tensor } from './tensor.js';
 
 /** What rules, computed dimensions and output conditions may look at. */
 export interface CallScope extends OptionScope {
@@ -38,8 +38,8 @@ export interface OpSpec {
   readonly oracle: Oracle;
 }
 
-/** One argument or result of a call, as a backend gets it. */
-export interface CallTensor {
+/** One argument of a call, as a backend gets it. */
+export interface CallInput {
   readonly name: string;
   readonly signature: Signature;
   readonly value: Tensor | ExpertWeights | undefined;
@@ -47,12 +47,21 @@ export interface CallTensor {
   readonly count?: number;
 }
 
+/** One result: memory first, a tensor once the call is enqueued, so that the work begins before the objects exist. */
+export interface CallOutput {
+  readonly name: string;
+  readonly dtype: DType;
+  readonly shape: readonly number[];
+  readonly handle: Handle;
+}
+
 /** A validated call on its way to a backend. */
 export interface Call {
   readonly op: CompiledOp;
   readonly dims: ReadonlyMap<string, number>;
-  readonly inputs: readonly CallTensor[];
-  readonly outputs: readonly CallTensor[];
+  readonly inputs: readonly CallInput[];
+  /** In the order of the spec; undefined where a call does not have that output. */
+  readonly outputs: readonly (CallOutput | undefined)[];
   readonly options: Readonly<Record<string, unknown>>;
 }
 
@@ -67,6 +76,8 @@ export interface CompiledOp {
     readonly when?: (scope: CallScope) => boolean;
   }[];
   readonly dims: readonly string[];
+  readonly computed: readonly (readonly [name: string, compute: (scope: CallScope) => number])[];
+  readonly rules: readonly Rule[];
   readonly options: OptionKinds;
   /** One line per field; `describe()` of a native backend must give the same lines. */
   readonly fields: readonly string[];
@@ -109,7 +120,8 @@ function compile(spec: OpSpec): CompiledOp {
       if (name !== undefined && !(name in options) && !dims.includes(name)) dims.push(name);
     }
   }
-  dims.push(...Object.keys(spec.computed ?? {}));
+  const computed = Object.entries(spec.computed ?? {});
+  dims.push(...computed.map(([name]) => name));
   const dtype = ({ dtypeOf, dtypes }: Signature) =>
     dtypeOf === undefined ? dtypes.join('|') : `=${dtypeOf}`;
   const fields = [
@@ -122,9 +134,10 @@ function compile(spec: OpSpec): CompiledOp {
     ...outputs.map(
       ({ name, signature: s, when }) => `out${when === undefined ? '' : '?'} ${name} ${dtype(s)}`,
     ),
-    ...Object.entries(options).map(([name, kind]) => `${name}: ${kind.native}`),
+    ...listOf(options).map(([name, kind]) => `${name}: ${kind.native}`),
   ];
-  return { spec, name: spec.name, inputs, outputs, dims, options, fields };
+  const rules = spec.rules ?? [];
+  return { spec, name: spec.name, inputs, outputs, dims, computed, rules, options, fields };
 }
 
 function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
@@ -134,64 +147,76 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   context.assertUsable(opName);
 
   const bound = new Map<string, number>();
-  const boundBy = new Map<string, CallTensor>();
+  const boundBy = new Map<string, CallInput>();
   for (const input of inputs) bind(op, input, bound, boundBy);
   const scope: CallScope = {
     options: {},
-    given: new Set(
-      inputs.filter(({ value, count }) => value !== undefined || count !== undefined).map(({ name }) => name),
-    ),
+    given: {
+      has: (name) =>
+        inputs.some(
+          (input) => input.name === name && (input.value !== undefined || input.count !== undefined),
+        ),
+    },
     dim: (name) => bound.get(name) ?? 0,
     input: (name) => inputs.find((input) => input.name === name)?.value,
   };
   const options = resolveOptions(opName, op.options, givenOptions, scope);
   (scope as { options: unknown }).options = options;
-  for (const [name, value] of Object.entries(options)) {
+  for (const [name] of listOf(op.options)) {
+    const value = options[name];
     if (typeof value === 'number') bound.set(name, value);
   }
 
   checkDtypes(opName, inputs);
   for (const input of inputs) checkShape(opName, input, bound, boundBy);
-  for (const [arg, check] of spec.rules ?? []) {
+  for (const [arg, check] of op.rules) {
     const verdict = check(scope);
     if (verdict !== true) throw new MoeError('ERR_MOE_INVALID_ARG', verdict, { op: opName, arg });
   }
-  for (const [name, compute] of Object.entries(spec.computed ?? {})) bound.set(name, compute(scope));
+  for (const [name, compute] of op.computed) bound.set(name, compute(scope));
 
-  const outputs: CallTensor[] = [];
+  const outputs: (CallOutput | undefined)[] = [];
   try {
     for (const { name, signature, when } of op.outputs) {
       if (when !== undefined && !when(scope)) {
-        outputs.push({ name, signature, value: undefined });
+        outputs.push(undefined);
         continue;
       }
       const shape = signature.dims.map((dim) => evaluateDim(dim, bound) ?? 0);
       const source = scope.input(signature.dtypeOf ?? '') as Tensor | undefined;
       const dtype = source?.dtype ?? signature.dtypes[0];
-      outputs.push({ name, signature, value: context.allocate(opName, name, dtype, shape) });
+      outputs.push({ name, dtype, shape, handle: context.reserve(opName, name, dtype, shape) });
     }
     if (hasWork(inputs, outputs)) context.run({ op, dims: bound, inputs, outputs, options });
   } catch (error) {
-    for (const { value } of outputs) value?.dispose();
+    for (const output of outputs) if (output !== undefined) context.unreserve(output.handle);
     throw error;
   }
-  const results = outputs.filter(({ value }) => value !== undefined);
   if (spec.returns === 'nothing') return undefined;
-  if (spec.returns === 'tensor') return results[0].value;
-  return Object.fromEntries(results.map(({ name, value }) => [name, value]));
+  const results: Record<string, Tensor> = {};
+  for (const output of outputs) {
+    if (output === undefined) continue;
+    const tensor = context.own(output);
+    if (spec.returns === 'tensor') return tensor;
+    results[output.name] = tensor;
+  }
+  return results;
 }
 
 /**
  * Whether a call has anything to write. Where it has not, its dimensions may be any numbers, such as 2^50 tokens of no
  * columns, and no backend is to loop over them.
  */
-function hasWork(inputs: readonly CallTensor[], outputs: readonly CallTensor[]): boolean {
-  const written = ({ value }: CallTensor) => value !== undefined && elementsOf(shapeOf(value)) > 0;
-  return outputs.some(written) || inputs.some((input) => input.signature.inout && written(input));
+function hasWork(inputs: readonly CallInput[], outputs: Call['outputs']): boolean {
+  const written = (shape: readonly number[] | undefined) => shape !== undefined && elementsOf(shape) > 0;
+  return (
+    outputs.some((output) => written(output?.shape)) ||
+    inputs.some(({ signature, value }) => signature.inout && written(value && shapeOf(value)))
+  );
 }
 
 /** Reads every property once, so that a getter cannot answer differently later, and checks what kind of thing it is. */
-function readInputs(op: CompiledOp, given: object): CallTensor[] {
+function readInputs(op: CompiledOp, given: object): CallInput[] {
   if (typeof given !== 'object' || given === null) {
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
@@ -241,8 +266,8 @@ function readInputs(op: CompiledOp, given: object): CallTensor[] {
 const stranger = (value: unknown): string =>
   describeValue(value) === 'an object' ? ' that this copy of moe-kernels did not make' : '';
 
-function contextOf(op: string, inputs: readonly CallTensor[]): Context {
-  let first: CallTensor | undefined;
+function contextOf(op: string, inputs: readonly CallInput[]): Context {
+  let first: CallInput | undefined;
   for (const input of inputs) {
     if (input.value === undefined) continue;
     first ??= input;
@@ -263,9 +288,9 @@ const shapeOf = (value: Tensor | ExpertWeights): readonly number[] =>
 
 function bind(
   op: CompiledOp,
-  input: CallTensor,
+  input: CallInput,
   bound: Map<string, number>,
-  boundBy: Map<string, CallTensor>,
+  boundBy: Map<string, CallInput>,
 ): void {
   const { value, signature } = input;
   if (value === undefined || signature.kind === 'count') return;
@@ -279,7 +304,7 @@ function bind(
   });
 }
 
-function checkDtypes(op: string, inputs: readonly CallTensor[]): void {
+function checkDtypes(op: string, inputs: readonly CallInput[]): void {
   for (const input of inputs) {
     const { value, signature, name } = input;
     if (!(value instanceof Tensor)) continue;
@@ -304,9 +329,9 @@ function checkDtypes(op: string, inputs: readonly CallTensor[]): void {
 
 function checkShape(
   op: string,
-  input: CallTensor,
+  input: CallInput,
   bound: Map<string, number>,
-  boundBy: ReadonlyMap<string, CallTensor>,
+  boundBy: ReadonlyMap<string, CallInput>,
 ): void {
   const { value, signature, name, count } = input;
   if (signature.kind === 'count') {
@@ -339,9 +364,9 @@ function checkShape(
 /** `expected bias: f32[256] (experts = 256 from logits: bf16[8, 256]) but received f16[255]` */
 function shapeError(
   op: string,
-  { name, signature, value }: CallTensor,
+  { name, signature, value }: CallInput,
   bound: ReadonlyMap<string, number>,
-  boundBy: ReadonlyMap<string, CallTensor>,
+  boundBy: ReadonlyMap<string, CallInput>,
 ): MoeError {
   const dims = signature.dims.map((dim) => evaluateDim(dim, bound) ?? formatDim(dim));
   const names = new Set(signature.dims.flatMap((dim) => dim.map((term) => term.name)));

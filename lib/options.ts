@@ -4,7 +4,7 @@ import { MoeError } from './errors.js';
 /** What is known when a default is computed: earlier options, which inputs are present, bound dimensions. */
 export interface OptionScope {
   readonly options: Readonly<Record<string, unknown>>;
-  readonly given: ReadonlySet<string>;
+  readonly given: { has(name: string): boolean };
   dim(name: string): number;
 }
 
@@ -90,6 +90,18 @@ export function flag(fallback: Default<boolean>): OptionKind<boolean> {
 // biome-ignore lint/suspicious/noExplicitAny: a kind is contravariant in the value it encodes
 export type OptionKinds = Readonly<Record<string, OptionKind<any>>>;
 
+const lists = new WeakMap<OptionKinds, readonly (readonly [name: string, kind: OptionKinds[string]])[]>();
+
+/** The kinds in their order, listed once: a call of an op should not spend its time on that. */
+export function listOf(kinds: OptionKinds): readonly (readonly [name: string, kind: OptionKinds[string]])[] {
+  let list = lists.get(kinds);
+  if (list === undefined) {
+    list = Object.entries(kinds);
+    lists.set(kinds, list);
+  }
+  return list;
+}
+
 /** Anything that a test accepts, for functions around ops; never part of a native call. */
 export function value<T>(
   expected: string,
@@ -134,11 +146,10 @@ export function resolveOptions(
     }
   }
   const options: Record<string, unknown> = {};
-  for (const [name, kind] of Object.entries(kinds)) {
+  const known: OptionScope = { options, given: scope.given, dim: scope.dim };
+  for (const [name, kind] of listOf(kinds)) {
     let value = source[name];
-    if (value === undefined) {
-      value = typeof kind.default === 'function' ? kind.default({ ...scope, options }) : kind.default;
-    }
+    if (value === undefined) value = typeof kind.default === 'function' ? kind.default(known) : kind.default;
     if (!kind.accepts(value)) {
       throw new MoeError(
         'ERR_MOE_INVALID_ARG',

@@ -185,7 +185,7 @@ export class Tensor<D extends DType = DType> {
   #handle: Handle;
   #disposed = false;
 
-  /** @internal Tensors are made by contexts. */
+  /** @internal Tensors are made by contexts; nobody else may hold `shape`. */
   constructor(secret: symbol, context: Context, dtype: D, shape: readonly number[], handle: Handle) {
     if (secret !== key) {
       throw new MoeError('ERR_MOE_INVALID_ARG', 'tensors are made by context.tensor(dtype, shape, data)', {
@@ -194,7 +194,7 @@ export class Tensor<D extends DType = DType> {
     }
     this.context = context;
     this.dtype = dtype;
-    this.shape = Object.freeze([...shape]);
+    this.shape = Object.freeze(shape);
     this.size = elementsOf(shape);
     this.#handle = handle;
     Object.freeze(this); // what kernels were told stays true

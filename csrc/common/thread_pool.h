@@ -78,10 +78,10 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-// Waits for `ready()` for at most 50 us without sleeping; true when it came. Yields, for the core may be wanted.
+// Waits for `ready()` for a while without sleeping; true when it came. Yields, for the core may be wanted.
 template <class Ready>
-bool spin_until(Ready&& ready) {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+bool spin_until(Ready&& ready, std::chrono::microseconds most = std::chrono::microseconds(50)) {
+  const auto end = std::chrono::steady_clock::now() + most;
   do {
     for (int i = 0; i < 16; i++) {
       if (ready()) return true;

@@ -11,6 +11,7 @@
 #if defined(MOE_X86)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/float_formats.h"
@@ -57,7 +58,12 @@ constexpr Complements kComplements = [] {
   return all;
 }();
 
-// The bits of 2^(j/32), less what j adds to the exponent once all of n = 32 i + j is shifted there.
+// What is added to a multiple n = 32 i + j of ln 2 / 32 rounds it and leaves n + kMiddle in the last bits, with kBits
+// above them: one comparison of those tells whether n is within kMiddle of 0.
+constexpr int32_t kMiddle = 2048, kBits = 0x4b400000;
+constexpr float kShifter = 12582912.0f + kMiddle;  // 1.5 * 2^23
+
+// The bits of 2^(j/32), less what j and kMiddle add to the exponent once all of n + kMiddle is shifted there.
 constexpr float kRoots[32] = {1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
                               1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
                               1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
@@ -69,26 +75,10 @@ struct Powers {
 constexpr Powers kPowers = [] {
   Powers all{};
   for (int j = 0; j < 32; j++) {
-    (j < 16 ? all.low : all.high).at[j % 16] = __builtin_bit_cast(int32_t, kRoots[j]) - (j << 18);
+    (j < 16 ? all.low : all.high).at[j % 16] = __builtin_bit_cast(int32_t, kRoots[j]) - ((j + kMiddle) << 18);
   }
   return all;
 }();
-
-// 1 / (1 + e^-x) to within 2e-7, and to within 2e-6 of itself, for |x| <= kFar.
-constexpr float kFar = 87.0f;
-inline __m512 near_sigmoid(__m512 x) {
-  const __m512 factor = _mm512_set1_ps(-46.1662413f);  // -32 / ln 2
-  const __m512 shifter = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
-  const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512 shifted = _mm512_fmadd_ps(x, factor, shifter);
-  const __m512 r = _mm512_fmsub_ps(x, factor, _mm512_sub_ps(shifted, shifter));
-  const __m512i n = _mm512_castps_si512(shifted);
-  const __m512i root = _mm512_permutex2var_epi32(kPowers.low, n, kPowers.high);
-  const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(n, 18)));
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(2.34596e-4f), r, _mm512_set1_ps(2.16611672e-2f));
-  p = _mm512_fmadd_ps(p, r, one);
-  return _mm512_div_ps(one, _mm512_fmadd_ps(power, p, one));
-}
 
 // The best and the second of what lanes hold, lane by lane.
 struct TopTwo {
@@ -179,23 +169,52 @@ inline __m256i best_eight(__m512 values, __m512i complements) {
   return _mm512_cvtepi64_epi32(best);
 }
 
-// The choices of two groups, and the two best of each in half the lanes. The sign bits of `far` tell what near_sigmoid
-// does not take; kAny makes the most of it, and leaves it to NaN alone.
+// The choices of two groups, and the two best of each in half the lanes. A choice is the bias and 1 / (1 + e^-x), which
+// is within 2e-7, and within 2e-6 of itself. `far` gets bits from 2 * kMiddle up where an |x| is beyond 44; kAny takes
+// those as well, makes 87 of what is beyond that, and leaves such bits to NaN alone. Step by step for four registers:
+// the processor has little to wait for, and the compiler little to keep.
 template <bool kAny>
 inline TopTwo choose_in_two(const float* logits, const float* bias, float* choices, __m512i& far) {
-  const __m512i beyond = _mm512_set1_epi32(static_cast<int>(0x80000000u - __builtin_bit_cast(uint32_t, kFar)));
-  __m512 choice[4];
-  for (int v = 0; v < 4; v++) {
-    __m512 x = _mm512_loadu_ps(logits + 16 * v);
+  constexpr int kSteps = 4;
+  const __m512 factor = _mm512_set1_ps(-46.1662413f);  // -32 / ln 2
+  const __m512 shifter = _mm512_set1_ps(kShifter), one = _mm512_set1_ps(1.0f);
+  const __m512 linear = _mm512_set1_ps(2.16611672e-2f), square = _mm512_set1_ps(2.34596e-4f);
+  __m512 x[kSteps], n[kSteps], r[kSteps], power[kSteps], choice[kSteps];
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) {
+    x[v] = _mm512_loadu_ps(logits + 16 * v);
     _mm_prefetch(reinterpret_cast<const char*>(logits + 16 * v + 256 * kGateRows), _MM_HINT_T0);  // of the next call
     if constexpr (kAny) {
-      far = _mm512_or_si512(far, _mm512_movm_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)));
-      x = _mm512_range_ps(x, _mm512_set1_ps(kFar), 2);  // the lesser magnitude with the sign of x
-    } else {
-      const __m512i bits = _mm512_castps_si512(x);  // a magnitude from kFar on turns the sign over
-      far = _mm512_ternarylogic_epi32(far, bits, _mm512_add_epi32(bits, beyond), 0xf6);  // far | bits ^ sum
+      far = _mm512_or_si512(far, _mm512_movm_epi32(_mm512_cmp_ps_mask(x[v], x[v], _CMP_UNORD_Q)));
+      x[v] = _mm512_range_ps(x[v], _mm512_set1_ps(87.0f), 2);  // the lesser magnitude with the sign of x
     }
-    choice[v] = _mm512_add_ps(near_sigmoid(x), _mm512_loadu_ps(bias + 16 * v));
+    n[v] = _mm512_fmadd_ps(x[v], factor, shifter);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) r[v] = _mm512_sub_ps(n[v], shifter);
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps && !kAny; v++) {
+    far = _mm512_ternarylogic_epi32(far, _mm512_castps_si512(n[v]), _mm512_set1_epi32(kBits), 0xf6);  // far | n ^ kBits
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) r[v] = _mm512_fmsub_ps(x[v], factor, r[v]);
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) {
+    const __m512i bits = _mm512_castps_si512(n[v]);
+    const __m512i root = _mm512_permutex2var_epi32(kPowers.low, bits, kPowers.high);
+    power[v] = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(bits, 18)));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) n[v] = _mm512_fmadd_ps(square, r[v], linear);
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) n[v] = _mm512_fmadd_ps(n[v], r[v], one);
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) n[v] = _mm512_fmadd_ps(power[v], n[v], one);
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) n[v] = _mm512_div_ps(one, n[v]);
+#pragma GCC unroll 4
+  for (int v = 0; v < kSteps; v++) {
+    choice[v] = _mm512_add_ps(n[v], _mm512_loadu_ps(bias + 16 * v));
     _mm512_store_ps(choices + 16 * v, choice[v]);
   }
   const TopTwo a = {_mm512_max_ps(choice[0], choice[1]), _mm512_min_ps(choice[0], choice[1])};
@@ -213,7 +232,12 @@ inline bool choose_in_row(const float* logits, const float* bias, float* choices
   for (int i = 0; i < 4; i++) pairs[i] = choose_in_two<kAny>(logits + 64 * i, bias + 64 * i, choices + 64 * i, far);
   best =
       fold_blocks<0x44, 0xee>(fold_lanes<0x88, 0xdd>(pairs[0], pairs[1]), fold_lanes<0x88, 0xdd>(pairs[2], pairs[3]));
-  return _mm512_movepi32_mask(far) == 0;
+  return _mm512_test_epi32_mask(far, _mm512_set1_epi32(-2 * kMiddle)) == 0;
+}
+
+// Apart, or the compiler keeps what both ways have in common.
+[[gnu::noinline]] bool choose_in_any_row(const float* logits, const float* bias, float* choices, TopTwo& best) {
+  return choose_in_row<true>(logits, bias, choices, best);
 }
 
 }  // namespace
@@ -222,12 +246,12 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
   alignas(64) float choices[kGateRows][256];
   TopTwo best[kGateRows];
   uint32_t done = (1u << rows) - 1, kept[kGateRows];
-  const float none[256] = {};
+  alignas(64) static constexpr float none[256] = {};
   if (bias == nullptr) bias = none;
   for (int row = 0; row < rows; row++) {
     const float* of_row = logits + 256 * row;
     if (choose_in_row<false>(of_row, bias, choices[row], best[row])) continue;
-    if (!choose_in_row<true>(of_row, bias, choices[row], best[row])) done &= ~(1u << row);
+    if (!choose_in_any_row(of_row, bias, choices[row], best[row])) done &= ~(1u << row);
   }
 
   for (int row = 0; row < rows; row += 2) {
@@ -250,11 +274,13 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
     bounds[row] = eighth_best(_mm512_permutex2var_ps(first, join, second));
   }
 
-  // Those who reach it, by id
-  alignas(64) float values[kGateRows][256 + 16];
-  alignas(64) int32_t complements[kGateRows][256 + 16];
-  int counts[kGateRows];
+  // Those who reach it, by id. Put together in registers: stores that overlap, each with its place known late, keep the
+  // loads behind them waiting in some runs of a process and not in others
+  alignas(64) float values[kGateRows][kMostCandidates];
+  alignas(64) int32_t complements[kGateRows][kMostCandidates];
   for (int row = 0; row < rows; row++) {
+    __m512 value = lowest;
+    __m512i complement = _mm512_setzero_si512();
     int count = 0;
     uint32_t rest = kept[row];
     for (int i = 0; i < top_groups; i++, rest &= rest - 1) {
@@ -263,21 +289,22 @@ uint32_t choose_of_256(const float* logits, int rows, const float* bias, int top
       for (int v = first; v < first + 2; v++) {
         const __m512 choice = _mm512_load_ps(choices[row] + 16 * v);
         const __mmask16 reaches = _mm512_cmp_ps_mask(choice, bounds[row], _CMP_GE_OQ);
-        const __m512i complement = kComplements.of[v];
+        const auto after = static_cast<__mmask16>(uint64_t{0xffff} << std::min(count, kMostCandidates));
+        const __m512i own = kComplements.of[v];
         // Into their own registers: zeroed ones would have to wait for what they last held
-        _mm512_storeu_ps(values[row] + count, _mm512_mask_compress_ps(choice, reaches, choice));
-        _mm512_storeu_si512(complements[row] + count, _mm512_mask_compress_epi32(complement, reaches, complement));
+        value = _mm512_mask_expand_ps(value, after, _mm512_mask_compress_ps(choice, reaches, choice));
+        complement = _mm512_mask_expand_epi32(complement, after, _mm512_mask_compress_epi32(own, reaches, own));
         count += static_cast<int>(_mm_popcnt_u32(reaches));
       }
     }
-    counts[row] = count;
+    const auto filled = static_cast<__mmask16>((1u << std::min(count, kMostCandidates)) - 1);
+    _mm512_store_ps(values[row], _mm512_mask_mov_ps(lowest, filled, value));
+    _mm512_store_si512(complements[row], complement);
     if (count > kMostCandidates) done &= ~(1u << row);
   }
 
   for (int row = 0; row < rows; row++) {
-    const auto filled = static_cast<__mmask16>(counts[row] > 15 ? 0xffff : (1u << counts[row]) - 1);
-    const __m256i of_row = best_eight(_mm512_mask_loadu_ps(lowest, filled, values[row]),
-                                      _mm512_maskz_loadu_epi32(filled, complements[row]));
+    const __m256i of_row = best_eight(_mm512_load_ps(values[row]), _mm512_load_si512(complements[row]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(chosen + 8 * row), _mm256_sub_epi32(_mm256_set1_epi32(255), of_row));
   }
   return done;

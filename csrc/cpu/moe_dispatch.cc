@@ -127,17 +127,19 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
       place += count;
     }
     counts[e] = static_cast<int32_t>(place - first);
-    if (p.block_size > 0) place = ceil_div(place, p.block_size) * p.block_size;
-    if (place > p.P) {
-      return Status::Error(
-          Code::kInvalidArg,
-          "expected room for " + std::to_string(place) + " rows but capacity is " + std::to_string(p.P), "capacity");
-    }
     offsets[e] = static_cast<int32_t>(first);
+    if (p.block_size == 0) continue;
+    place = ceil_div(place, p.block_size) * p.block_size;
+    if (place > p.P) break;
     std::fill(order + first + counts[e], order + place, static_cast<int32_t>(choices));
     if (p.block_experts) {
       std::fill(block_experts + first / p.block_size, block_experts + place / p.block_size, static_cast<int32_t>(e));
     }
+  }
+  if (place > p.P) {
+    return Status::Error(
+        Code::kInvalidArg,
+        "expected room for " + std::to_string(place) + " rows but capacity is " + std::to_string(p.P), "capacity");
   }
   offsets[experts] = static_cast<int32_t>(place);
   if (p.block_experts) std::fill(block_experts + place / p.block_size, block_experts + p.blocks, -1);

@@ -6,6 +6,7 @@ import { MoeError } from '../errors.js';
 import type { ExpertsLayout } from '../experts.js';
 import type { Addon, NativeContext } from '../native.js';
 import type { Call } from '../op.js';
+import { listOf } from '../options.js';
 import { type DType, dtypeRow, dtypes, type Handle, type RawArray } from '../tensor.js';
 import type { Backend, BackendName, Lane, MemoryInfo, ReadAs, Roofline } from './backend.js';
 
@@ -74,10 +75,8 @@ export class NativeBackend implements Backend {
       record[at++] = value === undefined ? 0 : (value.handle(op.name, name) as number);
       if (signature.kind === 'count') record[at++] = count ?? dims.get(signature.dims[0][0].name!) ?? 0;
     }
-    for (const { name, value } of outputs) {
-      record[at++] = value === undefined ? 0 : (value.handle(op.name, name) as number);
-    }
-    for (const [name, kind] of Object.entries(op.options)) record[at++] = kind.encode(options[name]);
+    for (const output of outputs) record[at++] = output === undefined ? 0 : (output.handle as number);
+    for (const [name, kind] of listOf(op.options)) record[at++] = kind.encode(options[name]);
     this.#context.enqueue(record, at);
   }
 

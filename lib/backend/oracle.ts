@@ -3,9 +3,18 @@
 import { freemem } from 'node:os';
 import { MoeError } from '../errors.js';
 import type { ExpertsLayout } from '../experts.js';
-import type { Call, CallTensor } from '../op.js';
+import type { Call, CallInput } from '../op.js';
 import type { OracleExperts, OracleTensor } from '../oracle/values.js';
-import { type DType, decode, dtypeRow, encode, type Handle, type RawArray, Tensor } from '../tensor.js';
+import {
+  type DType,
+  decode,
+  dtypeRow,
+  elementsOf,
+  encode,
+  type Handle,
+  type RawArray,
+  Tensor,
+} from '../tensor.js';
 import type { Backend, MemoryInfo, ReadAs, Roofline } from './backend.js';
 
 /** Below it, asking the system costs more than the array. */
@@ -84,18 +93,16 @@ export class OracleBackend implements Backend {
   run(call: Call): void {
     const { op, inputs, outputs, options, dims } = call;
     // Handles are looked up now: tensors may be disposed while a recording still uses their memory.
-    const handles = new Map<CallTensor, Handle>();
-    for (const argument of [...inputs, ...outputs]) {
-      if (argument.value !== undefined) handles.set(argument, argument.value.handle(op.name, argument.name));
+    const handles = new Map<CallInput, Handle>();
+    for (const input of inputs) {
+      if (input.value !== undefined) handles.set(input, input.value.handle(op.name, input.name));
     }
     this.#enqueue(() => {
       const results = outputs.flatMap((output) => {
-        if (output.value === undefined) return [];
-        const { dtype, shape, size } = output.value as Tensor;
-        const data = this.#array(dtypeRow(dtype).values, size);
-        return [
-          { name: output.name, dtype, tensor: { shape, data }, storage: handles.get(output) as Storage },
-        ];
+        if (output === undefined) return [];
+        const { name, dtype, shape, handle } = output;
+        const data = this.#array(dtypeRow(dtype).values, elementsOf(shape));
+        return [{ name, dtype, tensor: { shape, data }, storage: handle as Storage }];
       });
       try {
         const given = Object.fromEntries(
@@ -163,7 +170,7 @@ export class OracleBackend implements Backend {
 
   /** What an oracle gets for an argument: widened values, experts as they are, a count as a number. */
   #argument(
-    { signature, value, count }: CallTensor,
+    { signature, value, count }: CallInput,
     handle: Handle,
     dims: ReadonlyMap<string, number>,
   ): unknown {

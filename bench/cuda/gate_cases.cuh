@@ -13,7 +13,7 @@ using namespace moe;
 
 enum class Fill { kNormal, kTies, kEqual, kNaN, kInfinite, kSaturated, kSkewed, kFewFinite, kAllNaN, kAroundZero };
 inline const char* const fill_names[] = {"normal",    "ties",   "equal",      "nan",     "inf",
-                                  "saturated", "skewed", "few finite", "all nan", "around 0"};
+                                         "saturated", "skewed", "few finite", "all nan", "around 0"};
 
 struct Case {
   std::string name;

@@ -208,9 +208,8 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
     if (bad > 0 || !load_ok || !steady || !contained || near > 3 + T / 2000) {
       tally.failures++;
       std::printf("FAIL %s %s %s T=%lld force=%d (%s): bad rows %d, near ties %d, load %s, steady %s, contained %s\n",
-                  c.name.c_str(),
-                  name_of(c.dtype), fill_names[static_cast<int>(c.fill)], static_cast<long long>(T), force, path, bad,
-                  near, load_ok ? "ok" : "BAD", steady ? "yes" : "NO", contained ? "yes" : "NO");
+                  c.name.c_str(), name_of(c.dtype), fill_names[static_cast<int>(c.fill)], static_cast<long long>(T),
+                  force, path, bad, near, load_ok ? "ok" : "BAD", steady ? "yes" : "NO", contained ? "yes" : "NO");
       if (where >= 0) {
         for (int k = 0; k < columns; k++) {
           const int64_t i = where * columns + k;

@@ -118,8 +118,7 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
         p.group_score = c.group_score, p.renormalize = c.renormalize, p.scale = c.scale, p.shared = c.shared;
         if (!dry) CHECK(gate::launch(p, 132, run.timer.stream, &path, force));
       };
-      const double us =
-          run.steady ? without_pause(run.timer, kRotations, launch) : run.timer.graph(kRotations, launch);
+      const double us = run.steady ? without_pause(run.timer, kRotations, launch) : run.timer.graph(kRotations, launch);
       std::printf(" %s%d: %6.2f (%.2f)", force == 0 ? "auto " : "L", force, us, us / floor);
     }
     std::printf("\n");

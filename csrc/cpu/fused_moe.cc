@@ -74,9 +74,8 @@ Status fused_moe(Backend& backend, const FusedMoe& p) {
     for (int64_t e = 0; e < S; e++) {
       const int64_t first = next[e], rows = next[e + 1];
       next[e + 1] += next[e];
-      for_each_part(rows, loaded.most_rows(), [&](int64_t r, int64_t m) {
-        groups[count++] = {e, m, first + r, first + r};
-      });
+      for_each_part(rows, loaded.most_rows(),
+                    [&](int64_t r, int64_t m) { groups[count++] = {e, m, first + r, first + r}; });
     }
     for (int64_t choice = 0; choice < choices; choice++) {
       if (places[choice] < 0) continue;

@@ -113,9 +113,7 @@ inline bool top(const float* values, int64_t n, int k, int32_t* chosen) {
 struct Two {
   V first, second;
 };
-inline Two with(Two best, V value) {
-  return {most(best.first, value), most(best.second, least(best.first, value))};
-}
+inline Two with(Two best, V value) { return {most(best.first, value), most(best.second, least(best.first, value))}; }
 
 // kWidth groups at a time: the two best of every lane of a group, which are turned over and merged.
 inline bool best_two(const float* values, int64_t groups, int64_t size, float* firsts, float* seconds) {

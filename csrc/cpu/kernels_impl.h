@@ -352,10 +352,10 @@ namespace moe {
 
 extern const Kernels MOE_TABLE(MOE_ISA);
 const Kernels MOE_TABLE(MOE_ISA) = {
-    MOE_NAME(MOE_ISA), MOE_ISA::kTileRows, MOE_ISA::multiply, MOE_ISA::dots, MOE_ISA::fill_panel, MOE_ISA::fill_rows,
-    MOE_ISA::activate, MOE_ISA::interleave, MOE_ISA::widen, MOE_ISA::narrow, MOE_ISA::add_scaled, MOE_ISA::sigmoids,
-    MOE_ISA::softmax, MOE_ISA::top, MOE_ISA::best_two, MOE_ISA::choose, MOE_ISA::rank, MOE_ISA::find, MOE_ISA::read,
-    MOE_ISA::multiply_add,
+    MOE_NAME(MOE_ISA),   MOE_ISA::kTileRows, MOE_ISA::multiply,   MOE_ISA::dots,  MOE_ISA::fill_panel,
+    MOE_ISA::fill_rows,  MOE_ISA::activate,  MOE_ISA::interleave, MOE_ISA::widen, MOE_ISA::narrow,
+    MOE_ISA::add_scaled, MOE_ISA::sigmoids,  MOE_ISA::softmax,    MOE_ISA::top,   MOE_ISA::best_two,
+    MOE_ISA::choose,     MOE_ISA::rank,      MOE_ISA::find,       MOE_ISA::read,  MOE_ISA::multiply_add,
 };
 
 }  // namespace moe

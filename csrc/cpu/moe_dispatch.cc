@@ -137,9 +137,9 @@ Status moe_dispatch(Backend& backend, const MoeDispatch& p) {
     }
   }
   if (place > p.P) {
-    return Status::Error(
-        Code::kInvalidArg,
-        "expected room for " + std::to_string(place) + " rows but capacity is " + std::to_string(p.P), "capacity");
+    return Status::Error(Code::kInvalidArg,
+                         "expected room for " + std::to_string(place) + " rows but capacity is " + std::to_string(p.P),
+                         "capacity");
   }
   offsets[experts] = static_cast<int32_t>(place);
   if (p.block_experts) std::fill(block_experts + place / p.block_size, block_experts + p.blocks, -1);

@@ -10,7 +10,7 @@ namespace moe::mlp::few {
 constexpr int kWarps = 8;  // that multiply; as many have weights copied, one finishes
 constexpr int kWorkerRegisters = 136, kCopierRegisters = 56;  // a thread, of 96 each
 constexpr int kThreads = 32 * (2 * kWarps + 1);
-constexpr int kLeaving = 32 * (kWarps + 2);  // threads at the barrier before words are cleared
+constexpr int kLeaving = 32 * (kWarps + 2);        // threads at the barrier before words are cleared
 constexpr int kColumns = 8;                        // of a product
 constexpr int kMostTokens = 4, kMostChoices = 32;  // lanes of a warp: 8 for each token, and one for each choice
 constexpr int kTileBytes = kWeightTileElements * 2;

@@ -158,8 +158,8 @@ cudaError_t launch_few(const StreamCall& call) {
   const int slices2 = static_cast<int>((weight_tiles(call.I) + kPieces - 1) / kPieces);
   args.next_slice = kWarps % slices2, args.next_entry = kWarps / slices2;
   args.layout = layout_of(call);
-  // With one token more weights on their way delay the last of gate_up, for which all blocks wait, which only a long run
-  // makes good (measured: 9 and 11 slices a warp with 1 on its way, 20 with 2).
+  // With one token more weights on their way delay the last of gate_up, for which all blocks wait, which only a long
+  // run makes good (measured: 9 and 11 slices a warp with 1 on its way, 20 with 2).
   const int64_t slices1 = (weight_tiles(call.H) + kPieces - 1) / kPieces * (call.I / 8);
   const int64_t slices = call.C * (slices1 + slices2 * (call.H / 16)) / (call.sm_count * kWarps);
   args.ahead = call.T > 1 ? args.layout.stages : slices < 16 ? 1 : 2;

@@ -36,6 +36,17 @@ cudaError_t launch_shape(void (*kernel)(Parameters...), const LaunchShape& shape
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...);
 }
 
+// Lets blocks of a kernel, which has no static shared memory, have all that a block of this device may have. Every time,
+// as it is the device's; and not what one launch needs, as another thread may be about to launch with more.
+template <class... Parameters>
+cudaError_t allow_most_shared(void (*kernel)(Parameters...)) {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 // kernel<<<grid, threads, shared, stream>>>(args...), started before the kernel in front of it has ended where `early`.
 template <class... Parameters, class... Args>
 cudaError_t launch_early(bool early, void (*kernel)(Parameters...), unsigned grid, unsigned threads, size_t shared,

@@ -29,9 +29,7 @@ constexpr int64_t kLeastCopied = 4096, kLeastTokens = 24;
 template <class... Parameters, class... Arguments>
 cudaError_t run(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) {
   cudaError_t error = cudaSuccess;
-  if (shape.shared > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
-  }
+  if (shape.shared > 48 * 1024) error = allow_most_shared(kernel);
   if (shape.cluster > 8 && error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
@@ -73,7 +71,7 @@ uint32_t clusters_at_once(void (*kernel)(Parameters...), uint32_t blocks, uint32
   config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = kWholeMultiprocessor;
   config.attrs = &attribute, config.numAttrs = 1;
   int count = 0;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeMultiprocessor);
+  cudaError_t error = allow_most_shared(kernel);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (error == cudaSuccess) return static_cast<uint32_t>(count);

@@ -36,10 +36,10 @@ struct Args {
   int32_t* logical_ids;
   int32_t E, shared, zero;
   int32_t groups, group_size, top_groups;
-  uint32_t group_magic;   // e * magic >> 20 is e / group_size
-  uint32_t column_magic;  // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
+  uint32_t group_magic;          // e * magic >> 20 is e / group_size
+  uint32_t column_magic;         // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
   uint32_t rounds, round_magic;  // mulhi(t, magic) is t / rounds or one less
-  int32_t slots, histogram;  // histogram: counters in shared memory, 0 where the load is counted in global memory
+  int32_t slots, histogram;      // histogram: counters in shared memory, 0 where the load is counted in global memory
   uint32_t seed;
 };
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "launch_early.cuh"
 #include "moe_fused_gate_pairs.cuh"
 #include "moe_fused_gate_plain.cuh"
 #include "moe_fused_gate_tokens.cuh"
@@ -30,10 +31,10 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest (from 8 to `plain`, gate_plain where nothing but
-// eight choices is asked for), above `many` 2 lanes, half a warp between them. Where ids are mapped or captured, and where
-// the load is counted in shared memory, half a warp never is, and the other two meet at `mapped` and `counted`. Lines
-// through measured times cross there.
+// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest (from 8 to `plain`, gate_plain where
+// nothing but eight choices is asked for), above `many` 2 lanes, half a warp between them. Where ids are mapped or
+// captured, and where the load is counted in shared memory, half a warp never is, and the other two meet at `mapped`
+// and `counted`. Lines through measured times cross there.
 struct Limits {
   int64_t plain, few, many, mapped, counted;
 };
@@ -49,7 +50,7 @@ cudaError_t run_blocks(Kernel kernel, const Args& a, int64_t blocks, int warps, 
                        cudaStream_t stream) {
   const int bytes = 4 * a.histogram + warps * bytes_of_warp;
   if (bytes > kPlainBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error = allow_most_shared(kernel);
     if (error != cudaSuccess) return error;
   }
   kernel<<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(a);

@@ -23,11 +23,11 @@ namespace moe::gate {
 // What a warp has in shared memory, in bytes from its start. An entry is the id of an expert in the upper half and the
 // place of its score, from kScores, in the lower: the order of ids.
 struct PlainList {
-  static constexpr int kMost = 128;                                   // candidates: four groups
-  static constexpr int kChoices = 0, kEntries = 4 * kMost;            // of candidates; 32 choices begin as -inf
+  static constexpr int kMost = 128;                                     // candidates: four groups
+  static constexpr int kChoices = 0, kEntries = 4 * kMost;              // of candidates; 32 choices begin as -inf
   static constexpr int kBounds = 2 * kEntries, kGroups = kBounds + 16;  // second bests and first entries of groups kept
   static constexpr int kWeights = kGroups + 16, kChosen = kWeights + 32;  // scores and entries by rank
-  static constexpr int kKept = kChosen + 32, kScores = kKept + 512;   // choices and scores in groups that are kept
+  static constexpr int kKept = kChosen + 32, kScores = kKept + 512;       // choices and scores in groups that are kept
   static constexpr int kBytes = kScores + 512;
 };
 static_assert(PlainList::kBytes % 16 == 0 && PlainList::kBytes >= 4 * row_scratch(256, 8));
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(32 * Warps, PerSm / Warps) gate_plain(const __
     best_of_octet(c, best, next);
   }
 
-  // Groups: kept are those that fewer than four others beat. Each of a group's four lanes looks at two, the first at its
-  // own too. Equal groups at the cut make them more than four, and so does a NaN, which no other beats.
+  // Groups: kept are those that fewer than four others beat. Each of a group's four lanes looks at two, the first at
+  // its own too. Equal groups at the cut make them more than four, and so does a NaN, which no other beats.
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
     const float other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);

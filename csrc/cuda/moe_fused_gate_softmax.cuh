@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
     // Candidates: a bit each, of low halves and then of high halves
     uint32_t mask[kPieces];
     const bool whole = a.selection == Selection::kScore && !a.renormalize;  // weights are parts of the sum of all
-    float peak, sum = 0;  // peak: the largest logit, times kLog2E
+    float peak, sum = 0;                                                    // peak: the largest logit, times kLog2E
     {
       Pair pairs[kPieces * 16], most_of_octet[kPieces * 4];
 #pragma unroll

@@ -91,8 +91,12 @@ export interface Op<I, O, R> {
   readonly op: CompiledOp;
 }
 
+/** Every op of this process, by name. */
+export const definedOps: ReadonlyMap<string, CompiledOp> = new Map();
+
 export function defineOp<I extends object, O extends object, R>(spec: OpSpec): Op<I, O, R> {
   const op = compile(spec);
+  (definedOps as Map<string, CompiledOp>).set(op.name, op);
   const call = (inputs: I, options?: O): R => run(op, inputs, options) as R;
   return Object.assign(call, { op });
 }

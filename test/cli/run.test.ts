@@ -256,7 +256,7 @@ describe('moe-kernels run', () => {
     const { status, stderr } = moeKernels(['run', fixture('olmoe'), '--backend', 'ascend']);
     expect(status).toBe(2);
     expect(stderr).toMatch(
-      /ERR_MOE_BACKEND: .*the ascend backend is not built: .*not in this version.*tried .*moe_ascend\.node: no such file/,
+      /ERR_MOE_BACKEND: .*the ascend backend is not built: .*not in this version.*tried .*ascend: no moe_ascend\.node in build\/Release or prebuilds/,
     );
   });
 });

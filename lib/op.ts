@@ -148,8 +148,6 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   const { name: opName, spec } = op;
   const inputs = readInputs(op, given);
   const context = contextOf(opName, inputs);
-  context.assertUsable(opName);
-
   const bound = new Map<string, number>();
   const boundBy = new Map<string, CallInput>();
   for (const input of inputs) bind(op, input, bound, boundBy);
@@ -166,6 +164,7 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   };
   const options = resolveOptions(opName, op.options, givenOptions, scope);
   (scope as { options: unknown }).options = options;
+  context.assertUsable(opName); // now that no getter of the caller's is left that could close it
   for (const [name] of listOf(op.options)) {
     const value = options[name];
     if (typeof value === 'number') bound.set(name, value);

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "context_waits.h"
 #include "host_data.h"
 #include "op_table.h"
-#include "context_waits.h"
 
 namespace moe {
 

@@ -91,16 +91,17 @@ const rows: Record<Exclude<BackendName, 'oracle'>, Row> = {
 
 /** The addon's file, or the place that was looked at and what was wrong there. */
 function locate(backend: keyof typeof rows): { path: string; error?: string } {
-  const folder = join(packageRoot, rows[backend].folder);
+  const path = join(packageRoot, rows[backend].folder);
   const name = `moe_${backend}`;
+  const none = `no ${name}.node in build/Release or prebuilds/${process.platform}-${process.arch}`;
   try {
-    const path = (require('node-gyp-build') as { resolve(folder: string): string }).resolve(folder);
+    const found = (require('node-gyp-build') as { resolve(folder: string): string }).resolve(path);
     // It also looks beside the node that runs this, where there may be one of another backend
-    if (basename(path).startsWith(`${name}.`)) return { path };
-    return { path: folder, error: `no ${name}.node in build/Release or prebuilds, only ${path}` };
-  } catch (error) {
-    const [why] = (error as Error).message.split('\n');
-    return { path: folder, error: `no ${name}.node in build/Release or prebuilds: ${why}` };
+    return basename(found).startsWith(`${name}.`)
+      ? { path: found }
+      : { path, error: `${none}, only ${found}` };
+  } catch {
+    return { path, error: none };
   }
 }
 

@@ -181,7 +181,7 @@ describe('moe-kernels run', () => {
     [
       'an unknown option',
       ['run', fixture('olmoe'), '--bakcend', 'cpu'],
-      /unknown option '--bakcend'.*|--backend/,
+      /unknown option '--bakcend'\n\(Did you mean --backend\?\)\n+\(moe-kernels run --help lists the options\)/,
     ],
     [
       'an unknown backend',

@@ -353,15 +353,15 @@ export class Context {
   }
 
   /** @internal */
-  allocateExperts(layout: ExpertsLayout): ExpertWeights {
-    this.assertUsable('allocate_experts');
+  allocateExperts(op: string, layout: ExpertsLayout): ExpertWeights {
+    this.assertUsable(op);
     const { slots, hidden, intermediate, dtype } = layout;
     let made: ReturnType<Backend['allocateExperts']>;
     try {
       made = this.#backend.allocateExperts(layout);
     } catch (error) {
       const what = `experts ${dtype}[${slots}, ${hidden}, ${intermediate}]`;
-      throw this.#noRoom(error, 'allocate_experts', 'experts', what);
+      throw this.#noRoom(error, op, 'experts', what);
     }
     const { handle, bytes } = made;
     return this.#own(new ExpertWeights(constructionKey, this, layout, handle, bytes), handle);

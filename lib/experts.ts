@@ -5,13 +5,16 @@ import { MoeError } from './errors.js';
 import { OwnedMemory } from './owned_memory.js';
 import { constructionKey, type FloatDType, type Handle } from './tensor.js';
 
-/** The activation of one fused layer: (u + beta) * g * sigmoid(alpha * g), g and u clamped by `limit` where given. */
+/**
+ * The activation of one fused layer: (u + beta) * g * sigmoid(alpha * g), g the gate half and u the up half of the
+ * first product, clamped by `limit` where given. The defaults are SwiGLU; gpt-oss has alpha 1.702, beta 1 and limit 7.
+ */
 export interface SwiGLU {
   /** Slope inside the sigmoid. Default 1, which with beta 0 is silu(g) * u. */
   readonly alpha?: number;
   /** Added to the up half: 1 in gpt-oss. Default 0. */
   readonly beta?: number;
-  /** g is cut at +limit and u at +-limit before anything else. Default: no clamping. */
+  /** g is cut at +limit and u at +-limit before anything else. Default 0: no clamping. */
   readonly limit?: number;
 }
 

@@ -1,6 +1,7 @@
 // Memory that one object owns and gives back: what tensors and expert weights have in common.
 import type { Context } from './context.js';
 import { MoeError } from './errors.js';
+import { describeValue } from './options.js';
 import type { Handle } from './tensor.js';
 
 export abstract class OwnedMemory {
@@ -46,3 +47,7 @@ export abstract class OwnedMemory {
 
   abstract toString(): string;
 }
+
+/** An argument as an error message shows it: tensors and expert weights with their shapes. */
+export const describeArgument = (value: unknown): string =>
+  value instanceof OwnedMemory ? value.toString() : describeValue(value);

@@ -217,8 +217,9 @@ describe('moe-kernels run', () => {
     [
       'an output that cannot be written',
       ['run', fixture('olmoe'), '--out', join(scratch, 'no', 'such', 'folder')],
-      /cannot be written/,
+      /cannot be written \(there is no such folder\)/,
     ],
+    ['an output that is a folder', ['run', fixture('olmoe'), '--out', scratch], /cannot be written \(EISDIR/],
   ];
   it.each(misuse)('exits with 2 for %s', (_, args, message) => {
     const { status, stdout, stderr } = moeKernels(args);

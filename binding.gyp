@@ -1,6 +1,6 @@
 {
   # The CPU addon only: node-gyp-build takes the first .node it finds in build/Release. CUDA and Ascend come from
-  # CMakeLists.txt and live in out/.
+  # CMakeLists.txt and live in folders of their own, out/<backend>.
   "targets": [
     {
       "target_name": "moe_cpu",

@@ -6,6 +6,7 @@ import { MoeError } from './errors.js';
 import { type ExpertsLayout, ExpertWeights } from './experts.js';
 import type { Call } from './op.js';
 import { describeValue } from './options.js';
+import type { OwnedMemory } from './owned_memory.js';
 import {
   checkData,
   checkShape,
@@ -94,8 +95,8 @@ export class Context {
    */
   tensor<D extends DType>(dtype: D, shape: readonly number[], data?: TensorData<D>): Tensor<D> {
     const op = 'tensor';
+    const dims = checkShape(op, dtype, shape); // may run code of the caller's
     this.assertUsable(op);
-    const dims = checkShape(op, dtype, shape);
     if (data !== undefined) checkData(op, dtype, elementsOf(dims), data as RawArray);
     const tensor = this.allocate(op, 'tensor', dtype, dims);
     try {
@@ -119,8 +120,9 @@ export class Context {
   }
 
   async #synchronize(options: WaitOptions | undefined): Promise<void> {
+    const signal = signalOf('synchronize', options); // may run code of the caller's
     this.assertUsable('synchronize');
-    await this.#watch('synchronize', options, () => this.#backend.synchronize());
+    await this.#watch('synchronize', signal, () => this.#backend.synchronize());
   }
 
   /** `synchronize` that blocks the thread. For benchmarks and scripts. */
@@ -351,15 +353,15 @@ export class Context {
   }
 
   /** @internal */
-  allocateExperts(layout: ExpertsLayout): ExpertWeights {
-    this.assertUsable('allocate_experts');
+  allocateExperts(op: string, layout: ExpertsLayout): ExpertWeights {
+    this.assertUsable(op);
     const { slots, hidden, intermediate, dtype } = layout;
     let made: ReturnType<Backend['allocateExperts']>;
     try {
       made = this.#backend.allocateExperts(layout);
     } catch (error) {
       const what = `experts ${dtype}[${slots}, ${hidden}, ${intermediate}]`;
-      throw this.#noRoom(error, 'allocate_experts', 'experts', what);
+      throw this.#noRoom(error, op, 'experts', what);
     }
     const { handle, bytes } = made;
     return this.#own(new ExpertWeights(constructionKey, this, layout, handle, bytes), handle);
@@ -372,23 +374,14 @@ export class Context {
     return new MoeError('ERR_MOE_OOM', `out of memory for ${arg}: ${what}: ${text}`, { op, arg, cause });
   }
 
-  #own<T extends { dispose(): void }>(owner: T, handle: Handle): T {
+  #own<T extends OwnedMemory>(owner: T, handle: Handle): T {
     this.#net.register(owner, handle, owner);
     this.#recorded?.add(owner);
     return owner;
   }
 
   /** @internal */
-  releaseTensor(owner: Tensor, handle: Handle): void {
-    this.#release(owner, handle);
-  }
-
-  /** @internal */
-  releaseExperts(owner: ExpertWeights, handle: Handle): void {
-    this.#release(owner, handle);
-  }
-
-  #release(owner: object, handle: Handle): void {
+  release(owner: OwnedMemory, handle: Handle): void {
     this.#net.unregister(owner);
     this.unreserve(handle);
   }
@@ -413,9 +406,10 @@ export class Context {
 
   /** @internal */
   async readTensor(tensor: Tensor, as: ReadAs, options?: WaitOptions): Promise<RawArray> {
+    const signal = signalOf('read', options); // may run code of the caller's
     this.#assertMayWait('read');
     const handle = tensor.handle('read', 'tensor');
-    return this.#watch('read', options, () => this.#backend.read(handle, tensor.dtype, as));
+    return this.#watch('read', signal, () => this.#backend.read(handle, tensor.dtype, as));
   }
 
   /** @internal */
@@ -452,8 +446,7 @@ export class Context {
     );
   }
 
-  async #watch<T>(op: string, options: WaitOptions | undefined, begin: () => Promise<T>): Promise<T> {
-    const signal = signalOf(op, options);
+  async #watch<T>(op: string, signal: AbortSignal | undefined, begin: () => Promise<T>): Promise<T> {
     throwIfAborted(op, signal, 'the wait');
     try {
       return await unlessAborted(op, begin(), signal, 'the wait');

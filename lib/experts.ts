@@ -2,15 +2,19 @@
 // what goes in are ordinary tensors, and only ops read what is inside.
 import type { Context } from './context.js';
 import { MoeError } from './errors.js';
+import { OwnedMemory } from './owned_memory.js';
 import { constructionKey, type FloatDType, type Handle } from './tensor.js';
 
-/** The activation of one fused layer: (u + beta) * g * sigmoid(alpha * g), g and u clamped by `limit` where given. */
+/**
+ * The activation of one fused layer: (u + beta) * g * sigmoid(alpha * g), g the gate half and u the up half of the
+ * first product, clamped by `limit` where given. The defaults are SwiGLU; gpt-oss has alpha 1.702, beta 1 and limit 7.
+ */
 export interface SwiGLU {
   /** Slope inside the sigmoid. Default 1, which with beta 0 is silu(g) * u. */
   readonly alpha?: number;
   /** Added to the up half: 1 in gpt-oss. Default 0. */
   readonly beta?: number;
-  /** g is cut at +limit and u at +-limit before anything else. Default: no clamping. */
+  /** g is cut at +limit and u at +-limit before anything else. Default 0: no clamping. */
   readonly limit?: number;
 }
 
@@ -28,8 +32,7 @@ export interface ExpertsLayout {
  * The packed weights of `slots` experts. Made by `packExperts` or `allocateExperts`; slots can be overwritten later
  * with `packExperts({ w13, w2 }, { into, firstSlot })`.
  */
-export class ExpertWeights implements ExpertsLayout {
-  readonly context: Context;
+export class ExpertWeights extends OwnedMemory implements ExpertsLayout {
   readonly slots: number;
   readonly hidden: number;
   readonly intermediate: number;
@@ -38,8 +41,6 @@ export class ExpertWeights implements ExpertsLayout {
   readonly swiglu: Required<SwiGLU>;
   /** Bytes held on the device. */
   readonly bytes: number;
-  #handle: Handle;
-  #disposed = false;
 
   /** @internal Made by contexts. */
   constructor(secret: symbol, context: Context, layout: ExpertsLayout, handle: Handle, bytes: number) {
@@ -48,7 +49,7 @@ export class ExpertWeights implements ExpertsLayout {
         op: 'ExpertWeights',
       });
     }
-    this.context = context;
+    super(context, handle);
     this.slots = layout.slots;
     this.hidden = layout.hidden;
     this.intermediate = layout.intermediate;
@@ -56,40 +57,11 @@ export class ExpertWeights implements ExpertsLayout {
     this.biases = layout.biases;
     this.swiglu = Object.freeze({ ...layout.swiglu });
     this.bytes = bytes;
-    this.#handle = handle;
     Object.freeze(this); // what kernels were told stays true
   }
 
-  /** True for weights of this copy of the package, whatever else claims to be some. */
-  static [Symbol.hasInstance](value: unknown): boolean {
-    return typeof value === 'object' && value !== null && #handle in value;
-  }
-
-  get disposed(): boolean {
-    return this.#disposed;
-  }
-
-  /** @internal The backend's handle; throws when there is none any more. */
-  handle(op: string, arg: string): Handle {
-    if (this.#disposed) {
-      throw new MoeError('ERR_MOE_DISPOSED', `expected ${arg} to be live but it was disposed`, { op, arg });
-    }
-    return this.#handle;
-  }
-
-  /** Gives the memory back once the work in flight is done. Disposing twice is harmless. */
-  dispose(): void {
-    if (this.#disposed) return;
-    this.#disposed = true;
-    this.context.releaseExperts(this, this.#handle);
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose();
-  }
-
   /** `experts bf16[257, 7168, 2048]`: slots, hidden, intermediate. */
-  toString(): string {
+  override toString(): string {
     return `experts ${this.dtype}[${this.slots}, ${this.hidden}, ${this.intermediate}]`;
   }
 }

@@ -63,6 +63,7 @@ export {
 } from './model/safetensors.js';
 export { type TensorToWrite, writeSafetensors } from './model/safetensors_write.js';
 export type { BackendStatus } from './native.js';
+export type { Op } from './op.js';
 export { type FusedMoeInputs, type FusedMoeOptions, fusedMoe } from './ops/fused_moe.js';
 export { type MoeCombineInputs, type MoeCombineOptions, moeCombine } from './ops/moe_combine.js';
 export {

@@ -1,8 +1,8 @@
 // The only file that loads a .node. Every attempt and its error is kept, so that `doctor` and a failed createContext
 // can say what was tried, what happened and what would help. Nothing is loaded before somebody asks.
-import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { join, sep } from 'node:path';
+import { basename, join, sep } from 'node:path';
+import { type AddonDescription, mismatch } from './addon_match.js';
 import type { BackendName, MemoryInfo, Roofline } from './backend/backend.js';
 import { binaryFault } from './binary.js';
 import { MoeError } from './errors.js';
@@ -44,18 +44,6 @@ export interface AddonProbe {
   readonly facts: Readonly<Record<string, string>>;
 }
 
-export interface AddonDescription {
-  readonly backend: string;
-  readonly version: string;
-  readonly dtypes: readonly { readonly name: string; readonly bytes: number }[];
-  readonly errors: readonly string[];
-  readonly ops: readonly {
-    readonly name: string;
-    readonly available: boolean;
-    readonly fields: readonly string[];
-  }[];
-}
-
 export interface Addon {
   describe(): AddonDescription;
   probe(): AddonProbe;
@@ -83,38 +71,48 @@ export interface BackendStatus {
 }
 
 interface Row {
-  /** Where the addon is, or the place that was looked at and what was wrong there. */
-  readonly locate: () => { readonly path: string; readonly error?: string };
+  /** Where node-gyp-build looks for the addon, in a clone and in an installed package: its builds and its prebuilds. */
+  readonly folder: string;
   /** The npm script that makes it; absent where this version has no sources for it. */
   readonly build?: string;
 }
 
 const require = createRequire(import.meta.url);
 
-/** Backends that are addons, in the order that 'auto' tries them. */
+/**
+ * Backends that are addons, in the order that 'auto' tries them. Each has a folder of its own, because node-gyp-build
+ * takes the first .node that it finds in one.
+ */
 const rows: Record<Exclude<BackendName, 'oracle'>, Row> = {
-  cuda: { locate: () => inOut('cuda'), build: 'build:cuda' },
-  ascend: { locate: () => inOut('ascend') },
-  cpu: { locate: prebuiltOrBuilt, build: 'build' },
+  cuda: { folder: 'out/cuda', build: 'build:cuda' },
+  ascend: { folder: 'out/ascend' },
+  cpu: { folder: '.', build: 'build' },
 };
 
-/** CMake builds live outside build/, which node-gyp and prebuildify clear. */
-function inOut(backend: string): { path: string; error?: string } {
-  const path = join(packageRoot, 'out', backend, `moe_${backend}.node`);
-  return existsSync(path) ? { path } : { path, error: 'no such file' };
-}
-
-function prebuiltOrBuilt(): { path: string; error?: string } {
+/** The addon's file, or the place that was looked at and what was wrong there. */
+function locate(backend: keyof typeof rows): { path: string; error?: string } {
+  const path = join(packageRoot, rows[backend].folder);
+  const name = `moe_${backend}`;
+  const none = `no ${name}.node in build/Release or prebuilds/${process.platform}-${process.arch}`;
   try {
-    return { path: (require('node-gyp-build') as { resolve(folder: string): string }).resolve(packageRoot) };
-  } catch (error) {
-    return { path: packageRoot, error: (error as Error).message.split('\n')[0] };
+    const found = (require('node-gyp-build') as { resolve(folder: string): string }).resolve(path);
+    // It also looks beside the node that runs this, where there may be one of another backend
+    return basename(found).startsWith(`${name}.`)
+      ? { path: found }
+      : { path, error: `${none}, only ${found}` };
+  } catch {
+    return { path, error: none };
   }
 }
 
+const FOREIGN = 'the addon does not belong to this package';
+/** The platform that published packages carry addons for. */
+const PREBUILT = 'linux-x64 (glibc)';
+const installed = packageRoot.includes(`${sep}node_modules${sep}`);
+
 /** The command that builds an addon here: in a clone, or in the package as others have installed it. */
 function buildCommand(script: string): string {
-  if (!packageRoot.includes(`${sep}node_modules${sep}`)) return `'npm run ${script}'`;
+  if (!installed) return `'npm run ${script}'`;
   // The published package carries the sources of the CPU addon only.
   return script === 'build' ? `'npm explore moe-kernels -- npm run build'` : `'npm run ${script}' in a clone`;
 }
@@ -138,20 +136,19 @@ export function loadBackend(backend: keyof typeof rows): Loaded {
 }
 
 function load(backend: keyof typeof rows): Loaded {
-  const { locate, build } = rows[backend];
+  const { build } = rows[backend];
   const none = { backend, attempts: [], devices: [], facts: {} };
-  const { path, error } = locate();
+  const { path, error } = locate(backend);
   if (error !== undefined) {
-    const detail =
-      build === undefined
-        ? 'it is not in this version'
-        : `no addon for ${process.platform}-${process.arch}; ${buildCommand(build)} makes one from source`;
+    const detail = build === undefined ? 'it is not in this version' : adviseWithout(build);
     return { status: { ...none, state: 'not built', detail, attempts: [{ path, error }] } };
   }
   try {
     const fault = binaryFault(path);
     if (fault !== undefined) throw new Error(fault);
     const addon = require(path) as Addon;
+    const other = mismatch(backend, addon.describe());
+    if (other !== undefined) throw new Error(`${FOREIGN}: ${other}`);
     addon.setErrorClass(MoeError);
     return { addon, status: { ...none, ...addon.probe(), loadedFrom: path } };
   } catch (error) {
@@ -168,11 +165,22 @@ function load(backend: keyof typeof rows): Loaded {
   }
 }
 
+/** How to get an addon that is not there. */
+function adviseWithout(build: string): string {
+  const none = `no addon for ${process.platform}-${process.arch}`;
+  const made = `${buildCommand(build)} makes one from source`;
+  return installed
+    ? `${none} in this package: as published it has one for ${PREBUILT}; elsewhere ${made}`
+    : `${none}; ${made}`;
+}
+
 /** A next step chosen by symptom. */
 function adviseFor(message: string, command: string): string {
   if (/GLIBC|GLIBCXX|CXXABI/.test(message)) {
     return `the prebuilt addon needs a newer C library: ${command} makes one for this machine`;
   }
+  if (message.startsWith(FOREIGN))
+    return installed ? 'install the package again' : `${command} makes a new one`;
   if (/invalid ELF|wrong ELF class|not a mach-o|not a valid Win32|the file is /i.test(message)) {
     return `${command} makes a new one`;
   }

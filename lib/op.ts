@@ -4,6 +4,7 @@ import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { ExpertWeights } from './experts.js';
 import { describeValue, listOf, type OptionKinds, type OptionScope, resolveOptions } from './options.js';
+import { describeArgument, OwnedMemory } from './owned_memory.js';
 import { evaluateDim, formatDim, parseSignature, type Signature, solveDim } from './signature.js';
 import { type DType, describeTensor, elementsOf, type Handle, Tensor } from './tensor.js';
 
@@ -86,13 +87,22 @@ export interface CompiledOp {
 export type OpArguments<I, O> =
   Record<never, never> extends O ? [inputs: I, options?: O] : [inputs: I, options: O];
 
+/**
+ * What every op throws: MoeError ERR_MOE_INVALID_ARG for an argument of a wrong type, dtype, shape or value,
+ * ERR_MOE_DISPOSED for a disposed tensor or a closed context, ERR_MOE_WRONG_CONTEXT for tensors of different contexts,
+ * ERR_MOE_OOM without memory for its outputs, ERR_MOE_DEVICE_LOST after a fault of the device.
+ */
 export interface Op<I, O, R> {
   (...args: OpArguments<I, O>): R;
   readonly op: CompiledOp;
 }
 
+/** Every op of this process, by name. */
+export const definedOps: ReadonlyMap<string, CompiledOp> = new Map();
+
 export function defineOp<I extends object, O extends object, R>(spec: OpSpec): Op<I, O, R> {
   const op = compile(spec);
+  (definedOps as Map<string, CompiledOp>).set(op.name, op);
   const call = (inputs: I, options?: O): R => run(op, inputs, options) as R;
   return Object.assign(call, { op });
 }
@@ -140,12 +150,12 @@ function compile(spec: OpSpec): CompiledOp {
   return { spec, name: spec.name, inputs, outputs, dims, computed, rules, options, fields };
 }
 
+const A_COUNT = 'a number or a tensor i32[1]';
+
 function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   const { name: opName, spec } = op;
   const inputs = readInputs(op, given);
   const context = contextOf(opName, inputs);
-  context.assertUsable(opName);
-
   const bound = new Map<string, number>();
   const boundBy = new Map<string, CallInput>();
   for (const input of inputs) bind(op, input, bound, boundBy);
@@ -162,6 +172,7 @@ function run(op: CompiledOp, given: object, givenOptions: unknown): unknown {
   };
   const options = resolveOptions(opName, op.options, givenOptions, scope);
   (scope as { options: unknown }).options = options;
+  context.assertUsable(opName); // now that no getter of the caller's is left that could close it
   for (const [name] of listOf(op.options)) {
     const value = options[name];
     if (typeof value === 'number') bound.set(name, value);
@@ -217,10 +228,11 @@ function hasWork(inputs: readonly CallInput[], outputs: Call['outputs']): boolea
 
 /** Reads every property once, so that a getter cannot answer differently later, and checks what kind of thing it is. */
 function readInputs(op: CompiledOp, given: object): CallInput[] {
-  if (typeof given !== 'object' || given === null) {
+  if (typeof given !== 'object' || given === null || given instanceof OwnedMemory) {
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
-      `expected inputs: an object but received ${describeValue(given)}`,
+      `expected inputs: an object of ${op.inputs.map((input) => input.name).join(', ')} but received ` +
+        describeArgument(given),
       {
         op: op.name,
         arg: 'inputs',
@@ -249,11 +261,11 @@ function readInputs(op: CompiledOp, given: object): CallInput[] {
       signature.kind === 'experts'
         ? 'ExpertWeights (from packExperts)'
         : signature.kind === 'count'
-          ? 'a number or a tensor i32[1]'
+          ? A_COUNT
           : `a tensor ${signature.text}`;
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
-      `expected ${name}: ${expected} but received ${describeValue(value)}${stranger(value)}`,
+      `expected ${name}: ${expected} but received ${describeArgument(value)}${stranger(value)}`,
       {
         op: op.name,
         arg: name,
@@ -264,7 +276,7 @@ function readInputs(op: CompiledOp, given: object): CallInput[] {
 
 /** A tensor of a second copy of the package, or a proxy of one, looks right and is not. */
 const stranger = (value: unknown): string =>
-  describeValue(value) === 'an object' ? ' that this copy of moe-kernels did not make' : '';
+  describeArgument(value) === 'an object' ? ' that this copy of moe-kernels did not make' : '';
 
 function contextOf(op: string, inputs: readonly CallInput[]): Context {
   let first: CallInput | undefined;
@@ -317,10 +329,11 @@ function checkDtypes(op: string, inputs: readonly CallInput[]): void {
       because = ` (the dtype of ${signature.dtypeOf}: ${describeTensor(source)})`;
     }
     if (!allowed.includes(value.dtype)) {
+      const shape = signature.dims.map(formatDim).join(', ');
+      const expected = signature.kind === 'count' ? A_COUNT : `${allowed.join('|')}[${shape}]${because}`;
       throw new MoeError(
         'ERR_MOE_INVALID_ARG',
-        `expected ${name}: ${allowed.join('|')}[${signature.dims.map(formatDim).join(', ')}]${because} ` +
-          `but received ${describeTensor(value)}`,
+        `expected ${name}: ${expected} but received ${describeTensor(value)}`,
         { op, arg: name },
       );
     }
@@ -347,7 +360,7 @@ function checkShape(
     if (value !== undefined && elementsOf(shapeOf(value)) !== 1) {
       throw new MoeError(
         'ERR_MOE_INVALID_ARG',
-        `expected ${name}: a number or i32[1] but received ${describeTensor(value as Tensor)}`,
+        `expected ${name}: ${A_COUNT} but received ${describeTensor(value as Tensor)}`,
         { op, arg: name },
       );
     }

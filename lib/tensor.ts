@@ -6,6 +6,7 @@ import type { Context } from './context.js';
 import { MoeError } from './errors.js';
 import { bf16, type FloatFormat, f8e4m3, f16 } from './float_formats.js';
 import { describeValue } from './options.js';
+import { OwnedMemory } from './owned_memory.js';
 
 export type RawArray = Float32Array | Uint16Array | Int32Array | BigInt64Array | Uint8Array | Int8Array;
 type RawArrayConstructor = {
@@ -176,14 +177,11 @@ export const constructionKey: symbol = key;
  * (`using t = ...` or `t.dispose()`) when done: memory goes back as soon as the work that uses it has finished,
  * while the garbage collector, which cannot see device memory, is only a net.
  */
-export class Tensor<D extends DType = DType> {
-  readonly context: Context;
+export class Tensor<D extends DType = DType> extends OwnedMemory {
   readonly dtype: D;
   readonly shape: readonly number[];
   /** Number of elements. */
   readonly size: number;
-  #handle: Handle;
-  #disposed = false;
 
   /** @internal Tensors are made by contexts; nobody else may hold `shape`. */
   constructor(secret: symbol, context: Context, dtype: D, shape: readonly number[], handle: Handle) {
@@ -192,29 +190,11 @@ export class Tensor<D extends DType = DType> {
         op: 'Tensor',
       });
     }
-    this.context = context;
+    super(context, handle);
     this.dtype = dtype;
     this.shape = Object.freeze(shape);
     this.size = elementsOf(shape);
-    this.#handle = handle;
     Object.freeze(this); // what kernels were told stays true
-  }
-
-  /** True for tensors of this copy of the package, whatever else claims to be one. */
-  static [Symbol.hasInstance](value: unknown): boolean {
-    return typeof value === 'object' && value !== null && #handle in value;
-  }
-
-  get disposed(): boolean {
-    return this.#disposed;
-  }
-
-  /** @internal The backend's handle; throws when there is none any more. */
-  handle(op: string, arg: string): Handle {
-    if (this.#disposed) {
-      throw new MoeError('ERR_MOE_DISPOSED', `expected ${arg} to be live but it was disposed`, { op, arg });
-    }
-    return this.#handle;
   }
 
   /**
@@ -269,18 +249,7 @@ export class Tensor<D extends DType = DType> {
     return context.tensor(this.dtype, this.shape, (await this.readRaw()) as TensorData<D>);
   }
 
-  /** Gives the memory back once the work in flight is done. Disposing twice is harmless. */
-  dispose(): void {
-    if (this.#disposed) return;
-    this.#disposed = true;
-    this.context.releaseTensor(this, this.#handle);
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose();
-  }
-
-  toString(): string {
+  override toString(): string {
     return describeTensor(this);
   }
 }

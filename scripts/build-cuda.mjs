@@ -1,14 +1,15 @@
-// Builds out/cuda/moe_cuda.node from CMakeLists.txt with cmake-js and nvcc; no GPU and no driver are needed for it.
+// Builds out/cuda/build/Release/moe_cuda.node from CMakeLists.txt with cmake-js and nvcc; no GPU and no driver are
+// needed for it.
 //
 //   node scripts/build-cuda.mjs                          sm_80, sm_90 and PTX
 //   node scripts/build-cuda.mjs --architectures 90-real  as CMAKE_CUDA_ARCHITECTURES has them
-//   node scripts/build-cuda.mjs --test-hooks             also out/cuda-hooks/moe_cuda.node, with deliberate faults
+//   node scripts/build-cuda.mjs --test-hooks             also the one of out/cuda-hooks, with deliberate faults
 //   node scripts/build-cuda.mjs --bench                  also out/bench-cuda/ceilings, which bench/device.ts runs
 //   node scripts/build-cuda.mjs --missing                only if the addon is older than its sources
 import { spawnSync } from 'node:child_process';
-import { existsSync, readdirSync, statSync } from 'node:fs';
+import { existsSync, readdirSync, statSync, utimesSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
-import { join } from 'node:path';
+import { join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -35,18 +36,21 @@ export function missingCudaTools() {
 /** What CMakeLists.txt can make, by target, and the folders of its sources. */
 const ADDON_FOLDERS = ['csrc', 'csrc/binding', 'csrc/common', 'csrc/cuda'];
 const PRODUCTS = {
-  moe_cuda: { path: 'out/cuda/moe_cuda.node', folders: ADDON_FOLDERS },
-  moe_cuda_hooks: { path: 'out/cuda-hooks/moe_cuda.node', folders: ADDON_FOLDERS },
+  moe_cuda: { path: 'out/cuda/build/Release/moe_cuda.node', folders: ADDON_FOLDERS },
+  moe_cuda_hooks: { path: 'out/cuda-hooks/build/Release/moe_cuda.node', folders: ADDON_FOLDERS },
   ceilings: { path: 'out/bench-cuda/ceilings', folders: ['bench/cuda'] },
 };
 
+/** Where a target is or would be, and whether it is there, newer than all that it is made of. */
+export function cudaProduct(target) {
+  const path = join(root, PRODUCTS[target].path);
+  const built = existsSync(path);
+  return { path, built, fresh: built && statSync(path).mtimeMs > newestSource(PRODUCTS[target].folders) };
+}
+
 export function buildCuda({ missingOnly = false, hooks = false, bench = false, architectures } = {}) {
   const targets = ['moe_cuda', ...(hooks ? ['moe_cuda_hooks'] : []), ...(bench ? ['ceilings'] : [])];
-  const fresh = (target) => {
-    const { path, folders } = PRODUCTS[target];
-    return existsSync(join(root, path)) && statSync(join(root, path)).mtimeMs > newestSource(folders);
-  };
-  if (missingOnly && targets.every(fresh)) return true;
+  if (missingOnly && targets.every((target) => cudaProduct(target).fresh)) return true;
   const missing = missingCudaTools();
   if (missing.length > 0) {
     console.error(`The CUDA addon is not built: this machine has no ${missing.join(', no ')}.`);
@@ -65,15 +69,19 @@ export function buildCuda({ missingOnly = false, hooks = false, bench = false, a
     });
     if (status !== 0) return false;
   }
-  for (const { path } of targets.map((target) => PRODUCTS[target])) {
-    console.error(`${path}: ${(statSync(join(root, path)).size / 1e6).toFixed(1)} MB`);
+  for (const { path } of targets.map(cudaProduct)) {
+    utimesSync(path, new Date(), new Date()); // sources may be newer without a difference
+    console.error(`${relative(root, path)}: ${(statSync(path).size / 1e6).toFixed(1)} MB`);
   }
   console.error(`${((Date.now() - begun) / 1000).toFixed(0)} s`);
   return true;
 }
 
 function newestSource(folders) {
-  let newest = statSync(join(root, 'CMakeLists.txt')).mtimeMs;
+  // The addon tells the version that package.json has
+  let newest = Math.max(
+    ...['CMakeLists.txt', 'package.json'].map((file) => statSync(join(root, file)).mtimeMs),
+  );
   for (const folder of folders) {
     for (const name of readdirSync(join(root, folder))) {
       newest = Math.max(newest, statSync(join(root, folder, name)).mtimeMs);

@@ -5,7 +5,16 @@
 //                                         skipped with a message, because the package works in TypeScript alone
 //   node scripts/build.mjs --typescript   dist/ only
 import { spawnSync } from 'node:child_process';
-import { copyFileSync, existsSync, readdirSync, readFileSync, realpathSync, rmSync, statSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  statSync,
+  utimesSync,
+} from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -77,7 +86,8 @@ function bundle() {
 
 /** Compiles csrc/ to the CPU addon; 'skipped' where the tools for it are not there. */
 export function buildAddon({ missingOnly = false } = {}) {
-  if (missingOnly && builtAt(addon) > newest('csrc', 'binding.gyp')) return true;
+  // The addon tells the version that package.json has
+  if (missingOnly && builtAt(addon) > newest('csrc', 'binding.gyp', 'package.json')) return true;
   const missing = missingTools();
   if (missing.length > 0) {
     console.error(`The CPU addon is not built: missing on this machine: ${missing.join(', ')}.`);
@@ -98,7 +108,9 @@ export function buildAddon({ missingOnly = false } = {}) {
   const [command, ...args] = existsSync(nodeGyp)
     ? [process.execPath, nodeGyp, ...flags]
     : ['node-gyp', ...flags];
-  return withBindingGyp(() => run('the CPU addon', command, args));
+  if (!withBindingGyp(() => run('the CPU addon', command, args))) return false;
+  utimesSync(addon, new Date(), new Date()); // sources may be newer without a difference
+  return true;
 }
 
 /**

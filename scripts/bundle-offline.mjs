@@ -57,8 +57,8 @@ const APP = [
 ];
 const BUILT = [
   'build/Release/moe_cpu.node',
-  'out/cuda/moe_cuda.node',
-  'out/cuda-hooks/moe_cuda.node',
+  'out/cuda/build/Release/moe_cuda.node',
+  'out/cuda-hooks/build/Release/moe_cuda.node',
   'out/bench-cuda/ceilings',
 ];
 

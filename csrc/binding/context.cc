@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "context_waits.h"
 #include "host_data.h"
 #include "op_table.h"
-#include "context_waits.h"
 
 namespace moe {
 
@@ -378,12 +378,12 @@ Napi::Value NativeContext::memory(const Napi::CallbackInfo& info) {
 // Blocks until it has measured.
 Napi::Value NativeContext::roofline(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  assert_not_recording(env, "roofline");
+  assert_not_recording(env, "measureRoofline");
   auto found = std::make_shared<std::pair<Status, Roofline>>();
   backend_->submit([backend = backend_.get(), found] { found->first = backend->roofline(&found->second); });
   Status status = backend_->wait();
   if (status.ok()) status = found->first;
-  if (!status.ok()) throw make_error(env, status, "roofline");
+  if (!status.ok()) throw make_error(env, status, "measureRoofline");
   const Roofline& roofline = found->second;
   Napi::Object result = Napi::Object::New(env);
   result.Set("readOneThread", roofline.read_one);

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <utility>
 
-#include "host_data.h"
 #include "context_waits.h"
+#include "host_data.h"
 
 namespace moe {
 

@@ -155,7 +155,7 @@ export class OracleBackend implements Backend {
     return { used: this.#used, reserved: this.#used };
   }
   roofline(): Roofline {
-    throw new MoeError('ERR_MOE_UNSUPPORTED', 'the oracle has no roofline', { op: 'roofline' });
+    throw new MoeError('ERR_MOE_UNSUPPORTED', 'the oracle has no roofline', { op: 'measureRoofline' });
   }
   paths(): Record<string, string> {
     return { ...this.#paths };

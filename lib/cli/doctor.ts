@@ -1,6 +1,7 @@
 // `moe-kernels doctor`: what this machine can run, what it cannot and why, and whether what runs is right.
 import { arch, availableParallelism, cpus, platform, release } from 'node:os';
 import type { Command } from 'commander';
+import { env } from '../env.js';
 import { type BackendName, backendStatuses, createContext, MoeError } from '../index.js';
 import { packageManifest } from '../package.js';
 import { type SelfTest, selfTest } from './self_test.js';
@@ -23,6 +24,8 @@ interface Report {
   os: { platform: string; arch: string; release: string };
   cpu: { model: string; threads: number; features: string };
   backends: Record<string, BackendReport>;
+  /** What `createContext()` takes here, or why it fails. */
+  auto: { backend: BackendName | null; error?: string };
   ok: boolean;
 }
 
@@ -70,6 +73,7 @@ async function diagnose(): Promise<Report> {
     verifiedOnHardware: verifiedOnHardware.oracle,
     selfTest: null,
   };
+  const auto = await chosen();
   return {
     package: { name, version },
     node: process.version,
@@ -80,8 +84,21 @@ async function diagnose(): Promise<Report> {
       features: backends.cpu?.facts.features ?? '',
     },
     backends,
-    ok: Object.values(backends).every(({ state, selfTest }) => state !== 'failed' && (selfTest?.ok ?? true)),
+    auto,
+    ok:
+      auto.error === undefined &&
+      Object.values(backends).every(({ state, selfTest }) => state !== 'failed' && (selfTest?.ok ?? true)),
   };
+}
+
+async function chosen(): Promise<Report['auto']> {
+  try {
+    await using context = await createContext();
+    return { backend: context.backend };
+  } catch (error) {
+    if (!(error instanceof MoeError)) throw error;
+    return { backend: null, error: error.message };
+  }
 }
 
 async function test(backend: BackendName): Promise<SelfTest> {
@@ -94,7 +111,7 @@ async function test(backend: BackendName): Promise<SelfTest> {
   }
 }
 
-function format({ package: { name, version }, node, os, cpu, backends, ok }: Report): string {
+function format({ package: { name, version }, node, os, cpu, backends, auto, ok }: Report): string {
   const lines = [
     `${name} ${version}, node ${node}, ${os.platform}-${os.arch} (${os.release})`,
     `CPU: ${cpu.model}, ${cpu.threads} threads${cpu.features === '' ? '' : `, ${cpu.features}`}`,
@@ -115,6 +132,9 @@ function format({ package: { name, version }, node, os, cpu, backends, ok }: Rep
       lines.push(`        ${good ? 'ok    ' : 'WRONG '} ${op}${error === undefined ? '' : `: ${error}`}`);
     }
   }
-  lines.push('', ok ? 'Everything that is here works.' : 'Something is wrong; see above.');
+  const { name: variable, read } = env.backend;
+  const asked = read() === undefined ? '' : ` (${variable}=${read()})`;
+  lines.push('', auto.error ?? `createContext() takes ${auto.backend}${asked}.`);
+  lines.push(ok ? 'Everything that is here works.' : 'Something is wrong; see above.');
   return lines.join('\n');
 }

@@ -33,7 +33,9 @@ async function main(): Promise<void> {
   registerBench(program);
   registerPlan(program);
   registerSimulate(program);
-  for (const command of program.commands) command.exitOverride().showHelpAfterError();
+  for (const command of program.commands) {
+    command.exitOverride().showHelpAfterError(`(moe-kernels ${command.name()} --help lists the options)`);
+  }
   try {
     await program.parseAsync();
   } catch (error) {

@@ -1,6 +1,6 @@
 // `moe-kernels run`: a layer of a real checkpoint on real hidden states, and whether the result is right.
 import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import type { Context } from '../context.js';
 import { backendNames } from '../create_context.js';
@@ -104,6 +104,13 @@ function layerNumber(text: string): number {
 }
 
 async function run(dir: string, options: RunOptions): Promise<void> {
+  if (options.out !== undefined && !existsSync(dirname(options.out))) {
+    // Told before the work, not after it
+    throw new MoeError('ERR_MOE_CHECKPOINT', `${options.out}: cannot be written (there is no such folder)`, {
+      op: 'run',
+      arg: 'out',
+    });
+  }
   await using checkpoint = await Checkpoint.open(dir);
   const layers = options.layer === undefined ? checkpoint.moeLayers : [options.layer];
   if (layers.length === 0) {

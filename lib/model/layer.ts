@@ -7,8 +7,9 @@ import { fusedMoe } from '../ops/fused_moe.js';
 import { moeFusedGate } from '../ops/moe_fused_gate.js';
 import { moeRouter } from '../ops/moe_router.js';
 import { sharedExperts } from '../ops/shared_experts.js';
-import { choice, describeValue } from '../options.js';
-import { dtypeRow, type FloatDType, type Tensor } from '../tensor.js';
+import { choice } from '../options.js';
+import { describeArgument } from '../owned_memory.js';
+import { dtypeRow, type FloatDType, Tensor } from '../tensor.js';
 import type { GateRules } from './architectures.js';
 import { Checkpoint } from './checkpoint.js';
 import { held, LayerLoader, type LoadProgress, loadOp, type Weights } from './layer_loader.js';
@@ -162,6 +163,7 @@ export class MoeLayer {
   /**
    * Runs the layer on `hidden` [tokens, hidden]: enqueues the ops and returns at once, so it can be captured. The
    * output has the dtype of `hidden`.
+   * @throws MoeError ERR_MOE_INVALID_ARG, ERR_MOE_DISPOSED, ERR_MOE_WRONG_CONTEXT, ERR_MOE_OOM.
    */
   forward(
     hidden: Tensor<FloatDType>,
@@ -177,6 +179,10 @@ export class MoeLayer {
     const { returnRouting = false, part = 'all', onStage } = options;
     if (part !== 'all' && part !== 'routed') {
       throw invalid(op, 'part', "one of 'all', 'routed'", part);
+    }
+    const { hidden: width } = this.description;
+    if (!(hidden instanceof Tensor) || hidden.shape.length !== 2 || hidden.shape[1] !== width) {
+      throw invalid(op, 'hidden', `a tensor f32|bf16|f16[tokens, ${width}]`, hidden);
     }
     const { shared, sharedGate: expertGate } = this.#weights;
     const temporary: Tensor[] = [];
@@ -377,7 +383,7 @@ const forwardOptions = ['returnRouting', 'part', 'routerInput', 'validTokens', '
 const invalid = (op: string, arg: string, expected: string, received: unknown): MoeError =>
   new MoeError(
     'ERR_MOE_INVALID_ARG',
-    `expected ${arg}: ${expected} but received ${describeValue(received)}`,
+    `expected ${arg}: ${expected} but received ${describeArgument(received)}`,
     { op, arg },
   );
 

@@ -7,11 +7,11 @@ import type { FloatDType, Tensor } from '../tensor.js';
 export interface FusedMoeInputs {
   /** Hidden states [tokens, hidden]. */
   hidden: Tensor<FloatDType>;
-  /** The gate's ids i32 [tokens, columns]; shared experts are ordinary columns, -1 is skipped. */
+  /** The gate's ids i32 [tokens, columns]; shared experts are ordinary columns, ids that are not local are skipped. */
   ids: Tensor<'i32'>;
   /** The gate's weights f32 [tokens, columns]. */
   weights: Tensor<'f32'>;
-  /** Packed weights of the local experts. */
+  /** Packed weights of the local experts, whose ids are firstExpert .. firstExpert + slots - 1. */
   experts: ExpertWeights;
 }
 
@@ -30,12 +30,12 @@ export interface FusedMoeOptions {
 
 /**
  * moeDispatch, moeExperts and moeCombine in one call, without materialising gathered rows:
- * `out[t] = outputScale * sum over columns c of weights[t, c] * expert_ids[t, c](hidden[t])`, [tokens, hidden] in the
- * dtype of `hidden`. Accumulation is f32; a token's columns are summed in a fixed order: that of the columns, or that of
- * the experts where CUDA streams their weights for few tokens. On the tensor cores of CUDA
- * (bf16 and f16) activations and experts' outputs are rounded to the dtype in between: in f16, where one exceeds 65504,
- * it becomes infinite there.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option.
+ * `out[t] = outputScale * sum over columns c of weights[t, c] * expert(ids[t, c], hidden[t])`, [tokens, hidden] in the
+ * dtype of `hidden`, with `expert(e, x) = down_e(swiglu(gate_up_e(x)))` and the activation of `SwiGLU`. Accumulation is
+ * f32; a token's columns are summed in a fixed order: that of the columns, or that of the experts where CUDA streams
+ * their weights for few tokens. On the tensor cores of CUDA (bf16 and f16) activations and experts' outputs are rounded
+ * to the dtype in between: in f16, where one exceeds 65504, it becomes infinite there.
+ * @throws MoeError ERR_MOE_INVALID_ARG for zero experts among the local ids; and what every `Op` throws.
  */
 export const fusedMoe = defineOp<FusedMoeInputs, FusedMoeOptions, Tensor<FloatDType>>({
   name: 'fused_moe',

@@ -6,7 +6,7 @@ import type { FloatDType, Tensor } from '../tensor.js';
 export interface MoeCombineInputs {
   /** Expert outputs [capacity, hidden], from moeExperts. */
   rows: Tensor<FloatDType>;
-  /** i32 [tokens, columns], from moeDispatch. */
+  /** i32 [tokens, columns], from moeDispatch: the row of each choice, or -1. */
   inverse: Tensor<'i32'>;
   /** Gate weights f32 [tokens, columns]. */
   weights: Tensor<'f32'>;
@@ -31,7 +31,8 @@ export interface MoeCombineOptions {
  * The weighted sum of a token's expert outputs, [tokens, hidden] in the dtype of `rows`:
  * `out[t] = outputScale * sum over columns c of weights[t, c] * rows[inverse[t, c]]`, in f32 and in column order.
  * Choices with inverse -1 add nothing, zero experts add `weights[t, c] * hidden[t]`.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option.
+ * @throws MoeError ERR_MOE_INVALID_ARG for zero experts without ids and hidden; what every `Op` throws; at the wait
+ *   ERR_MOE_RANGE where `inverse` leaves the rows.
  */
 export const moeCombine = defineOp<MoeCombineInputs, MoeCombineOptions, Tensor<FloatDType>>({
   name: 'moe_combine',

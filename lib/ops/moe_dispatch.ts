@@ -49,7 +49,7 @@ function capacity(scope: CallScope): number {
 /**
  * Sorts (token, column) choices by expert, stably: one bucket per local expert, choices ascending inside it. With
  * `blockSize` the layout is that of vLLM's moe_align_block_size.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option.
+ * @throws MoeError ERR_MOE_INVALID_ARG for 2^31 rows and more; and what every `Op` throws.
  */
 export const moeDispatch = defineOp<MoeDispatchInputs, MoeDispatchOptions, MoeDispatchOutputs>({
   name: 'moe_dispatch',

@@ -22,11 +22,11 @@ export interface MoeExpertsInputs {
  * Grouped expert MLP over dispatched rows: `down(swiglu(gate_up(row)))` with the weights of the row's expert, biases
  * included. Returns [capacity, hidden] in the dtype of `rows`; places that hold no row are 0.
  *
- * Products accumulate in f32; the activation is evaluated in f32. With `weights`, row p is multiplied by the weight
- * of choice order[p] before the first product (in the accumulator, so a bias is not scaled). On the tensor cores of CUDA
- * (bf16 and f16) the activation is rounded to the dtype in between: in f16, where one exceeds 65504,
- * it becomes infinite there.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype or shape, or at the wait when offsets leave the rows.
+ * Products accumulate in f32; the activation, whose formula is that of `SwiGLU`, is evaluated in f32. With `weights`,
+ * row p is multiplied by the weight of choice order[p] before the first product (in the accumulator, so a bias is not
+ * scaled). On the tensor cores of CUDA (bf16 and f16) the activation is rounded to the dtype in between: in f16, where
+ * one exceeds 65504, it becomes infinite there.
+ * @throws MoeError What every `Op` throws; at the wait ERR_MOE_RANGE where counts, offsets or order leave the rows.
  */
 export const moeExperts = defineOp<MoeExpertsInputs, Record<never, never>, Tensor<FloatDType>>({
   name: 'moe_experts',

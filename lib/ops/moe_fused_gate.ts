@@ -17,14 +17,14 @@ export interface MoeFusedGateInputs {
   validTokens?: number | Tensor<'i32'>;
   /** Logical to physical ids, i32 [rounds, experts + sharedExperts]: token t uses row `t mod rounds`. */
   idMap?: Tensor<'i32'>;
-  /** i64 [slots], in and out: the count of every mapped id of valid rows is added. */
+  /** i64 [slots], in and out: adds the count of every mapped id of valid rows; ids from `slots` on are not counted. */
   load?: Tensor<'i64'>;
 }
 
 export interface MoeFusedGateOptions {
   /** Routed (and zero) experts chosen per token, 1..32. */
   topK: number;
-  /** What a logit becomes. Default 'softmax'. */
+  /** What a logit x becomes: softmax over the experts (default), 1 / (1 + exp(-x)), or sqrt(log(1 + exp(x))). */
   scoring?: 'softmax' | 'sigmoid' | 'sqrtSoftplus';
   /**
    * What chooses: 'score' (plus `bias` where given, the default); 'logits' (raw logits choose; softmax then runs over
@@ -133,7 +133,7 @@ const rules: Rule[] = [
  * bias gives score 0, ranks below -inf and is left out of a softmax; +inf entries share a softmax (or a
  * renormalisation) equally; a sum of 0 gives weights 0. The formulas are those of DeepSeek-V2 (softmax, group
  * maximum), DeepSeek-V3 (sigmoid + bias, sum of the two best) and their relatives.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option.
+ * @throws MoeError ERR_MOE_INVALID_ARG for options that do not go together; and what every `Op` throws.
  */
 export const moeFusedGate = defineOp<MoeFusedGateInputs, MoeFusedGateOptions, MoeFusedGateOutputs>({
   name: 'moe_fused_gate',

@@ -15,7 +15,7 @@ export interface MoeRouterInputs {
  * Router logits: `logits = hidden x weight^T + bias`, f32 [tokens, experts].
  *
  * Every dtype is widened to f32 first and products are accumulated in f32, because choices depend on the last bits.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype or shape.
+ * @throws MoeError What every `Op` throws.
  */
 export const moeRouter = defineOp<MoeRouterInputs, Record<never, never>, Tensor<'f32'>>({
   name: 'moe_router',

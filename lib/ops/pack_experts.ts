@@ -2,8 +2,9 @@ import { Context } from '../context.js';
 import { MoeError } from '../errors.js';
 import { type ExpertsLayout, ExpertWeights, type SwiGLU } from '../experts.js';
 import { type CallScope, defineOp, type Rule } from '../op.js';
-import { choice, describeValue, flag, integer, real, resolveOptions, value } from '../options.js';
+import { choice, flag, integer, real, resolveOptions, value } from '../options.js';
 import { pack_experts } from '../oracle/pack_experts.js';
+import { describeArgument } from '../owned_memory.js';
 import { type FloatDType, Tensor } from '../tensor.js';
 
 export interface PackExpertsInputs {
@@ -102,7 +103,10 @@ export function allocateExperts(
   context: Context,
   layout: Omit<ExpertsLayout, 'swiglu' | 'biases'> & { biases?: boolean; swiglu?: SwiGLU },
 ): ExpertWeights {
-  const op = 'allocate_experts';
+  return allocate('allocate_experts', context, layout);
+}
+
+function allocate(op: string, context: Context, layout: unknown): ExpertWeights {
   if (!(context instanceof Context)) throw invalid(op, 'context', 'a context from createContext', context);
   const { swiglu, ...rest } = resolveOptions(
     op,
@@ -117,7 +121,7 @@ export function allocateExperts(
     layout,
     noScope,
   ) as unknown as Omit<ExpertsLayout, 'swiglu'> & { swiglu: SwiGLU };
-  return context.allocateExperts({ ...rest, swiglu: resolveSwiGLU(op, swiglu) });
+  return context.allocateExperts(op, { ...rest, swiglu: resolveSwiGLU(op, swiglu) });
 }
 
 /**
@@ -125,7 +129,7 @@ export function allocateExperts(
  * may be disposed right after the call.
  *
  * Shared experts to be fused are ordinary experts after the routed ones: pack them as the last slots.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or option; ERR_MOE_OOM.
+ * @throws MoeError What every `Op` throws.
  */
 export function packExperts(given: PackExpertsInputs, options: PackExpertsOptions = {}): ExpertWeights {
   const op = 'pack_experts';
@@ -156,7 +160,7 @@ export function packExperts(given: PackExpertsInputs, options: PackExpertsOption
     }
   }
   const [slots, rows2, columns2] = w2.shape;
-  const experts = allocateExperts(w13.context, {
+  const experts = allocate(op, w13.context, {
     slots,
     hidden: layout.transposed ? columns2 : rows2,
     intermediate: layout.transposed ? rows2 : columns2,
@@ -182,7 +186,7 @@ const noScope = { given: new Set<string>(), dim: () => 0 };
 const invalid = (op: string, arg: string, expected: string, received: unknown): MoeError =>
   new MoeError(
     'ERR_MOE_INVALID_ARG',
-    `expected ${arg}: ${expected} but received ${received instanceof Tensor ? received : describeValue(received)}`,
+    `expected ${arg}: ${expected} but received ${describeArgument(received)}`,
     { op, arg },
   );
 

@@ -9,7 +9,7 @@ export interface SharedExpertsInputs {
   hidden: Tensor<FloatDType>;
   /** Packed weights of one dense MLP (one slot). */
   experts: ExpertWeights;
-  /** What part 'gateUp' returned; for part 'down'. */
+  /** What part 'gateUp' returned, [tokens, 2*intermediate]; for part 'down'. */
   projected?: Tensor<FloatDType>;
   /** Weight [hidden] of a sigmoid gate on the result (Qwen2-MoE, Qwen3-Next). */
   expertGate?: Tensor<FloatDType>;
@@ -28,13 +28,13 @@ export interface SharedExpertsOptions {
 /**
  * Shared experts as a dense MLP beside the routed ones, for layers that do not fuse them:
  * `out = routed + sigmoid(hidden . expertGate) * down(swiglu(gate_up(hidden)))`, [tokens, hidden] in the dtype of
- * `hidden`; gate and `routed` only where given. Accumulation is f32. The gate multiplies in 'whole' and in 'down'. On the tensor cores of CUDA
- * (bf16 and f16) the activation is rounded to the dtype in between: in f16, where one exceeds 65504,
- * it becomes infinite there.
+ * `hidden`; gate and `routed` only where given, `swiglu` as in `SwiGLU`. Accumulation is f32. The gate multiplies in
+ * 'whole' and in 'down'. On the tensor cores of CUDA (bf16 and f16) the activation is rounded to the dtype in between:
+ * in f16, where one exceeds 65504, it becomes infinite there.
  *
  * Like the router it is dense and takes no `validTokens`: rows do not touch each other, so that a padded one costs its
  * time and what comes out of it means nothing.
- * @throws MoeError ERR_MOE_INVALID_ARG for a wrong dtype, shape or combination of inputs.
+ * @throws MoeError ERR_MOE_INVALID_ARG for inputs that do not belong to the part; and what every `Op` throws.
  */
 export const sharedExperts = defineOp<SharedExpertsInputs, SharedExpertsOptions, Tensor<FloatDType>>({
   name: 'shared_experts',

@@ -24,6 +24,22 @@ describe('moe-kernels doctor', () => {
     expect(report.backends.cpu.loadedFrom).toMatch(/moe_cpu\.node$/);
     expect(report.backends.cpu.selfTest.ok).toBe(true);
     expect(report.backends.ascend.verifiedOnHardware).toBe(false);
+    expect(report.backends[report.auto.backend].state).toBe('ready');
+  });
+
+  it('says what a context that does not say gets, or that its variables are wrong', () => {
+    const asked = moeKernels(['doctor'], { MOE_KERNELS_BACKEND: 'oracle' });
+    expect(asked.status).toBe(0);
+    expect(asked.stdout).toMatch(/^createContext\(\) takes oracle \(MOE_KERNELS_BACKEND=oracle\)\.$/m);
+    for (const [name, value] of [
+      ['MOE_KERNELS_BACKEND', 'gpu'],
+      ['MOE_KERNELS_THREADS', '0'],
+    ]) {
+      const wrong = moeKernels(['doctor'], { [name]: value });
+      expect(wrong.status).toBe(1);
+      expect(wrong.stdout).toMatch(new RegExp(`expected ${name}: .* but received '${value}'`));
+      expect(wrong.stdout).toMatch(/Something is wrong; see above\./);
+    }
   });
 
   it('tells people the same', () => {

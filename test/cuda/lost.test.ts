@@ -1,14 +1,14 @@
 // A kernel that writes through an invalid address takes the device from the process. The addon with deliberate faults
 // (npm run build:cuda -- --test-hooks) is put where the package looks, in a copy of the package.
-import { cpSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs';
+import { cpSync, existsSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { packageRoot } from '../../lib/package.js';
 import { child, ready } from './device.js';
 
-const hooks = join(packageRoot, 'out', 'cuda-hooks', 'moe_cuda.node');
-const copy = ready && existsSync(hooks) ? mkdtempSync(join(tmpdir(), 'moe-lost-')) : '';
+const hooks = join(packageRoot, 'out', 'cuda-hooks');
+const copy = ready && existsSync(join(hooks, 'build')) ? mkdtempSync(join(tmpdir(), 'moe-lost-')) : '';
 if (copy !== '') {
   for (const name of ['package.json', 'dist', 'build']) {
     cpSync(join(packageRoot, name), join(copy, name), {
@@ -16,8 +16,7 @@ if (copy !== '') {
       filter: (path) => !/obj\.target|\.deps/.test(path),
     });
   }
-  mkdirSync(join(copy, 'out', 'cuda'), { recursive: true });
-  cpSync(hooks, join(copy, 'out', 'cuda', 'moe_cuda.node'));
+  cpSync(hooks, join(copy, 'out', 'cuda'), { recursive: true });
   symlinkSync(join(packageRoot, 'node_modules'), join(copy, 'node_modules'));
 }
 afterAll(() => copy && rmSync(copy, { recursive: true }));

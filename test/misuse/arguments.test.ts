@@ -106,6 +106,51 @@ describe.each(backends)('arguments on %s', async (backend) => {
     expect((await moeRouter(closing).read()).length).toBe(16);
   });
 
+  it('a getter that closes the context of its call makes the call refuse, naming it', async () => {
+    const closing =
+      (name: string, value: unknown, rest: object = {}) =>
+      (own: Context) =>
+        Object.defineProperty({ ...rest }, name, {
+          enumerable: true,
+          get: () => {
+            void own.close();
+            return value;
+          },
+        }) as Anything;
+    const closingList = (own: Context): Anything =>
+      new Proxy([1, 1], {
+        get: (list, name) => {
+          if (name === '0') void own.close();
+          return Reflect.get(list, name);
+        },
+      });
+    const calls: [string, (own: Context, x: Tensor<'f32'>) => unknown][] = [
+      ['moe_fused_gate', (own, x) => moeFusedGate({ logits: x }, closing('topK', 2)(own))],
+      [
+        'moe_fused_gate',
+        (own, x) => moeFusedGate(closing('validTokens', 1, { logits: x })(own), { topK: 2 }),
+      ],
+      ['moe_router', (own, x) => moeRouter(closing('weight', x, { hidden: x })(own))],
+      ['tensor', (own) => own.tensor('f32', closingList(own))],
+      ['read', (own, x) => x.read(closing('signal', undefined)(own))],
+      ['synchronize', (own) => own.synchronize(closing('signal', undefined)(own))],
+      [
+        'allocate_experts',
+        (own) => allocateExperts(own, closing('slots', 1, { hidden: 2, intermediate: 2, dtype: 'f32' })(own)),
+      ],
+    ];
+    for (const [op, call] of calls) {
+      const own = await createContext({ backend });
+      const x = own.tensor('f32', [1, 4]);
+      const error = await rejection(async () => call(own, x));
+      expect({ op: error.op, code: error.code, message: error.message }).toEqual({
+        op,
+        code: 'ERR_MOE_DISPOSED',
+        message: `[${op}] expected an open context but ${own} is closed`,
+      });
+    }
+  });
+
   it('takes frozen, sealed, inherited and null-prototype arguments, and proxies of them', async () => {
     const input = logits();
     for (const wrap of [

@@ -14,7 +14,21 @@ describe.each(backends)('calls of the gate on %s', async (backend) => {
       () => (moeFusedGate as Anything)(),
       'INVALID_ARG',
       'inputs',
-      /expected inputs: an object but received undefined/,
+      /expected inputs: an object of logits, bias, .* but received undefined/,
+    ],
+    [
+      'a tensor instead of inputs',
+      () => (moeFusedGate as Anything)(f32(2, 8), { topK: 1 }),
+      'INVALID_ARG',
+      'inputs',
+      /expected inputs: an object of logits, bias, .* but received f32\[2, 8\]/,
+    ],
+    [
+      'validTokens of another dtype',
+      () => moeFusedGate({ logits: f32(2, 8), validTokens: f32(1) as Anything }, { topK: 1 }),
+      'INVALID_ARG',
+      'validTokens',
+      /expected validTokens: a number or a tensor i32\[1\] but received f32\[1\]/,
     ],
     [
       'null inputs',

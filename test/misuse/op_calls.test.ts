@@ -25,6 +25,28 @@ describe.each(backends)('calls of ops on %s', async (backend) => {
       'weight',
       /expected weight: f32\|bf16\|f16\[4, 8\].*hidden = 8 from hidden: f32\[2, 8\].* but received f32\[4, 7\]/,
     ],
+    [
+      'experts instead of a tensor',
+      () => moeRouter({ hidden: f32(2, 8), weight: experts() as Anything }),
+      'INVALID_ARG',
+      'weight',
+      /expected weight: a tensor f32\|bf16\|f16\[experts, hidden\] but received experts f32\[4, 8, 3\]$/,
+    ],
+    [
+      'a tensor instead of experts',
+      () =>
+        moeExperts({ rows: f32(4, 8), counts: i32(4), offsets: i32(5), experts: f32(4, 6, 8) as Anything }),
+      'INVALID_ARG',
+      'experts',
+      /expected experts: ExpertWeights \(from packExperts\) but received f32\[4, 6, 8\]$/,
+    ],
+    [
+      'a misspelt activation',
+      () => packExperts({ w13: f32(4, 6, 8), w2: f32(4, 8, 3) }, { swiglu: { alfa: 1 } as Anything }),
+      'INVALID_ARG',
+      'alfa',
+      /^\[pack_experts\] unknown option 'alfa'; the options are: alpha, beta, limit/,
+    ],
     // moe_dispatch
     [
       'experts missing',

@@ -308,7 +308,10 @@ describe.each(backends)('%s', (backend) => {
     ]);
     for (const tensor of [output, ids, weights, logits]) tensor.dispose();
     using narrow = context().tensor('f32', [2, 63]);
-    expect(() => layer.forward(narrow)).toThrow(/expected weight: .*\[20, 63\]/);
+    expect(() => layer.forward(x, { routerInput: narrow })).toThrow(/expected weight: .*\[20, 63\]/);
+    expect(() => layer.forward(narrow)).toThrow(
+      '[MoeLayer.forward] expected hidden: a tensor f32|bf16|f16[tokens, 64] but received f32[2, 63]',
+    );
     narrow.dispose();
     await context().synchronize();
     expect(context().memory().used).toBe(before);

@@ -1,14 +1,27 @@
 // What users get: the packed tarball in an empty folder, and the repository on a machine without a compiler. Both
 // work on a copy of the tree, because packing rebuilds what other tests are using.
 import { execFileSync, spawnSync } from 'node:child_process';
-import { cpSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  rmSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { loadBackend } from '../../lib/native.js';
 import { packageRoot } from '../../lib/package.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'moe-kernels-pack-'));
 const tree = join(scratch, 'tree');
+/** The CUDA addon of this clone, where one is built. */
+const { loadedFrom: cudaAddon, state: cudaState } = loadBackend('cuda').status;
+const cudaBuild = join(tree, 'out', 'cuda', 'build', 'Release', 'moe_cuda.node');
 
 beforeAll(() => {
   const listed = execFileSync('git', ['ls-files', '-z', '--cached', '--others', '--exclude-standard'], {
@@ -20,6 +33,8 @@ beforeAll(() => {
     cpSync(join(packageRoot, file), join(tree, file), { force: true });
   }
   symlinkSync(join(packageRoot, 'node_modules'), join(tree, 'node_modules'));
+  mkdirSync(dirname(cudaBuild), { recursive: true });
+  if (cudaAddon !== undefined) cpSync(cudaAddon, cudaBuild);
 });
 afterAll(() => rmSync(scratch, { recursive: true, force: true }));
 
@@ -33,6 +48,9 @@ describe('the packed tarball', () => {
       encoding: 'utf8',
     });
     expect(packed.status, packed.stderr).toBe(0);
+    expect(packed.stderr).toMatch(
+      cudaAddon === undefined ? /Without the CUDA addon: none is built/ : /With the CUDA addon: \d/,
+    );
     const [{ filename, files: list }] = JSON.parse(packed.stdout.slice(packed.stdout.indexOf('[')));
     files = list.map(({ path }: { path: string }) => path);
     mkdirSync(home);
@@ -42,11 +60,14 @@ describe('the packed tarball', () => {
     expect(installed.status, installed.stderr).toBe(0);
   }, 300_000);
 
-  it('holds the library, a CPU prebuild, the sources of the addon and the papers, and nothing else', () => {
-    const prebuilds = files.filter((file) =>
-      file.startsWith(`prebuilds/${process.platform}-${process.arch}/moe_cpu.`),
-    );
-    expect(prebuilds).toHaveLength(1);
+  it('holds the library, prebuilds, the sources of the CPU addon and the papers, and nothing else', () => {
+    const platform = `${process.platform}-${process.arch}`;
+    const addons = files
+      .filter((file) => file.endsWith('.node'))
+      .map((file) => file.replace(/\.\w+\.node$/, ''));
+    const expected = [`prebuilds/${platform}/moe_cpu`];
+    if (cudaAddon !== undefined) expected.push(`out/cuda/prebuilds/${platform}/moe_cuda`);
+    expect(addons.sort()).toEqual(expected.sort());
     for (const file of [
       'dist/lib/index.js',
       'dist/lib/index.d.ts',
@@ -57,7 +78,8 @@ describe('the packed tarball', () => {
     ]) {
       expect(files).toContain(file);
     }
-    const strangers = /\.test\.|fixtures|node_modules|^build\/|^\.|^lib\/|^csrc\/cuda|^binding\.gyp/;
+    const strangers =
+      /\.test\.|fixtures|node_modules|^build\/|^\.|^lib\/|^csrc\/cuda|^binding\.gyp|^out\/(?!cuda\/prebuilds)/;
     expect(files.filter((file) => strangers.test(file))).toEqual([]);
   });
 
@@ -86,7 +108,7 @@ describe('the packed tarball', () => {
       `const m = require('./node_modules/moe-kernels');(async () => {${smoke}})();`,
       ['--input-type=commonjs'],
     ],
-  ])('works through %s, on the prebuilt addon', (_, code, flags) => {
+  ])('works through %s, on a prebuilt addon', (_, code, flags) => {
     const [major, minor] = process.versions.node.split('.').map(Number);
     // require() of an ES module needed no flag from 20.19 and 22.12 on, and warned on 20.
     expect(major > 20 || minor >= 19).toBe(true);
@@ -95,17 +117,27 @@ describe('the packed tarball', () => {
       encoding: 'utf8',
     });
     expect(run.stderr).toBe('');
-    expect(run.stdout.trim()).toBe('cpu 1,2');
+    expect(run.stdout.trim()).toBe(cudaState === 'ready' ? 'cuda 1,2' : 'cpu 1,2');
   });
 
-  it('brings a command line that says where the addon came from', () => {
+  it('brings a command line that says where the addons came from', () => {
     const run = spawnSync('npx', ['--no-install', 'moe-kernels', 'doctor', '--json'], {
       cwd: home,
       encoding: 'utf8',
     });
     expect(run.status, run.stderr).toBe(0);
     const { cpu, cuda } = JSON.parse(run.stdout).backends;
-    expect(cuda.detail).toContain("'npm run build:cuda' in a clone makes one");
+    const folder = join('node_modules', 'moe-kernels', 'out', 'cuda');
+    if (cudaAddon === undefined) {
+      expect(cuda.state).toBe('not built');
+      expect(cuda.detail).toMatch(
+        /no addon for .* in this package: as published it has one for linux-x64 \(glibc\); elsewhere 'npm run build:cuda' in a clone makes one/,
+      );
+      expect(cuda.attempts).toMatchObject([{ path: expect.stringContaining(folder) }]);
+    } else {
+      expect(['ready', 'no driver', 'no device']).toContain(cuda.state);
+      expect(cuda.loadedFrom).toContain(join(folder, 'prebuilds'));
+    }
     expect(cpu.state).toBe('ready');
     expect(cpu.loadedFrom).toContain(join('node_modules', 'moe-kernels', 'prebuilds'));
     expect(cpu.selfTest.ok).toBe(true);
@@ -142,6 +174,20 @@ describe('the packed tarball', () => {
       encoding: 'utf8',
     });
     expect(run.stdout).toBe('');
+  });
+});
+
+describe('a CUDA addon that is older than its sources', () => {
+  it('is not packed', () => {
+    writeFileSync(cudaBuild, 'of yesterday');
+    utimesSync(cudaBuild, new Date(0), new Date(0));
+    const run = spawnSync(process.execPath, ['scripts/prebuild.mjs'], { cwd: tree, encoding: 'utf8' });
+    rmSync(cudaBuild);
+    expect(run.status).toBe(1);
+    expect(run.stderr).toMatch(
+      /moe_cuda\.node is older than its sources: 'npm run build:cuda', or remove it/,
+    );
+    expect(existsSync(join(tree, 'out', 'cuda', 'prebuilds'))).toBe(false);
   });
 });
 

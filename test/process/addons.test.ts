@@ -15,7 +15,7 @@ import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { loadBackend } from '../../lib/native.js';
-import { packageRoot } from '../../lib/package.js';
+import { packageManifest, packageRoot } from '../../lib/package.js';
 import { Random } from '../cases/random.js';
 import { child, good } from './child.js';
 
@@ -59,6 +59,12 @@ describe.skipIf(status.loadedFrom === undefined)('the addon of a package', () =>
   const patched = (...changes: [offset: number, bytes: number[]][]) => {
     const copy = Buffer.from(whole);
     for (const [offset, bytes] of changes) copy.set(bytes, offset);
+    return copy;
+  };
+  /** The addon with a text in it replaced by another one of its length. */
+  const reworded = (text: string, other: string) => {
+    const copy = Buffer.from(whole);
+    for (let at = copy.indexOf(text); at >= 0; at = copy.indexOf(text, at + 1)) copy.write(other, at);
     return copy;
   };
   const elf = process.platform === 'linux';
@@ -128,6 +134,71 @@ describe.skipIf(status.loadedFrom === undefined)('the addon of a package', () =>
     expect(chosen).toBe('oracle 1,2');
     expect(detail).toMatch(said);
     expect(asked).toMatch(/^ERR_MOE_BACKEND .*the cpu backend is/);
+  });
+
+  const { version } = packageManifest();
+  const older = version.replace(/\d/g, '0');
+  const foreign: [string, () => Buffer, RegExp][] = [
+    [
+      'of another version',
+      () => reworded(`${version}\0`, `${older}\0`),
+      new RegExp(
+        `: it is of moe-kernels ${older}, this is moe-kernels ${version}; 'npm run build' makes a new one`,
+      ),
+    ],
+    [
+      'whose ops take other fields',
+      () => reworded('renormalize', 'renormalise'),
+      new RegExp(
+        `from other sources than this moe-kernels ${version}: moe_fused_gate: 'renormalise: flag' instead of 'renormalize: flag'; 'npm run build' makes`,
+      ),
+    ],
+    [
+      'with other error codes',
+      () => reworded('ERR_MOE_ABORTED', 'ERR_MOE_ABANDON'),
+      /error codes: 'ERR_MOE_ABANDON' instead of 'ERR_MOE_ABORTED'/,
+    ],
+    [
+      'with other dtypes',
+      () => reworded('f8_e4m3\0', 'f8_e5m2\0'),
+      /dtypes: 'f8_e5m2 of 1 bytes' instead of/,
+    ],
+  ];
+  it.each(foreign)('%s is refused: auto goes on without it, and asking for it says why', (_, make, said) => {
+    rmSync(addon, { recursive: true, force: true });
+    writeFileSync(addon, make());
+    const end = child(service, { cwd: folder, env });
+    expect(end, end.stderr).toMatchObject(good);
+    const [chosen, detail, asked] = end.stdout.split('\n');
+    expect(chosen).toBe('oracle 1,2');
+    expect(detail).toMatch(/^failed: the addon does not belong to this package: /);
+    expect(detail).toMatch(said);
+    expect(asked).toMatch(/^ERR_MOE_BACKEND .*the cpu backend is failed: the addon does not belong/);
+  });
+
+  it('of another backend, where that one should be, is refused, and its own is not it', () => {
+    const places = ['out/cuda/build/Release', 'out/ascend/build/Release'].map((place) => join(folder, place));
+    for (const place of places) mkdirSync(place, { recursive: true });
+    writeFileSync(join(places[0], 'moe_cuda.node'), whole);
+    writeFileSync(join(places[1], 'moe_cpu.node'), whole);
+    rmSync(addon, { recursive: true, force: true });
+    const end = child(
+      `for (const { state, detail, attempts: [{ error }] } of m.backendStatuses()) console.log(state, detail, error);`,
+      {
+        cwd: folder,
+        env,
+      },
+    );
+    for (const place of places) rmSync(place, { recursive: true });
+    expect(end, end.stderr).toMatchObject(good);
+    const [cuda, ascend, cpu] = end.stdout.split('\n');
+    expect(cuda).toMatch(
+      /^failed the addon does not belong to this package: it is the addon of the cpu backend/,
+    );
+    expect(ascend).toMatch(
+      /^not built .*no moe_ascend.node in build\/Release or prebuilds\/\S+, only .*moe_cpu.node$/,
+    );
+    expect(cpu).toMatch(/^not built .*no moe_cpu.node in build\/Release or prebuilds\/\w+-\w+$/);
   });
 
   it.skipIf(process.getuid?.() === 0)('unreadable: the same', () => {

@@ -25,8 +25,8 @@ const fineSurplus = 1.5;
 const barely = 1e-4;
 /** How far above the optimum of the window a small layer may stay for the sake of earlier windows. */
 const leewayOfReplans = 0.01;
-/** Variance of a device's load in a single step from which on its window is not worth balancing exactly. */
-const rough = 0.04;
+/** Variance of a device's load in a step, by sampling alone, from which on a window is not worth balancing exactly. */
+const rough = 0.02;
 /**
  * Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. From
  * `fewWindows` on it gives way to what the windows themselves tell.
@@ -69,7 +69,7 @@ function placementOf({ devices, slots, experts, rows }: LayerState, order?: read
  * be spared for what may come, `thisWindow`, it is balanced all the same.
  */
 function aimOf(
-  { noise, uncertainty, fine, earlier }: Scenarios,
+  { noise, sampling, uncertainty, fine, earlier }: Scenarios,
   { devices, slots }: Shape,
   thisWindow: boolean,
 ): Aim {
@@ -77,7 +77,7 @@ function aimOf(
   if (thisWindow) return { target, leeway: 0 };
   const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
   return {
-    target: target + (fine && variance >= rough ? 30 * variance * uncertainty : 0),
+    target: target + (fine && sampling >= rough ? 30 * variance * uncertainty : 0),
     leeway: earlier > 0 ? leewayOfReplans : 0,
   };
 }

@@ -1,9 +1,10 @@
 // The report of one plan: what the load looks like, what the devices carry before and after, and what it costs.
-import type { Loads } from '../eplb/loads.js';
+import { Arguments } from '../arguments.js';
+import { Loads } from '../eplb/loads.js';
 import { deviceLoads, parByStep } from '../eplb/metrics.js';
 import { type Plan, startPlacements } from '../eplb/plan.js';
 import { transferSchedule } from '../eplb/transfer.js';
-import type { Placement } from '../placement/placement.js';
+import { Placement } from '../placement/placement.js';
 import {
   type DeviceLoad,
   deviceLoadPicture,
@@ -47,8 +48,25 @@ const grouped = (values: Float64Array): number[] => {
   });
 };
 
-/** Builds the report. */
-export function planReport({ loads, plan, current, others = [], title }: PlanReportInput): Report {
+const check = new Arguments('plan_report');
+
+function checkLayers(arg: string, placements: readonly Placement[], loads: Loads): void {
+  if (check.instances(arg, placements, Placement).length !== loads.layers)
+    check.refuse(arg, `placements of ${loads.layers} layers, as the loads have`, placements);
+}
+
+/** Builds the report. Throws ERR_MOE_INVALID_ARG where loads, plans and placements do not belong together. */
+export function planReport(input: PlanReportInput): Report {
+  const known = ['loads', 'plan', 'current', 'others', 'title'];
+  const { loads, plan, current, others = [], title } = check.object('input', input, known);
+  check.instance('loads', loads, Loads);
+  check.text('title', title);
+  for (const [name, one] of [
+    ['plan', plan] as const,
+    ...check.list('others', others).map((other) => ['others', other] as const),
+  ])
+    checkLayers(name, check.object(name, one).placements, loads);
+  if (current !== undefined) checkLayers('current', current, loads);
   const { devices, slots, experts } = plan.placements[0]!;
   const from = current ?? startPlacements(loads.layers, experts, devices, slots);
   const heat: HeatCell[] = [];

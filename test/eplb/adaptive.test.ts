@@ -68,6 +68,19 @@ describe('full plans of large layers', () => {
   });
 });
 
+describe('phases of prefill and decode', () => {
+  it.each([
+    [32, 9, 1.001],
+    [64, 5, 1.003],
+  ])(
+    '%i x %i: window PAR at most %f, although steps differ: their tokens are many',
+    (devices, slots, most) => {
+      const loads = generateTrace({ kind: 'mixed', steps: 64, layers: 6, experts: 256, seed: 77, skew: 0.8 });
+      expect(planSync({ loads, devices, slots }).par.after.mean).toBeLessThanOrEqual(most);
+    },
+  );
+});
+
 describe('replans without a budget', () => {
   it.each([
     [32, 9, 0, 1.001],

@@ -13,7 +13,7 @@ import { forecastOf } from './forecast.js';
 import { LayerState } from './layer_state.js';
 import { type Memory, pastOf, remember, totalsOf } from './memory.js';
 import type { PlanProblem, Policy } from './policy.js';
-import { type Aim, buildLayer, windowTarget } from './rebuild.js';
+import { type Aim, buildLayer, rowsOf, windowTarget } from './rebuild.js';
 import { fineBlocks, type Scenarios, scenariosOf } from './scenario.js';
 
 /** A full plan finds this much more in noise than a search from the placement in use does; among single steps more. */
@@ -55,10 +55,10 @@ function canonicalRows(placement: Placement, order: readonly number[]): Int32Arr
 }
 
 /** The rows of a search as a placement; order[row] is the device of each row. */
-function placementOf({ devices, slots, experts, rows }: LayerState, order?: readonly number[]): Placement {
+function placementOf({ devices, slots, experts, rows }: LayerState, order: readonly number[]): Placement {
   const byDevice = new Array<Int32Array>(devices);
   for (let row = 0; row < devices; row++)
-    byDevice[order?.[row] ?? row] = rows.subarray(row * slots, (row + 1) * slots);
+    byDevice[order[row]!] = rows.subarray(row * slots, (row + 1) * slots);
   return Placement.fromRows(byDevice, { experts });
 }
 
@@ -129,9 +129,6 @@ function needed(layers: readonly Layer[], plans: readonly FullPlan[], movesAreFr
   return plans.map(({ evidence, gain }) => evidence >= 1 || (evidence >= bar && gain > 0));
 }
 
-const rowsOf = (flat: Int32Array, slots: number): Int32Array[] =>
-  Array.from({ length: flat.length / slots }, (_, row) => flat.subarray(row * slots, (row + 1) * slots));
-
 /** Plans within a budget; rows are left in the layers' states. */
 function planWithin(
   layers: readonly Layer[],
@@ -188,10 +185,11 @@ export const adaptive: Policy = {
     const memory = remember(history, loads, scenarios.some(({ fine }) => fine) ? fineBlocks : 1);
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;
     if (first && unlimited) {
-      const placements = scenarios.map((ofLayer) => {
+      const placements = scenarios.map((ofLayer, layer) => {
         const state = buildLayer(ofLayer, devices, slots, aimOf(ofLayer, problem, movesAreFree));
+        const rows = matchRows(rowsOf(state.rows, slots), current[layer]!.toRows());
         layerDone();
-        return placementOf(state);
+        return Placement.fromRows(rows, { experts: loads.experts });
       });
       return { placements, memory };
     }

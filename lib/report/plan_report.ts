@@ -28,6 +28,9 @@ export interface PlanReportInput {
   title: string;
 }
 
+/** `1 layer`, `2 layers`. */
+export const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? '' : 's'}`;
+
 const overMean = (values: ArrayLike<number>): number[] => {
   const list = Array.from(values);
   const mean = list.reduce((sum, value) => sum + value, 0) / list.length;
@@ -112,7 +115,7 @@ export function planReport(input: PlanReportInput): Report {
       ['policy', plan.policy],
       [
         'shape',
-        `${loads.layers} layers, ${experts} experts on ${devices} devices × ${slots} slots; ${loads.steps} ${loads.steps === 1 ? 'step' : 'steps'} of load`,
+        `${counted(loads.layers, 'layer')}, ${experts} experts on ${counted(devices, 'device')} × ${counted(slots, 'slot')}; ${counted(loads.steps, 'step')} of load`,
       ],
       ['PAR of the window, mean over layers', change(plan.par)],
       [
@@ -122,9 +125,9 @@ export function planReport(input: PlanReportInput): Report {
       ['PAR of the steps, mean', change(plan.parStep)],
       [
         'experts moved',
-        `${plan.moves} in ${plan.layersTouched} layers, of ${loads.layers * devices * slots} slots`,
+        `${plan.moves} in ${counted(plan.layersTouched, 'layer')}, of ${loads.layers * devices * slots} slots`,
       ],
-      ['transfers', `at most ${busiest} sent by a device and ${rounds} rounds in a layer`],
+      ['transfers', `at most ${busiest} sent by a device and ${counted(rounds, 'round')} in a layer`],
       ['planning time', `${plan.ms.toFixed(1)} ms`],
     ],
     pictures: [

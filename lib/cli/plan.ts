@@ -17,7 +17,7 @@ import {
   readExpertMap,
 } from '../placement/expert_map_file.js';
 import type { Placement } from '../placement/placement.js';
-import { planReport } from '../report/plan_report.js';
+import { counted, planReport } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
 import { aboutFile } from './about_file.js';
 import { definitions } from './help.js';
@@ -239,10 +239,10 @@ function planText(plan: Plan, { devices, slots, out, transfers, report, expertBy
   const arrow = (before: number, after: number): string => `${before.toFixed(4)} -> ${after.toFixed(4)}`;
   return [
     `policy          ${plan.policy} (${plan.ms.toFixed(1)} ms)`,
-    `placement       ${plan.placements.length} layers, ${plan.placements[0]!.experts} experts on ${devices} devices x ${slots} slots`,
+    `placement       ${counted(plan.placements.length, 'layer')}, ${plan.placements[0]!.experts} experts on ${counted(devices, 'device')} x ${counted(slots, 'slot')}`,
     `PAR of window   ${arrow(plan.par.before.mean, plan.par.after.mean)} (worst layer ${arrow(plan.par.before.max, plan.par.after.max)})`,
     `PAR of steps    ${arrow(plan.parStep.before.mean, plan.parStep.after.mean)}`,
-    `moves           ${plan.moves} experts in ${plan.layersTouched} layers`,
+    `moves           ${counted(plan.moves, 'expert')} in ${counted(plan.layersTouched, 'layer')}`,
     ...(expertBytes === undefined ? [] : [`bytes to move   ${bytesToMove(plan.movesPerLayer, expertBytes)}`]),
     ...(out === undefined ? [] : [`map             ${out}`]),
     ...(transfers === undefined ? [] : [`transfers       ${transfers}`]),

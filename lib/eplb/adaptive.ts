@@ -13,7 +13,7 @@ import { forecastOf } from './forecast.js';
 import { LayerState } from './layer_state.js';
 import { type Memory, pastOf, remember, totalsOf } from './memory.js';
 import type { PlanProblem, Policy } from './policy.js';
-import { type Aim, buildLayer, windowTarget } from './rebuild.js';
+import { type Aim, buildLayer, rowsOf, windowTarget } from './rebuild.js';
 import { fineBlocks, type Scenarios, scenariosOf } from './scenario.js';
 
 /** A full plan finds this much more in noise than a search from the placement in use does; among single steps more. */
@@ -25,8 +25,8 @@ const fineSurplus = 1.5;
 const barely = 1e-4;
 /** How far above the optimum of the window a small layer may stay for the sake of earlier windows. */
 const leewayOfReplans = 0.01;
-/** Variance of a device's load in a single step from which on its window is not worth balancing exactly. */
-const rough = 0.04;
+/** Variance of a device's load in a step, by sampling alone, from which on a window is not worth balancing exactly. */
+const rough = 0.02;
 /**
  * Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. From
  * `fewWindows` on it gives way to what the windows themselves tell.
@@ -55,10 +55,10 @@ function canonicalRows(placement: Placement, order: readonly number[]): Int32Arr
 }
 
 /** The rows of a search as a placement; order[row] is the device of each row. */
-function placementOf({ devices, slots, experts, rows }: LayerState, order?: readonly number[]): Placement {
+function placementOf({ devices, slots, experts, rows }: LayerState, order: readonly number[]): Placement {
   const byDevice = new Array<Int32Array>(devices);
   for (let row = 0; row < devices; row++)
-    byDevice[order?.[row] ?? row] = rows.subarray(row * slots, (row + 1) * slots);
+    byDevice[order[row]!] = rows.subarray(row * slots, (row + 1) * slots);
   return Placement.fromRows(byDevice, { experts });
 }
 
@@ -69,7 +69,7 @@ function placementOf({ devices, slots, experts, rows }: LayerState, order?: read
  * be spared for what may come, `thisWindow`, it is balanced all the same.
  */
 function aimOf(
-  { noise, uncertainty, fine, earlier }: Scenarios,
+  { noise, sampling, uncertainty, fine, earlier }: Scenarios,
   { devices, slots }: Shape,
   thisWindow: boolean,
 ): Aim {
@@ -77,7 +77,7 @@ function aimOf(
   if (thisWindow) return { target, leeway: 0 };
   const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
   return {
-    target: target + (fine && variance >= rough ? 30 * variance * uncertainty : 0),
+    target: target + (fine && sampling >= rough ? 30 * variance * uncertainty : 0),
     leeway: earlier > 0 ? leewayOfReplans : 0,
   };
 }
@@ -128,9 +128,6 @@ function needed(layers: readonly Layer[], plans: readonly FullPlan[], movesAreFr
   const bar = evidenceNeeded(layers.map(({ change }) => change));
   return plans.map(({ evidence, gain }) => evidence >= 1 || (evidence >= bar && gain > 0));
 }
-
-const rowsOf = (flat: Int32Array, slots: number): Int32Array[] =>
-  Array.from({ length: flat.length / slots }, (_, row) => flat.subarray(row * slots, (row + 1) * slots));
 
 /** Plans within a budget; rows are left in the layers' states. */
 function planWithin(
@@ -188,10 +185,11 @@ export const adaptive: Policy = {
     const memory = remember(history, loads, scenarios.some(({ fine }) => fine) ? fineBlocks : 1);
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;
     if (first && unlimited) {
-      const placements = scenarios.map((ofLayer) => {
+      const placements = scenarios.map((ofLayer, layer) => {
         const state = buildLayer(ofLayer, devices, slots, aimOf(ofLayer, problem, movesAreFree));
+        const rows = matchRows(rowsOf(state.rows, slots), current[layer]!.toRows());
         layerDone();
-        return placementOf(state);
+        return Placement.fromRows(rows, { experts: loads.experts });
       });
       return { placements, memory };
     }

@@ -1,9 +1,10 @@
 // Whether weighted dispatch pays: the even split against shares fitted to the window before (causal: what a server
 // that refits now and then would get), to the window itself (oracle: the most that dispatch can recover without
 // moving an expert) and to each step's own counts (what fitting between gate and dispatch gets).
-import type { Placement } from '../placement/placement.js';
+import { Arguments } from '../arguments.js';
+import { Placement } from '../placement/placement.js';
 import { dispatchShares, sharedDeviceLoads } from './dispatch_shares.js';
-import type { Loads } from './loads.js';
+import { Loads } from './loads.js';
 import { deviceLoads, peakToAverage } from './metrics.js';
 
 export interface DispatchFigures {
@@ -18,6 +19,8 @@ export interface DispatchFigures {
   use: 'even' | 'weighted';
 }
 
+const check = new Arguments('dispatch_figures');
+
 /** Figures of a placement that serves `served` after `before` was seen. `margin` is in PAR, default 0.002. */
 export function dispatchFigures(
   placements: readonly Placement[],
@@ -25,7 +28,13 @@ export function dispatchFigures(
   served: Loads,
   margin = 0.002,
 ): DispatchFigures {
-  const layers = placements.length;
+  check.instance('before', before, Loads);
+  check.instance('served', served, Loads);
+  check.number('margin', margin, 0);
+  const layers = check.instances('placements', placements, Placement).length;
+  for (const [name, loads] of Object.entries({ before, served }))
+    if (loads.layers !== layers)
+      check.refuse(name, `of ${layers} layers, one for each placement`, loads.layers);
   let even = 0;
   let causal = 0;
   let oracle = 0;

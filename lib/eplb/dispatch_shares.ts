@@ -3,8 +3,9 @@
 // squared device loads over the splits also minimises the peak (the loads reachable by splitting form a base
 // polytope, on which the least-squares point is lexicographically least), and the squares are minimised by filling
 // one expert's tokens at a time to a common water level of its holders.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
-import type { Placement } from '../placement/placement.js';
+import { Placement } from '../placement/placement.js';
 
 export interface DispatchShares {
   /** f64[physical]: the part of its expert's tokens that each replica takes; sums to 1 over an expert's replicas. */
@@ -16,6 +17,9 @@ export interface DispatchShares {
   bound: number;
   sweeps: number;
 }
+
+const check = new Arguments('dispatch_shares');
+const checkRounds = new Arguments('dispatch_rounds');
 
 export interface DispatchSharesOptions {
   /** Stop when peak <= (1 + tolerance) x bound; default 1e-4. */
@@ -31,9 +35,13 @@ export interface DispatchSharesOptions {
 export function dispatchShares(
   placement: Placement,
   given: ArrayLike<number> | BigInt64Array,
-  { tolerance = 1e-4, sweeps = 200 }: DispatchSharesOptions = {},
+  options: DispatchSharesOptions = {},
 ): DispatchShares {
-  const { experts, devices } = placement;
+  const { experts, devices } = check.instance('placement', placement, Placement);
+  const { tolerance = 1e-4, sweeps = 200 } = check.object('options', options, ['tolerance', 'sweeps']);
+  check.number('tolerance', tolerance, 0);
+  check.integer('sweeps', sweeps, 0);
+  check.numbers('counts', given);
   const counts =
     given instanceof Float64Array ? given : Float64Array.from(given as ArrayLike<number>, Number);
   if (counts.length !== experts)
@@ -167,12 +175,24 @@ function lowerBound(
   return bound;
 }
 
+const checkLength = (arg: string, { length }: ArrayLike<number>, wanted: number): void => {
+  if (length !== wanted)
+    throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${wanted} ${arg} but received ${length}`, {
+      op: 'dispatch_shares',
+      arg,
+    });
+};
+
 /** f64[devices]: device loads when counts are split by given shares. */
 export function sharedDeviceLoads(
   placement: Placement,
   shares: Float64Array,
   counts: ArrayLike<number>,
 ): Float64Array {
+  check.instance('placement', placement, Placement);
+  check.instance('shares', shares, Float64Array);
+  checkLength('shares', shares, placement.physicalExperts);
+  checkLength('counts', check.numbers('counts', counts), placement.experts);
   const load = new Float64Array(placement.devices);
   for (let physical = 0; physical < shares.length; physical++)
     load[placement.deviceOfPhysical(physical)]! +=
@@ -185,7 +205,7 @@ function checkShares(placement: Placement, shares: Float64Array): void {
   const refuse = (message: string): never => {
     throw new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'dispatch_rounds', arg: 'shares' });
   };
-  if (shares.length !== placement.physicalExperts)
+  if (checkRounds.numbers('shares', shares).length !== placement.physicalExperts)
     refuse(`expected shares of ${placement.physicalExperts} physical experts but received ${shares.length}`);
   for (let expert = 0; expert < placement.experts; expert++) {
     let sum = 0;
@@ -206,18 +226,9 @@ export function dispatchRounds(
   rank: number,
   rounds: number,
 ): Int32Array {
-  if (!Number.isInteger(rounds) || rounds < 1)
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected rounds to be a positive integer but received ${rounds}`,
-      { op: 'dispatch_rounds', arg: 'rounds' },
-    );
-  if (!Number.isInteger(rank) || rank < 0 || rank >= placement.devices)
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected a rank in 0..${placement.devices - 1} but received ${rank}`,
-      { op: 'dispatch_rounds', arg: 'rank' },
-    );
+  checkRounds.instance('placement', placement, Placement);
+  checkRounds.integer('rounds', rounds, 1, 2 ** 31 - 1);
+  checkRounds.integer('rank', rank, 0, placement.devices - 1);
   checkShares(placement, shares);
   const { experts } = placement;
   const map = new Int32Array(rounds * experts);

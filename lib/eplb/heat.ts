@@ -1,11 +1,14 @@
 // Collecting heat while a server runs: what each rank counts per local slot after its experts ran, and the gather
 // into the planner's form. Only valid rows are ever counted: group lists come from dispatch, which gives padded and
 // dummy tokens to nobody, and a forward that is marked as dummy is dropped here as a second net.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { Loads } from './loads.js';
 
 /** 'cumulative': ends of the groups, as grouped matmuls take them. 'counts': tokens per group. */
 export type GroupListKind = 'cumulative' | 'counts';
+
+const check = new Arguments('heat');
 
 const refuse = (message: string, arg: string): never => {
   throw new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'heat', arg });
@@ -13,7 +16,8 @@ const refuse = (message: string, arg: string): never => {
 
 /** f64[slots]: tokens per local slot from a group list of either kind. */
 export function groupCounts(groupList: ArrayLike<number>, kind: GroupListKind): Float64Array {
-  const counts = Float64Array.from(groupList);
+  check.oneOf('kind', kind, ['cumulative', 'counts']);
+  const counts = Float64Array.from(check.numbers('groupList', groupList), Number);
   if (kind === 'cumulative')
     for (let slot = counts.length - 1; slot > 0; slot--) counts[slot]! -= counts[slot - 1]!;
   const wrong = counts.findIndex((value) => !(value >= 0));
@@ -43,10 +47,8 @@ export class RankHeat {
   #recorded = 0;
 
   constructor(slots: number, ringSteps = 0) {
-    if (!Number.isInteger(slots) || slots < 1)
-      refuse(`expected slots to be a positive integer but received ${slots}`, 'slots');
-    if (!Number.isInteger(ringSteps) || ringSteps < 0)
-      refuse(`expected ringSteps to be an integer >= 0 but received ${ringSteps}`, 'ringSteps');
+    check.integer('slots', slots, 1);
+    check.integer('ringSteps', ringSteps, 0);
     this.slots = slots;
     this.ringSteps = ringSteps;
     this.accumulated = new Float64Array(slots);
@@ -54,8 +56,10 @@ export class RankHeat {
   }
 
   /** Counts one forward of the layer. */
-  record(groupList: ArrayLike<number>, kind: GroupListKind, { dummy = false }: HeatOptions = {}): void {
-    if (groupList.length !== this.slots)
+  record(groupList: ArrayLike<number>, kind: GroupListKind, options: HeatOptions = {}): void {
+    const { dummy = false } = check.object('options', options, ['dummy']);
+    check.flag('dummy', dummy);
+    if (check.numbers('groupList', groupList).length !== this.slots)
       refuse(`expected a group list of ${this.slots} slots but received ${groupList.length}`, 'groupList');
     const counts = groupCounts(groupList, kind);
     if (dummy) return;
@@ -93,6 +97,8 @@ export class RankHeat {
  * Throws ERR_MOE_INVALID_ARG when ranks or layers disagree about slots or steps.
  */
 export function gatherHeat(heat: readonly (readonly RankHeat[])[]): Loads {
+  for (const [rank, ofRank] of check.list('heat', heat).entries())
+    check.instances(`heat[${rank}]`, ofRank, RankHeat);
   const first =
     heat[0]?.[0] ?? refuse('expected heat of at least one rank and layer but received none', 'heat');
   const layers = heat[0]!.length;

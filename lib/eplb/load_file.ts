@@ -2,8 +2,8 @@
 // decides what a file is; a name that says otherwise is an error, because a wrong guess would plan on noise.
 import { readFile } from 'node:fs/promises';
 import { extname } from 'node:path';
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
-import { describeValue } from '../options.js';
 import { decodeUtf8, describeBytes, jsonFault } from '../text_file.js';
 import { parseCsv } from './load_csv.js';
 import { Loads } from './loads.js';
@@ -15,6 +15,8 @@ export interface ReadLoadsOptions {
   /** The file holds ids [layers, tokens, topK] of the router's choices; they are counted in steps of `stepTokens`. */
   topk?: { experts: number; stepTokens: number };
 }
+
+const check = new Arguments('loads');
 
 const bad = (file: string, message: string, cause?: unknown): MoeError =>
   new MoeError('ERR_MOE_CHECKPOINT', `${file}: ${message}`, { op: 'loads', arg: 'file', cause });
@@ -30,11 +32,8 @@ interface Dense {
  * layers x experts; .pt of SGLang's recorder (all its modes). Throws ERR_MOE_CHECKPOINT naming file, layer and field.
  */
 export async function readLoads(file: string, options: ReadLoadsOptions = {}): Promise<Loads> {
-  if (typeof file !== 'string')
-    throw new MoeError('ERR_MOE_INVALID_ARG', `expected file: a path but received ${describeValue(file)}`, {
-      op: 'loads',
-      arg: 'file',
-    });
+  if (typeof file !== 'string') check.refuse('file', 'a path', file);
+  checkOptions(options);
   let bytes: Uint8Array;
   try {
     bytes = await readFile(file);
@@ -42,6 +41,11 @@ export async function readLoads(file: string, options: ReadLoadsOptions = {}): P
     throw bad(file, `cannot be read (${(cause as Error).message})`, cause);
   }
   return parseLoads(bytes, file, options);
+}
+
+function checkOptions(options: ReadLoadsOptions): void {
+  const { topk } = check.object('options', options, ['topk']);
+  if (topk !== undefined) check.object('topk', topk, ['experts', 'stepTokens']);
 }
 
 const kinds: Readonly<Record<string, 'npy' | 'torch' | 'json' | 'csv'>> = {
@@ -54,6 +58,9 @@ const kinds: Readonly<Record<string, 'npy' | 'torch' | 'json' | 'csv'>> = {
 
 /** `readLoads` on the bytes of a file; `file` is its name, whose extension must fit the content. */
 export function parseLoads(bytes: Uint8Array, file: string, options: ReadLoadsOptions = {}): Loads {
+  check.instance('bytes', bytes, Uint8Array);
+  check.text('file', file);
+  checkOptions(options);
   const extension = extname(file).toLowerCase();
   const kind = kinds[extension];
   if (kind === undefined)

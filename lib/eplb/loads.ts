@@ -1,9 +1,10 @@
 // How many tokens every expert got: counts per step, layer and logical expert (shared experts after the routed
 // ones). Every planner, metric and simulator reads this one form. Invariant: counts are finite and >= 0, checked
 // once on the way in; steps x layers x experts is complete, there is no missing entry.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { describeValue } from '../options.js';
-import type { Placement } from '../placement/placement.js';
+import { Placement } from '../placement/placement.js';
 
 export interface LoadShape {
   steps: number;
@@ -18,6 +19,8 @@ const refuse = (message: string, arg: string, where?: string): never => {
   });
 };
 
+const check = new Arguments('loads');
+
 const room = (counts: number, where: string | undefined): Float64Array => {
   try {
     return new Float64Array(counts);
@@ -29,6 +32,8 @@ const room = (counts: number, where: string | undefined): Float64Array => {
     );
   }
 };
+
+const topkOptions: readonly string[] = ['experts', 'stepTokens', 'validTokens', 'where'];
 
 /** Loads of a trace: f64[steps, layers, experts] of (token, choice) pairs. */
 export class Loads {
@@ -44,9 +49,15 @@ export class Loads {
    * step, layer and expert. `where` is put in front of messages.
    */
   constructor(shape: LoadShape, counts: ArrayLike<number> | BigInt64Array, where?: string) {
+    check.object('shape', shape);
+    check.numbers('counts', counts);
     for (const name of ['steps', 'layers', 'experts'] as const)
       if (!Number.isInteger(shape[name]) || shape[name] < 1)
-        refuse(`expected ${name} to be a positive integer but received ${shape[name]}`, name, where);
+        refuse(
+          `expected ${name} to be a positive integer but received ${describeValue(shape[name])}`,
+          name,
+          where,
+        );
     const { steps, layers, experts } = shape;
     if (counts.length !== steps * layers * experts)
       refuse(
@@ -58,12 +69,15 @@ export class Loads {
     const most = 2 ** 53;
     for (let index = 0; index < counts.length; index++) {
       const value = counts[index]!;
-      if (!(value >= 0 && value < most)) {
+      const isNumber = typeof value === 'number' || typeof value === 'bigint';
+      if (!(isNumber && value >= 0 && value < most)) {
         const layer = Math.floor(index / experts) % layers;
         const wanted =
-          value >= most && value < Number.POSITIVE_INFINITY ? 'count below 2^53' : 'finite count >= 0';
+          isNumber && value >= most && value < Number.POSITIVE_INFINITY
+            ? 'count below 2^53'
+            : 'finite count >= 0';
         refuse(
-          `layer ${layer}: expected a ${wanted} for expert ${index % experts} in step ${Math.floor(index / (experts * layers))} but received ${value}`,
+          `layer ${layer}: expected a ${wanted} for expert ${index % experts} in step ${Math.floor(index / (experts * layers))} but received ${describeValue(value)}`,
           'counts',
           where,
         );
@@ -78,7 +92,7 @@ export class Loads {
 
   /** From nested arrays, [layers][experts] or [steps][layers][experts]. Ragged arrays are refused by place. */
   static fromArrays(nested: readonly unknown[], where?: string): Loads {
-    const first = nested[0];
+    const first = check.list('nested', nested)[0];
     const isTrace = Array.isArray(first) && Array.isArray(first[0]);
     const trace = (isTrace ? nested : [nested]) as unknown[];
     const layers = Array.isArray(trace[0]) ? trace[0].length : 0;
@@ -129,12 +143,13 @@ export class Loads {
     shape: { layers: number; tokens: number; topK: number },
     options: { experts: number; stepTokens: number; validTokens?: number; where?: string },
   ): Loads {
-    const { layers, tokens, topK } = shape;
-    const { experts, stepTokens, where } = options;
-    const valid = Math.min(tokens, options.validTokens ?? tokens);
-    if (!Number.isInteger(stepTokens) || stepTokens < 1)
-      refuse(`expected stepTokens to be a positive integer but received ${stepTokens}`, 'stepTokens', where);
-    if (ids.length !== layers * tokens * topK)
+    const { layers, tokens, topK } = check.object('shape', shape, ['layers', 'tokens', 'topK']);
+    const { experts, stepTokens, where } = check.object('options', options, topkOptions);
+    const valid = Math.min(tokens, check.integer('validTokens', options.validTokens ?? tokens, 0));
+    for (const [name, value] of Object.entries({ layers, tokens, topK, stepTokens, experts }))
+      if (!Number.isSafeInteger(value) || value < 1)
+        refuse(`expected ${name} to be a positive integer but received ${describeValue(value)}`, name, where);
+    if (check.numbers('ids', ids).length !== layers * tokens * topK)
       refuse(
         `expected ${layers} layers x ${tokens} tokens x ${topK} ids but received ${ids.length}`,
         'ids',
@@ -147,8 +162,6 @@ export class Loads {
         'stepTokens',
         where,
       );
-    if (!Number.isInteger(experts) || experts < 1)
-      refuse(`expected experts to be a positive integer but received ${experts}`, 'experts', where);
     const counts = room(steps * layers * experts, where);
     for (let layer = 0; layer < layers; layer++)
       for (let token = 0; token < steps * stepTokens; token++)
@@ -157,7 +170,7 @@ export class Loads {
           if (id === -1) continue;
           if (!Number.isInteger(id) || id < 0 || id >= experts)
             refuse(
-              `layer ${layer}: expected expert ids in 0..${experts - 1} or -1 but received ${id} for token ${token}`,
+              `layer ${layer}: expected expert ids in 0..${experts - 1} or -1 but received ${describeValue(id)} for token ${token}`,
               'ids',
               where,
             );
@@ -171,7 +184,8 @@ export class Loads {
    * in force while they were counted.
    */
   static fromPhysical(physical: Loads, placements: readonly Placement[], where?: string): Loads {
-    if (placements.length !== physical.layers)
+    check.instance('physical', physical, Loads);
+    if (check.instances('placements', placements, Placement).length !== physical.layers)
       refuse(
         `expected a placement for each of ${physical.layers} layers but received ${placements.length}`,
         'placements',
@@ -198,11 +212,8 @@ export class Loads {
 
   /** f64[experts] of one step and layer. A view. */
   at(step: number, layer: number): Float64Array {
-    if (!(layer >= 0 && layer < this.layers && step >= 0 && step < this.steps))
-      refuse(
-        `expected a step in 0..${this.steps - 1} and a layer in 0..${this.layers - 1} but received ${step} and ${layer}`,
-        'step',
-      );
+    check.integer('step', step, 0, this.steps - 1);
+    check.integer('layer', layer, 0, this.layers - 1);
     const start = (step * this.layers + layer) * this.experts;
     return this.counts.subarray(start, start + this.experts);
   }
@@ -210,8 +221,7 @@ export class Loads {
   /** f64[experts]: all steps of a layer summed. */
   total(layer: number): Float64Array {
     const { experts, layers, steps, counts } = this;
-    if (!(layer >= 0 && layer < layers))
-      refuse(`expected a layer in 0..${layers - 1} but received ${layer}`, 'layer');
+    check.integer('layer', layer, 0, layers - 1);
     const sum = new Float64Array(experts);
     for (let step = 0; step < steps; step++) {
       const row = (step * layers + layer) * experts;
@@ -230,7 +240,7 @@ export class Loads {
       start + length > this.steps
     )
       refuse(
-        `expected a window inside ${this.steps} steps but received start ${start} and length ${length}`,
+        `expected a window inside ${this.steps} steps but received start ${describeValue(start)} and length ${describeValue(length)}`,
         'window',
       );
     const row = this.layers * this.experts;
@@ -241,7 +251,10 @@ export class Loads {
   /** The windows of `length` steps, one after the other; a last incomplete one is left out. */
   windows(length: number): Loads[] {
     if (!Number.isInteger(length) || length < 1)
-      refuse(`expected windows of a positive number of steps but received ${length}`, 'window');
+      refuse(
+        `expected windows of a positive number of steps but received ${describeValue(length)}`,
+        'window',
+      );
     return Array.from({ length: Math.floor(this.steps / length) }, (_, index) =>
       this.window(index * length, length),
     );
@@ -252,7 +265,7 @@ export class Loads {
    * (the oldest steps.mod(length) ones are left out), as FlashLB's episodes are.
    */
   episodes(layer: number, most: number): { blocks: number; counts: Float64Array } {
-    const length = Math.max(1, Math.ceil(this.steps / most));
+    const length = Math.max(1, Math.ceil(this.steps / check.integer('most', most, 1)));
     const blocks = Math.floor(this.steps / length);
     const counts = new Float64Array(blocks * this.experts);
     const skipped = this.steps - blocks * length;
@@ -266,9 +279,8 @@ export class Loads {
 
   /** The same trace with `shared` further columns that every token of a step chooses: sum of the step / topK each. */
   withShared(shared: number, topK: number): Loads {
-    for (const [name, value] of Object.entries({ shared, topK }))
-      if (!Number.isInteger(value) || value < 1)
-        refuse(`expected ${name} to be a positive integer but received ${value}`, name);
+    check.integer('shared', shared, 1);
+    check.integer('topK', topK, 1);
     const experts = this.experts + shared;
     const counts = new Float64Array(this.steps * this.layers * experts);
     for (let step = 0; step < this.steps; step++)
@@ -289,6 +301,7 @@ export class Loads {
  * expert (a recording of dummy tokens, not of traffic). Throws ERR_MOE_INVALID_ARG naming the layer.
  */
 export function checkPlannable(loads: Loads, where?: string): void {
+  check.instance('loads', loads, Loads);
   for (let layer = 0; layer < loads.layers; layer++) {
     const total = loads.total(layer);
     const used = total.reduce((sum, value) => sum + (value > 0 ? 1 : 0), 0);

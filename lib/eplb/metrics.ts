@@ -1,14 +1,18 @@
 // What a placement costs under a load. The load of a device is the sum over its slots of load / replicas (even split),
 // the peak-to-average ratio (PAR) is the highest device load over the mean one: 1 is perfect, and an expert-parallel
 // step takes as long as its peak. A step or window without any token has PAR 1.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { countMoves } from '../placement/align.js';
-import type { Placement } from '../placement/placement.js';
-import type { Loads } from './loads.js';
+import { Placement } from '../placement/placement.js';
+import { Loads } from './loads.js';
+
+const check = new Arguments('metrics');
 
 /** f64[devices]: tokens per device, every expert split evenly over its replicas. counts: [experts]. */
 export function deviceLoads(placement: Placement, counts: ArrayLike<number>): Float64Array {
-  if (counts.length !== placement.experts)
+  check.instance('placement', placement, Placement);
+  if (check.numbers('counts', counts).length !== placement.experts)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
       `expected loads of ${placement.experts} experts but received ${counts.length}`,
@@ -23,6 +27,7 @@ export function deviceLoads(placement: Placement, counts: ArrayLike<number>): Fl
 
 /** Peak over average of device loads; 1 when there is no load. */
 export function peakToAverage(loads: ArrayLike<number>): number {
+  check.numbers('loads', loads);
   let peak = 0;
   let sum = 0;
   for (let device = 0; device < loads.length; device++) {
@@ -48,7 +53,8 @@ const overall = (layers: Float64Array): Par => ({
 });
 
 const sameLayers = (loads: Loads, placements: readonly Placement[]): void => {
-  if (loads.layers !== placements.length)
+  check.instance('loads', loads, Loads);
+  if (loads.layers !== check.instances('placements', placements, Placement).length)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
       `expected a placement for each of ${loads.layers} layers but received ${placements.length}`,
@@ -107,7 +113,7 @@ export function parByStep(loads: Loads, placements: readonly Placement[]): Float
 
 /** Moves of every layer: expert weights that devices must receive. */
 export function movesPerLayer(from: readonly Placement[], to: readonly Placement[]): Int32Array {
-  if (from.length !== to.length)
+  if (check.list('from', from).length !== check.list('to', to).length)
     throw new MoeError('ERR_MOE_INVALID_ARG', `expected ${from.length} layers but received ${to.length}`, {
       op: 'metrics',
       arg: 'to',
@@ -117,11 +123,7 @@ export function movesPerLayer(from: readonly Placement[], to: readonly Placement
 
 /** Bytes that devices must receive in all: moves x bytes of one expert's weights, scales included. */
 export function bytesToMove(moves: ArrayLike<number>, bytesPerExpert: number): number {
-  if (!(bytesPerExpert >= 0 && bytesPerExpert < Number.POSITIVE_INFINITY))
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected bytesPerExpert to be a finite number >= 0 but received ${bytesPerExpert}`,
-      { op: 'metrics', arg: 'bytesPerExpert' },
-    );
+  check.numbers('moves', moves);
+  check.number('bytesPerExpert', bytesPerExpert, 0);
   return Array.from(moves).reduce((sum, count) => sum + count, 0) * bytesPerExpert;
 }

@@ -1,5 +1,6 @@
 // Reads numpy's .npy format (versions 1 to 3): magic, version, header length, a Python dict literal, raw data.
 // Every dtype a count or an id can have is widened to f64; 64-bit integers beyond 2^53 are refused.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { f16 } from '../float_formats.js';
 
@@ -8,6 +9,8 @@ export interface NpyArray {
   /** Row-major, whatever order the file has. */
   data: Float64Array;
 }
+
+const check = new Arguments('npy');
 
 const magic = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59];
 
@@ -33,6 +36,7 @@ const readers: Record<string, [size: number, read: Read]> = {
 
 /** Parses an .npy file. Throws ERR_MOE_CHECKPOINT naming the file and the header field at fault. */
 export function parseNpy(bytes: Uint8Array, file = 'npy'): NpyArray {
+  check.instance('bytes', bytes, Uint8Array);
   const bad = (message: string): MoeError =>
     new MoeError('ERR_MOE_CHECKPOINT', `${file}: ${message}`, { op: 'npy', arg: 'file' });
   if (!isNpy(bytes)) throw bad('expected an .npy file but received bytes without its magic');
@@ -91,11 +95,23 @@ const rowMajor = (shape: number[], data: Float64Array): Float64Array => {
   return out;
 };
 
-/** The bytes of an .npy file (version 1.0, row-major) of f64, i32 or u8 data. */
+/**
+ * The bytes of an .npy file (version 1.0, row-major) of f64, i32 or u8 data. Throws ERR_MOE_INVALID_ARG for data of
+ * another type, and where it does not fill the shape.
+ */
 export function formatNpy(
   shape: readonly number[],
   data: Float64Array | Int32Array | Uint8Array,
 ): Uint8Array {
+  for (const [axis, size] of check.list('shape', shape).entries()) check.integer(`shape[${axis}]`, size, 0);
+  if (!(data instanceof Float64Array || data instanceof Int32Array || data instanceof Uint8Array))
+    check.refuse('data', 'a Float64Array, Int32Array or Uint8Array', data);
+  if (data.length !== shape.reduce((product, size) => product * size, 1))
+    throw new MoeError(
+      'ERR_MOE_INVALID_ARG',
+      `expected data that fills shape [${shape}] but received ${data.length} values`,
+      { op: 'npy', arg: 'data' },
+    );
   const descr = data instanceof Float64Array ? '<f8' : data instanceof Int32Array ? '<i4' : '|u1';
   const dict = `{'descr': '${descr}', 'fortran_order': False, 'shape': (${shape.join(', ')}${shape.length === 1 ? ',' : ''}), }`;
   const padded = `${dict.padEnd(Math.ceil((dict.length + 11) / 64) * 64 - 11)}\n`;

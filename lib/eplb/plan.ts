@@ -2,6 +2,7 @@
 // slots, pinned shared experts, budget) and measures before and after. Nothing is changed in place: the result is a
 // complete set of placements or an error, so that a plan can never be half applied.
 import { performance } from 'node:perf_hooks';
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { describeValue } from '../options.js';
 import { countMoves, keepSlots } from '../placement/align.js';
@@ -62,18 +63,14 @@ export interface Plan {
   memory: unknown;
 }
 
+const check = new Arguments('plan');
+
 const refuse = (message: string, arg: string): never => {
   throw new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'plan', arg });
 };
 
 const whole = (value: number, least: number, arg: string): void => {
-  if (!Number.isInteger(value) || value < least)
-    refuse(`expected ${arg} to be an integer >= ${least} but received ${value}`, arg);
-};
-
-const oneOf = (names: readonly string[], value: unknown, arg: string): void => {
-  if (!names.includes(value as string))
-    refuse(`expected ${arg} to be one of ${names.join(', ')} but received ${describeValue(value)}`, arg);
+  if (!Number.isSafeInteger(value) || value < least) check.refuse(arg, `an integer >= ${least}`, value);
 };
 
 /** Every field of a request: a misspelt budget must not pass for none. */
@@ -101,6 +98,8 @@ export function startPlacements(
   devices: number,
   slots: number,
 ): Placement[] {
+  whole(layers, 1, 'layers');
+  whole(experts, 1, 'experts');
   checkSizes(experts, devices, slots);
   const placement = redundantPlacement(experts, devices, devices * slots - experts);
   return Array.from({ length: layers }, () => placement);
@@ -142,12 +141,14 @@ export function checkRequest(request: PlanRequest): {
     seed = 1,
   } = request;
   const { maxMoves = Number.POSITIVE_INFINITY, maxMovesPerLayer = Number.POSITIVE_INFINITY } = request;
-  if (!(loads instanceof Loads)) refuse('expected loads to be a Loads object', 'loads');
+  check.instance('loads', loads, Loads);
   checkSizes(loads.experts, devices, slots);
   whole(shared, 0, 'shared');
   whole(seed, 0, 'seed');
-  oneOf(['free', 'everyDevice'], sharedPlacement, 'sharedPlacement');
-  oneOf(['reject', 'keep'], request.degenerate ?? 'reject', 'degenerate');
+  check.oneOf('sharedPlacement', sharedPlacement, ['free', 'everyDevice']);
+  check.oneOf('degenerate', request.degenerate ?? 'reject', ['reject', 'keep']);
+  if (request.policy !== undefined) policyNamed(request.policy);
+  if (request.current !== undefined) check.instances('current', request.current, Placement);
   if (shared >= loads.experts)
     refuse(
       `expected shared to be less than the ${loads.experts} experts of the loads but received ${shared}`,
@@ -220,6 +221,7 @@ export function checkRequest(request: PlanRequest): {
 
 /** Runs one plan on the calling thread. `layerDone` is called after each layer and may throw to abandon the plan. */
 export function planSync(request: PlanRequest, layerDone: () => void = () => {}): Plan {
+  check.callback('layerDone', layerDone);
   const { problem, pinned, idle } = checkRequest(request);
   const policy = policyNamed(request.policy ?? defaultPolicy);
   const { loads, current } = problem;

@@ -4,8 +4,8 @@ import { extname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
 import { checkSignal, throwIfAborted, unlessAborted } from '../abort.js';
+import { Arguments } from '../arguments.js';
 import { MoeError, type MoeErrorCode } from '../errors.js';
-import { describeValue } from '../options.js';
 import { Placement } from '../placement/placement.js';
 import type { Loads } from './loads.js';
 import { checkRequest, type Plan, type PlanRequest, planSync } from './plan.js';
@@ -35,6 +35,9 @@ export const packPlacement = ({ experts, devices, physicalToLogical }: Placement
 
 export const unpackPlacement = ({ experts, devices, physicalToLogical }: PlacementMessage): Placement =>
   Placement.fromPhysical(physicalToLogical, devices, { experts, duplicates: 'allow' });
+
+const check = new Arguments('plan');
+const optionNames: readonly string[] = ['signal', 'onProgress', 'thread'];
 
 export interface PlanOptions {
   signal?: AbortSignal;
@@ -70,14 +73,9 @@ export class Planner {
   #queue: Promise<unknown> = Promise.resolve();
   #closed = false;
 
-  constructor({ thread = 'worker' }: PlannerOptions = {}) {
-    if (thread !== 'worker' && thread !== 'main') {
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected thread to be worker or main but received ${describeValue(thread)}`,
-        { op: 'plan', arg: 'thread' },
-      );
-    }
+  constructor(options: PlannerOptions = {}) {
+    const { thread = 'worker' } = check.object('options', options, optionNames);
+    check.oneOf('thread', thread, ['worker', 'main']);
     this.thread = thread;
   }
 
@@ -86,15 +84,9 @@ export class Planner {
    * `onProgress` throws. Plans asked for at the same time are made one after the other.
    */
   async plan(request: PlanRequest, options: PlanOptions = {}): Promise<Plan> {
-    const { signal, onProgress } = options;
+    const { signal, onProgress } = check.object('options', options, optionNames);
     checkSignal('plan', signal);
-    if (onProgress !== undefined && typeof onProgress !== 'function') {
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected onProgress: a function but received ${describeValue(onProgress)}`,
-        { op: 'plan', arg: 'onProgress' },
-      );
-    }
+    check.callback('onProgress', onProgress);
     const before = this.#queue;
     const result = unlessAborted('plan', before, signal, 'the plan').then(() =>
       this.#one(request, signal, onProgress),

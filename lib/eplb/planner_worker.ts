@@ -34,6 +34,9 @@ function warmUp(): void {
       ...(last === undefined ? {} : { current: last.placements, memory: last.memory }),
       ...(index + 1 < plans ? {} : { maxMoves: 600 }),
     });
+  // Phases of prefill and decode, whose steps are scenarios of their own
+  const phases = generateTrace({ kind: 'mixed', steps: 32, layers: 12, experts: 256, seed: 1, skew: 1 });
+  planSync({ loads: phases, devices: 32, slots: 9 });
 }
 
 const reply = (message: ReplyMessage): void => port.postMessage(message);

@@ -94,17 +94,18 @@ function windowOnly(scenarios: Scenarios): Scenarios {
   };
 }
 
+/** Rows that lie one after the other, as views. */
+export const rowsOf = (flat: Int32Array, slots: number): Int32Array[] =>
+  Array.from({ length: flat.length / slots }, (_, row) => flat.subarray(row * slots, (row + 1) * slots));
+
 export const rebuild: Policy = {
   name: 'rebuild',
   summary: 'full plan for the window just seen, whatever it moves',
   keepsBudget: false,
-  plan({ loads, devices, slots, current, first }, layerDone) {
+  plan({ loads, devices, slots, current }, layerDone) {
     const placements = current.map((placement, layer) => {
       const state = buildLayer(scenariosOf(loads, layer, devices), devices, slots);
-      let rows = Array.from({ length: devices }, (_, device) =>
-        Array.from(state.rows.subarray(device * slots, (device + 1) * slots)),
-      );
-      if (!first) rows = matchRows(rows, placement.toRows());
+      const rows = matchRows(rowsOf(state.rows, slots), placement.toRows());
       layerDone();
       return Placement.fromRows(rows, { experts: loads.experts });
     });

@@ -1,5 +1,5 @@
 // Every planning policy by name: the list that the planner, the command line and the tests iterate over.
-import { MoeError } from '../errors.js';
+import { Arguments } from '../arguments.js';
 import { adaptive } from './adaptive.js';
 import { deepseek } from './deepseek.js';
 import { flashlb } from './flashlb.js';
@@ -22,12 +22,8 @@ export const policySummaries = (): [name: string, summary: string][] =>
 
 /** The policy of a name. Throws ERR_MOE_INVALID_ARG listing the names there are. */
 export function policyNamed(name: string): Policy {
-  const policy = policies.get(name);
-  if (policy === undefined)
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected policy to be one of ${[...policies.keys()].join(', ')} but received ${name}`,
-      { op: 'plan', arg: 'policy' },
-    );
-  return policy;
+  return (
+    policies.get(name) ??
+    new Arguments('plan').refuse('policy', `one of ${[...policies.keys()].join(', ')}`, name)
+  );
 }

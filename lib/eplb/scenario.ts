@@ -22,6 +22,8 @@ export interface Scenarios {
   noise: Float64Array;
   /** f64[experts]: that, and what the next window differs by from all scenarios. */
   variance: Float64Array;
+  /** Variance of a device's load in a step if tokens were drawn one by one: what its number of tokens alone makes. */
+  sampling: number;
   /** The part of `noise` that is fresh in every step, 0..1: the rest lasts for some steps, as bursts do. */
   fresh: number;
   /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
@@ -205,6 +207,7 @@ function cut(
       window,
       noise,
       variance: noise.slice(),
+      sampling: 0,
       fresh: 1,
       fine: false,
       structure: 0,
@@ -278,6 +281,7 @@ function cut(
     window,
     noise,
     variance: noise.slice(),
+    sampling: poissonRate,
     fresh,
     fine,
     structure: explained,

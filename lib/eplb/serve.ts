@@ -3,9 +3,10 @@
 // is a plain reducer over the step number; a layer switches between two steps, never inside one, and a layer that does
 // not change costs no step.
 import { checkSignal } from '../abort.js';
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
-import type { Placement } from '../placement/placement.js';
-import type { Loads } from './loads.js';
+import { Placement } from '../placement/placement.js';
+import { Loads } from './loads.js';
 import { stepPar } from './metrics.js';
 import { type Plan, type PlanRequest, planSync, startPlacements } from './plan.js';
 
@@ -31,17 +32,19 @@ export interface ServedTrace {
   plans: number;
 }
 
+const check = new Arguments('serve');
+
 /** Serves the whole trace with one policy. Throws ERR_MOE_INVALID_ARG for intervals below 1, ERR_MOE_ABORTED on abort. */
 export async function serveTrace(trace: Loads, options: ServeOptions): Promise<ServedTrace> {
+  check.instance('trace', trace, Loads);
+  check.object('options', options);
   const { collect, plan: planning, layersPerStep, planner = planSync, signal, ...rest } = options;
   checkSignal('serve', signal);
-  for (const [name, value] of Object.entries({ collect, plan: planning, layersPerStep }))
-    if (!Number.isInteger(value) || value < 1)
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected ${name} to be an integer >= 1 but received ${value}`,
-        { op: 'serve', arg: name },
-      );
+  check.integer('collect', collect, 1);
+  check.integer('plan', planning, 1);
+  check.integer('layersPerStep', layersPerStep, 1);
+  check.callback('planner', planner);
+  if (rest.current !== undefined) check.instances('current', rest.current, Placement);
   const inForce: Placement[] = [
     ...(rest.current ?? startPlacements(trace.layers, trace.experts, rest.devices, rest.slots)),
   ];

@@ -2,11 +2,14 @@
 // judged on the window it saw (same) and on the one that follows (next). This is how every figure about planners in
 // this project is measured; the even split over replicas applies throughout.
 import { checkSignal } from '../abort.js';
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import type { Placement } from '../placement/placement.js';
-import type { Loads } from './loads.js';
+import { Loads } from './loads.js';
 import { stepPar, windowPar } from './metrics.js';
-import { type Plan, type PlanRequest, planSync } from './plan.js';
+import { checkRequest, type Plan, type PlanRequest, planSync } from './plan.js';
+import { policyNamed } from './registry.js';
 
 export interface SimulateOptions extends Omit<PlanRequest, 'loads' | 'policy' | 'memory'> {
   policies: readonly string[];
@@ -45,6 +48,8 @@ export interface PolicyFigures {
   movesByPlan: number[];
 }
 
+const check = new Arguments('simulate');
+
 const mean = (values: readonly number[]): number =>
   values.length === 0 ? Number.NaN : values.reduce((sum, value) => sum + value, 0) / values.length;
 
@@ -53,9 +58,17 @@ const mean = (values: readonly number[]): number =>
  * ERR_MOE_INVALID_ARG if the trace has fewer than two windows, ERR_MOE_ABORTED on abort.
  */
 export async function simulate(trace: Loads, options: SimulateOptions): Promise<PolicyFigures[]> {
+  check.instance('trace', trace, Loads);
+  check.object('options', options);
   const { policies, window, planner = planSync, onPlan, signal, budgetFirst = false, ...rest } = options;
+  if (check.list('policies', policies).length === 0) check.refuse('policies', 'at least one name', policies);
+  for (const name of policies) policyNamed(name);
+  check.callback('planner', planner);
+  check.callback('onPlan', onPlan);
+  check.flag('budgetFirst', budgetFirst);
   checkSignal('simulate', signal);
   const windows = windowsOf(trace, window);
+  checkRequest({ ...rest, loads: windows[0]! }); // the budget too, which the first plan may not have
   const figures: PolicyFigures[] = [];
   for (const name of policies) {
     let current: readonly Placement[] | undefined = rest.current;
@@ -124,7 +137,7 @@ function windowsOf(trace: Loads, window: number): Loads[] {
   if (!Number.isInteger(window) || window < 1 || Math.floor(trace.steps / window) < 2)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
-      `expected a window of at most ${Math.floor(trace.steps / 2)} steps (two windows of the trace's ${trace.steps} steps) but received ${window}`,
+      `expected a window of at most ${Math.floor(trace.steps / 2)} steps (two windows of the trace's ${trace.steps} steps) but received ${describeValue(window)}`,
       { op: 'simulate', arg: 'window' },
     );
   return trace.windows(window);

@@ -1,7 +1,7 @@
 // The project's own traces: seeded expert loads with the properties that separate planners. Popularity is Zipf with
 // experts of a group correlated; on it sits one of four courses of time. Counts are Poisson around tokens * topK *
 // share, so a trace has the sampling noise of a real one of its batch size.
-import { MoeError } from '../errors.js';
+import { Arguments } from '../arguments.js';
 import { Loads } from './loads.js';
 import { normal, poisson, uniform } from './random.js';
 
@@ -34,6 +34,8 @@ export interface TraceOptions {
   burstSteps?: number;
 }
 
+const check = new Arguments('generate_trace');
+
 export const traceKinds: readonly TraceKind[] = ['steady', 'drifting', 'bursty', 'mixed'];
 
 const popularity = (
@@ -56,8 +58,27 @@ const popularity = (
   return logits;
 };
 
-/** A seeded trace [steps, layers, experts]; the same options give the same counts everywhere. */
+const optionNames: readonly string[] = [
+  'kind',
+  'steps',
+  'layers',
+  'experts',
+  'seed',
+  'groups',
+  'tokens',
+  'topK',
+  'skew',
+  'groupCorrelation',
+  'driftSteps',
+  'burstSteps',
+] satisfies (keyof TraceOptions)[];
+
+/**
+ * A seeded trace [steps, layers, experts]; the same options give the same counts everywhere. Throws
+ * ERR_MOE_INVALID_ARG naming the option.
+ */
 export function generateTrace(options: TraceOptions): Loads {
+  check.object('options', options, optionNames);
   const {
     kind,
     steps,
@@ -71,29 +92,26 @@ export function generateTrace(options: TraceOptions): Loads {
     driftSteps = 200,
     burstSteps = 20,
   } = options;
-  const groups = options.groups ?? Math.max(1, Math.floor(experts / 32));
-  if (!traceKinds.includes(kind))
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected kind to be one of ${traceKinds.join(', ')} but received ${kind}`,
-      { op: 'generate_trace', arg: 'kind' },
-    );
+  check.oneOf('kind', kind, traceKinds);
   for (const [name, value] of Object.entries({
     steps,
     layers,
     experts,
-    groups,
     tokens,
     topK,
     driftSteps,
     burstSteps,
   }))
-    if (!Number.isInteger(value) || value < 1)
-      throw new MoeError(
-        'ERR_MOE_INVALID_ARG',
-        `expected ${name} to be a positive integer but received ${value}`,
-        { op: 'generate_trace', arg: name },
-      );
+    check.integer(name, value, 1);
+  check.integer('seed', seed, 0);
+  check.number('skew', skew, 0);
+  check.number('groupCorrelation', groupCorrelation, 0, 1);
+  const groups = check.integer(
+    'groups',
+    options.groups === undefined ? Math.max(1, Math.floor(experts / 32)) : options.groups,
+    1,
+    experts,
+  );
   const counts = new Float64Array(steps * layers * experts);
   for (let layer = 0; layer < layers; layer++) {
     const random = uniform(seed * 8191 + layer * 127 + 1);

@@ -2,6 +2,7 @@
 // as few experts as any choice of sources allows (an optimal semi-matching), and the transfers are split in as few
 // rounds as possible in which every device sends at most one expert and receives at most one (edge colouring of a
 // bipartite graph: Koenig's theorem gives as many rounds as the busiest device has transfers).
+import { Arguments } from '../arguments.js';
 import { countMoves } from '../placement/align.js';
 import type { Placement } from '../placement/placement.js';
 
@@ -22,12 +23,15 @@ export interface TransferOptions {
   devicesPerNode?: number;
 }
 
-/** The transfers of one layer, by round. Bytes to move are transfers.length x bytes of one expert. */
-export function transferSchedule(
-  from: Placement,
-  to: Placement,
-  { devicesPerNode }: TransferOptions = {},
-): Transfer[] {
+const check = new Arguments('transfer_schedule');
+
+/**
+ * The transfers of one layer, by round. Bytes to move are transfers.length x bytes of one expert. Throws
+ * ERR_MOE_INVALID_ARG for placements of different shapes.
+ */
+export function transferSchedule(from: Placement, to: Placement, options: TransferOptions = {}): Transfer[] {
+  const { devicesPerNode } = check.object('options', options, ['devicesPerNode']);
+  if (devicesPerNode !== undefined) check.integer('devicesPerNode', devicesPerNode, 1);
   countMoves(from, to); // refuses placements of different shapes
   const needs: { expert: number; to: number; toSlot: number; holders: number[] }[] = [];
   for (let device = 0; device < to.devices; device++) {

@@ -1,9 +1,14 @@
 // Fits a new assignment of experts to devices onto the slots in use: an expert that stays on a device keeps its slot,
 // so nothing is copied inside a device and vllm-ascend's check_expert_placement accepts the table.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { Placement } from './placement.js';
 
+const check = new Arguments('placement');
+
 const sameShape = (from: Placement, to: Placement): void => {
+  check.instance('from', from, Placement);
+  check.instance('to', to, Placement);
   if (from.devices !== to.devices || from.experts !== to.experts || from.slots !== to.slots)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',

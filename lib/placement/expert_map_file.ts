@@ -2,6 +2,7 @@
 // format is recognised by its fields, never by the file's name. A file is read whole or refused: every layer is
 // validated before any placement is returned.
 import { readFile, writeFile } from 'node:fs/promises';
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { describeValue } from '../options.js';
 import { decodeUtf8, describeBytes, jsonFault } from '../text_file.js';
@@ -21,6 +22,8 @@ export interface ReadExpertMapOptions {
   /** Name used in messages when parsing text that did not come from a file. */
   file?: string;
 }
+
+const check = new Arguments('expert_map');
 
 const bad = (file: string, message: string, cause?: unknown): MoeError =>
   new MoeError('ERR_MOE_CHECKPOINT', `${file}: ${message}`, { op: 'expert_map', arg: 'file', cause });
@@ -136,7 +139,8 @@ function parsePhysical(map: unknown, file: string, options: ReadExpertMapOptions
 
 /** Parses the text of an expert-map file. Throws ERR_MOE_CHECKPOINT naming file, layer and field. */
 export function parseExpertMap(text: string, options: ReadExpertMapOptions = {}): Placement[] {
-  const file = options.file ?? 'expert map';
+  check.text('text', text);
+  const file = check.object('options', options, ['experts', 'devices', 'file']).file ?? 'expert map';
   let root: unknown;
   try {
     root = JSON.parse(text);
@@ -175,6 +179,8 @@ export function parseExpertMap(text: string, options: ReadExpertMapOptions = {})
 
 /** Reads an expert-map file: one placement per layer. Throws ERR_MOE_CHECKPOINT naming file, layer and field. */
 export async function readExpertMap(file: string, options: ReadExpertMapOptions = {}): Promise<Placement[]> {
+  check.text('file', file);
+  check.object('options', options, ['experts', 'devices', 'file']);
   let bytes: Uint8Array;
   try {
     bytes = await readFile(file);
@@ -191,6 +197,7 @@ export async function readExpertMap(file: string, options: ReadExpertMapOptions 
  * (ERR_MOE_UNSUPPORTED), because its map has one slot per expert and device.
  */
 export function formatExpertMap(placements: readonly Placement[], format: ExpertMapFormat): string {
+  check.instances('placements', placements, Placement);
   if (!expertMapFormats.includes(format))
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',

@@ -1,9 +1,10 @@
 // From logical to physical ids: the tables that dispatch applies to top-k ids, once, after shared ids are appended.
 // They therefore have one entry per expert of the placement, shared ones included; a table of the routed length
 // would drop or misroute the shared ids.
-import { MoeError } from '../errors.js';
-import { describeValue } from '../options.js';
-import type { Placement } from './placement.js';
+import { Arguments } from '../arguments.js';
+import { Placement } from './placement.js';
+
+const check = new Arguments('log2phy');
 
 export interface Log2phyOptions {
   /**
@@ -14,23 +15,11 @@ export interface Log2phyOptions {
 }
 
 /** i32[experts]: the one physical id each expert is sent to by source rank `rank`. */
-export function log2phy(
-  placement: Placement,
-  rank: number,
-  { prefer = 'rank' }: Log2phyOptions = {},
-): Int32Array {
-  if (!Number.isInteger(rank) || rank < 0 || rank >= placement.devices)
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected a rank in 0..${placement.devices - 1} but received ${rank}`,
-      { op: 'log2phy', arg: 'rank' },
-    );
-  if (prefer !== 'rank' && prefer !== 'local')
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected prefer to be rank or local but received ${describeValue(prefer)}`,
-      { op: 'log2phy', arg: 'prefer' },
-    );
+export function log2phy(placement: Placement, rank: number, options: Log2phyOptions = {}): Int32Array {
+  check.instance('placement', placement, Placement);
+  const { prefer = 'rank' } = check.object('options', options, ['prefer']);
+  check.integer('rank', rank, 0, placement.devices - 1);
+  check.oneOf('prefer', prefer, ['rank', 'local']);
   return Int32Array.from({ length: placement.experts }, (_, expert) => {
     if (prefer === 'local') {
       const slot = placement.slotOf(expert, rank);
@@ -43,20 +32,18 @@ export function log2phy(
 
 /** i32[devices][experts]: `log2phy` of every rank. */
 export function log2phyAll(placement: Placement, options: Log2phyOptions = {}): Int32Array[] {
+  check.instance('placement', placement, Placement);
   return Array.from({ length: placement.devices }, (_, rank) => log2phy(placement, rank, options));
 }
 
 /** i32[experts][width]: all physical ids of each expert, ascending, padded with -1 (DeepSeek's and vLLM's log2phy). */
 export function log2phyCandidates(placement: Placement, width?: number): Int32Array[] {
+  check.instance('placement', placement, Placement);
   let most = 0;
   for (let expert = 0; expert < placement.experts; expert++)
     most = Math.max(most, placement.replicaCount(expert));
-  if (width !== undefined && (!Number.isInteger(width) || width < most))
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected a width >= ${most} (the most replicas an expert has) but received ${width}`,
-      { op: 'log2phy', arg: 'width' },
-    );
+  if (width !== undefined && (!Number.isSafeInteger(width) || width < most))
+    check.refuse('width', `an integer >= ${most} (the most replicas an expert has)`, width);
   return Array.from({ length: placement.experts }, (_, expert) => {
     const row = new Int32Array(width ?? most).fill(-1);
     row.set(placement.replicasOf(expert));
@@ -66,5 +53,6 @@ export function log2phyCandidates(placement: Placement, width?: number): Int32Ar
 
 /** i32[experts]: replicas per expert (DeepSeek's logcnt). */
 export function replicaCounts(placement: Placement): Int32Array {
+  check.instance('placement', placement, Placement);
   return Int32Array.from({ length: placement.experts }, (_, expert) => placement.replicaCount(expert));
 }

@@ -3,7 +3,9 @@
 // Invariant: immutable; every expert 0..experts-1 has at least one slot, every slot holds exactly one expert, and
 // globalOf(ownerOf(e), slotOf(e)) === e. A physical id is slotOffsets[device] + slot, which is device * slots + slot
 // whenever all devices have the same number of slots.
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 
 export interface PlacementOptions {
   /** Number of experts, shared ones included; default: the highest id present plus one. */
@@ -25,6 +27,9 @@ const invalid = (where: string | undefined, message: string, arg: string): never
     arg,
   });
 };
+
+const check = new Arguments('placement');
+const optionNames: readonly string[] = ['experts', 'duplicates', 'slots', 'where'];
 
 /** The experts of one MoE layer on `devices` devices. Build one with `Placement.fromRows`, a strategy or a map file. */
 export class Placement {
@@ -63,11 +68,12 @@ export class Placement {
    * nowhere, and (unless allowed) an expert twice on one device.
    */
   static fromRows(rows: ArrayLike<ArrayLike<number>>, options: PlacementOptions = {}): Placement {
-    const { where } = options;
-    if (rows.length === 0) invalid(where, 'expected at least one device but received none', 'rows');
+    const { where } = check.object('options', options);
+    if (check.list('rows', rows as unknown[]).length === 0)
+      invalid(where, 'expected at least one device but received none', 'rows');
     const offsets = new Int32Array(rows.length + 1);
     for (let device = 0; device < rows.length; device++) {
-      const slots = rows[device]!.length;
+      const slots = check.numbers(`rows[${device}]`, rows[device]!).length;
       if (options.slots !== 'ragged' && slots !== rows[0]!.length)
         invalid(
           where,
@@ -88,9 +94,9 @@ export class Placement {
     devices: number,
     options: PlacementOptions = {},
   ): Placement {
-    if (!Number.isInteger(devices) || devices < 1)
-      invalid(options.where, `expected devices to be a positive integer but received ${devices}`, 'devices');
-    const physical = physicalToLogical.length;
+    check.object('options', options);
+    check.integer('devices', devices, 1);
+    const physical = check.numbers('physicalToLogical', physicalToLogical).length;
     if (physical === 0 || physical % devices !== 0)
       invalid(
         options.where,
@@ -102,9 +108,15 @@ export class Placement {
   }
 
   static #checked(flat: number[], offsets: Int32Array, options: PlacementOptions): Placement {
-    const { where } = options;
+    const { where } = check.object('options', options, optionNames);
+    check.oneOf('duplicates', options.duplicates ?? 'reject', ['reject', 'allow']);
+    check.oneOf('slots', options.slots ?? 'equal', ['equal', 'ragged']);
     if (options.experts !== undefined && !(Number.isInteger(options.experts) && options.experts >= 1))
-      invalid(where, `expected experts to be a positive integer but received ${options.experts}`, 'experts');
+      invalid(
+        where,
+        `expected experts to be a positive integer but received ${describeValue(options.experts)}`,
+        'experts',
+      );
     if (flat.length === 0) invalid(where, 'expected at least one slot but received none', 'rows');
     let highest = -1;
     for (const [physical, expert] of flat.entries()) {
@@ -115,7 +127,7 @@ export class Placement {
       )
         invalid(
           where,
-          `expected an expert id in 0..${(options.experts ?? 2 ** 31) - 1} in physical slot ${physical} but received ${expert}`,
+          `expected an expert id in 0..${(options.experts ?? 2 ** 31) - 1} in physical slot ${physical} but received ${describeValue(expert)}`,
           'rows',
         );
       if (expert > highest) highest = expert;

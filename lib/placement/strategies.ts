@@ -1,17 +1,15 @@
 // The layouts a model starts with, before any load is known. Each is a pure function of sizes; the loader and the
 // maps must both come from its result. Formulas: vLLM determine_expert_map (linear, round_robin) and vllm-ascend
 // generate_global_placement (redundant, mixed).
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
-import { describeValue } from '../options.js';
 import { Placement } from './placement.js';
 
+/** More experts than any model has: beyond it is a mistake, not a layout. */
+const mostExperts = 2 ** 24;
+
 const count = (op: string, arg: string, value: number, least: number): void => {
-  if (!Number.isInteger(value) || value < least)
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected ${arg} to be an integer >= ${least} but received ${value}`,
-      { op, arg },
-    );
+  new Arguments(op).integer(arg, value, least, mostExperts);
 };
 
 const sizes = (op: string, experts: number, devices: number): void => {
@@ -63,13 +61,18 @@ export function roundRobinPlacement(experts: number, devices: number, model?: Ro
   return Placement.fromRows(rows, { experts, slots: 'ragged' });
 }
 
+const roundRobin = new Arguments('round_robin_placement');
+
 /** Throws ERR_MOE_UNSUPPORTED with the rule that forbids round-robin placement for this model, if one does. */
-export function checkRoundRobin({
-  groups,
-  redundant = 0,
-  rebalancing = false,
-  routingTables = true,
-}: RoundRobinModel): void {
+export function checkRoundRobin(model: RoundRobinModel): void {
+  const {
+    groups,
+    redundant = 0,
+    rebalancing = false,
+    routingTables = true,
+  } = roundRobin.object('model', model, ['groups', 'redundant', 'rebalancing', 'routingTables']);
+  roundRobin.flag('rebalancing', rebalancing);
+  roundRobin.flag('routingTables', routingTables);
   const refuse = (arg: string, message: string): never => {
     throw new MoeError('ERR_MOE_UNSUPPORTED', `${message}; use the linear placement`, {
       op: 'round_robin_placement',
@@ -139,14 +142,18 @@ export interface MixedOptions {
  * the device i-th from the end and continues its run. Golden: 8 routed, 4 devices, 4 redundant, 1 shared =>
  * [[0,1,2,8],[2,3,4,8],[4,5,6,8],[6,7,0,8]].
  */
-export function mixedPlacement({
-  routed,
-  shared,
-  devices,
-  redundant = 0,
-  copies = 'everyDevice',
-}: MixedOptions): Placement {
+export function mixedPlacement(options: MixedOptions): Placement {
   const op = 'mixed_placement';
+  const known = ['routed', 'shared', 'devices', 'redundant', 'copies'];
+  const check = new Arguments(op);
+  const {
+    routed,
+    shared,
+    devices,
+    redundant = 0,
+    copies = 'everyDevice',
+  } = check.object('options', options, known);
+  check.oneOf('copies', copies, ['everyDevice', 'onePerDevice']);
   count(op, 'shared', shared, 0);
   if (shared === 0) return redundantPlacement(routed, devices, redundant);
   sizes(op, routed, devices);
@@ -156,12 +163,6 @@ export function mixedPlacement({
       'ERR_MOE_INVALID_ARG',
       `expected routed + redundant (${routed} + ${redundant}) to divide by ${devices} devices but received ${routed + redundant}`,
       { op, arg: 'redundant' },
-    );
-  if (copies !== 'everyDevice' && copies !== 'onePerDevice')
-    throw new MoeError(
-      'ERR_MOE_INVALID_ARG',
-      `expected copies to be everyDevice or onePerDevice but received ${describeValue(copies)}`,
-      { op, arg: 'copies' },
     );
   if (copies === 'onePerDevice' && shared > devices)
     throw new MoeError(

@@ -109,7 +109,8 @@ export function parByLayerPicture(
   return {
     ...base(760, 220),
     data: { values: rows.map((row) => ({ ...row })) },
-    mark: { type: 'line', point: { size: 22 }, interpolate: 'linear' },
+    // A single layer has no line: its points are all there is to see
+    mark: { type: 'line', point: { size: rows.length <= 2 ? 90 : 22 }, interpolate: 'linear' },
     encoding: {
       x: { ...counted, field: 'layer', title: 'layer' },
       y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },

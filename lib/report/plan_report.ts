@@ -1,9 +1,10 @@
 // The report of one plan: what the load looks like, what the devices carry before and after, and what it costs.
-import type { Loads } from '../eplb/loads.js';
+import { Arguments } from '../arguments.js';
+import { Loads } from '../eplb/loads.js';
 import { deviceLoads, parByStep } from '../eplb/metrics.js';
 import { type Plan, startPlacements } from '../eplb/plan.js';
 import { transferSchedule } from '../eplb/transfer.js';
-import type { Placement } from '../placement/placement.js';
+import { Placement } from '../placement/placement.js';
 import {
   type DeviceLoad,
   deviceLoadPicture,
@@ -27,6 +28,9 @@ export interface PlanReportInput {
   title: string;
 }
 
+/** `1 layer`, `2 layers`. */
+export const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? '' : 's'}`;
+
 const overMean = (values: ArrayLike<number>): number[] => {
   const list = Array.from(values);
   const mean = list.reduce((sum, value) => sum + value, 0) / list.length;
@@ -47,8 +51,25 @@ const grouped = (values: Float64Array): number[] => {
   });
 };
 
-/** Builds the report. */
-export function planReport({ loads, plan, current, others = [], title }: PlanReportInput): Report {
+const check = new Arguments('plan_report');
+
+function checkLayers(arg: string, placements: readonly Placement[], loads: Loads): void {
+  if (check.instances(arg, placements, Placement).length !== loads.layers)
+    check.refuse(arg, `placements of ${loads.layers} layers, as the loads have`, placements);
+}
+
+/** Builds the report. Throws ERR_MOE_INVALID_ARG where loads, plans and placements do not belong together. */
+export function planReport(input: PlanReportInput): Report {
+  const known = ['loads', 'plan', 'current', 'others', 'title'];
+  const { loads, plan, current, others = [], title } = check.object('input', input, known);
+  check.instance('loads', loads, Loads);
+  check.text('title', title);
+  for (const [name, one] of [
+    ['plan', plan] as const,
+    ...check.list('others', others).map((other) => ['others', other] as const),
+  ])
+    checkLayers(name, check.object(name, one).placements, loads);
+  if (current !== undefined) checkLayers('current', current, loads);
   const { devices, slots, experts } = plan.placements[0]!;
   const from = current ?? startPlacements(loads.layers, experts, devices, slots);
   const heat: HeatCell[] = [];
@@ -94,7 +115,7 @@ export function planReport({ loads, plan, current, others = [], title }: PlanRep
       ['policy', plan.policy],
       [
         'shape',
-        `${loads.layers} layers, ${experts} experts on ${devices} devices × ${slots} slots; ${loads.steps} ${loads.steps === 1 ? 'step' : 'steps'} of load`,
+        `${counted(loads.layers, 'layer')}, ${experts} experts on ${counted(devices, 'device')} × ${counted(slots, 'slot')}; ${counted(loads.steps, 'step')} of load`,
       ],
       ['PAR of the window, mean over layers', change(plan.par)],
       [
@@ -104,9 +125,9 @@ export function planReport({ loads, plan, current, others = [], title }: PlanRep
       ['PAR of the steps, mean', change(plan.parStep)],
       [
         'experts moved',
-        `${plan.moves} in ${plan.layersTouched} layers, of ${loads.layers * devices * slots} slots`,
+        `${plan.moves} in ${counted(plan.layersTouched, 'layer')}, of ${loads.layers * devices * slots} slots`,
       ],
-      ['transfers', `at most ${busiest} sent by a device and ${rounds} rounds in a layer`],
+      ['transfers', `at most ${busiest} sent by a device and ${counted(rounds, 'round')} in a layer`],
       ['planning time', `${plan.ms.toFixed(1)} ms`],
     ],
     pictures: [

@@ -1,10 +1,13 @@
 // Writes a report in the form its file name asks for.
 import { writeFile } from 'node:fs/promises';
 import { extname } from 'node:path';
+import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
 import { renderHtml } from './html.js';
 import type { Report } from './report.js';
 import { escapeMarkup, renderSvg } from './svg.js';
+
+const check = new Arguments('report');
 
 const margin = 16;
 const headingHeight = 34;
@@ -44,7 +47,7 @@ export async function renderReport(file: string, report: Report): Promise<string
 
 /** Throws ERR_MOE_INVALID_ARG for a name that ends in neither .html nor .svg. */
 export function checkReportFile(file: string): void {
-  if (['.html', '.svg'].includes(extname(file).toLowerCase())) return;
+  if (['.html', '.svg'].includes(extname(check.text('file', file)).toLowerCase())) return;
   throw new MoeError(
     'ERR_MOE_INVALID_ARG',
     `expected a report file ending in .html or .svg but received ${file}`,
@@ -54,6 +57,7 @@ export function checkReportFile(file: string): void {
 
 /** Writes a report, see `renderReport`. Throws ERR_MOE_CHECKPOINT if the file cannot be written. */
 export async function writeReport(file: string, report: Report): Promise<void> {
+  check.list('report.pictures', check.object('report', report).pictures);
   const text = await renderReport(file, report);
   try {
     await writeFile(file, text);

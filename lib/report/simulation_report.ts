@@ -1,4 +1,5 @@
 // The report of a simulation: PAR over time and quality against moves of every policy.
+import { Arguments } from '../arguments.js';
 import type { PolicyFigures } from '../eplb/simulate.js';
 import { costPicture, parOverTimePicture } from './pictures.js';
 import type { Report } from './report.js';
@@ -8,8 +9,14 @@ export interface SimulationReportInput {
   title: string;
 }
 
-/** Builds the report. */
-export function simulationReport({ figures, title }: SimulationReportInput): Report {
+const check = new Arguments('simulation_report');
+
+/** Builds the report. Throws ERR_MOE_INVALID_ARG where there are no figures. */
+export function simulationReport(input: SimulationReportInput): Report {
+  const { figures, title } = check.object('input', input, ['figures', 'title']);
+  check.text('title', title);
+  if (check.list('figures', figures).length === 0)
+    check.refuse('figures', 'those of at least one policy', figures);
   const names = figures.map(({ name }) => name);
   const best = figures.reduce((chosen, row) => (row.parStepNext < chosen.parStepNext ? row : chosen));
   return {

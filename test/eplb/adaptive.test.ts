@@ -68,6 +68,31 @@ describe('full plans of large layers', () => {
   });
 });
 
+describe('first plans', () => {
+  it.each(['adaptive', 'rebuild'])(
+    '%s gives devices the rows that hold most of what they have already',
+    (policy) => {
+      const loads = generateTrace({ kind: 'drifting', steps: 16, layers: 4, experts: 256, seed: 5 });
+      const { moves } = planSync({ loads, devices: 32, slots: 9, policy });
+      // Rows in the order in which they were packed move 0.97 of all slots
+      expect(moves).toBeLessThan(0.85 * 4 * 32 * 9);
+    },
+  );
+});
+
+describe('phases of prefill and decode', () => {
+  it.each([
+    [32, 9, 1.001],
+    [64, 5, 1.003],
+  ])(
+    '%i x %i: window PAR at most %f, although steps differ: their tokens are many',
+    (devices, slots, most) => {
+      const loads = generateTrace({ kind: 'mixed', steps: 64, layers: 6, experts: 256, seed: 77, skew: 0.8 });
+      expect(planSync({ loads, devices, slots }).par.after.mean).toBeLessThanOrEqual(most);
+    },
+  );
+});
+
 describe('replans without a budget', () => {
   it.each([
     [32, 9, 0, 1.001],

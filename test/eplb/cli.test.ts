@@ -362,7 +362,7 @@ describe('moe-kernels simulate', () => {
           'adaptive,x',
         )
       ).message,
-    ).toContain('received x');
+    ).toContain("received 'x'");
     expect(
       (await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '13')).message,
     ).toContain('at most 12 steps');

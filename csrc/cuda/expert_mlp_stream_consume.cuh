@@ -68,7 +68,7 @@ struct Consumer {
         memory(memory),
         repeats(repeats),
         warp(static_cast<int>(threadIdx.x) / 32),
-        lane(static_cast<int>(threadIdx.x) % 32),
+        lane(hopper::lane_id()),
         half(warp / 4) {}
 
   // Waits for the next step's weights and rows; where the rows are.

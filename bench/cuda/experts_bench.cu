@@ -7,7 +7,8 @@
 //   experts_bench shared                       a shared expert as a slot, after the others, beside them
 //   experts_bench profile PATH LAYER TOKENS    one launch after a warm-up, for ncu
 //   experts_bench sanitize [PATH...]           the small cases of `check`, for compute-sanitizer
-//   experts_bench race [PATH...]               a few of them, for its racecheck
+//   experts_bench race [PATH...]               a few whose rings go round, for its racecheck
+// compute-sanitizer needs --num-cuda-barriers 1024 (bench/cuda/EXPERTS-STREAM.md, "Sanitizers").
 //
 // PATH: plain, mma, wgmma, stream; a path that cannot run a call is skipped there.
 #include "experts_check.cuh"

@@ -70,21 +70,26 @@ inline bool run_case(Backend& backend, const Case& c, const std::string& path, W
   return good;
 }
 
-// How many cases: all; small ones, for compute-sanitizer; the fewest that have every part of `wgmma`, for its
-// racecheck, which takes seconds for each.
+// How many cases: all; small ones, for compute-sanitizer; the fewest in which every part of the kernels has work and
+// every ring goes round, for its racecheck, which takes a second or two for each.
 enum class Extent { kAll, kSmall, kFewest };
 
 inline void run_fewest(Backend& backend, const std::vector<std::string>& paths, int* failures, int* ran) {
-  // Blocks cut along K; biases and clamping, row weights, ids of other experts.
+  // Blocks cut along K; biases and clamping, row weights, ids of other experts; rings of stages; rings of work items.
   const Layer parts = {"parts", 2048, 64, 2, 1},
-              odd = {"odd", 72, 40, 5, 3, 1, DType::kBF16, true, {1.702f, 1.0f, 1.5f}};
-  Weights of_parts(backend, parts, 5), of_odd(backend, odd, 5);
+              odd = {"odd", 72, 40, 5, 3, 1, DType::kBF16, true, {1.702f, 1.0f, 1.5f}},
+              stages = {"stages", 2048, 1024, 3, 2}, items = {"items", 512, 256, 128, 2};
+  Weights of_parts(backend, parts, 5), of_odd(backend, odd, 5), of_stages(backend, stages, 5),
+      of_items(backend, items, 5);
   for (const std::string& path : paths) {
-    for (const int64_t T : {17, 130}) {  // few rows an expert, then more
+    const bool stays = path == "wgmma" || path == "stream";  // a block, for more than one piece of work
+    for (const int64_t T : {3, 17, 128}) {  // both kernels of `stream`; few rows an expert, then more
       run_case(backend, {parts, T}, path, of_parts, failures, ran);
       run_case(backend, {odd, T}, path, of_odd, failures, ran);
+      run_case(backend, {odd, T, Routing::kUniform, true, 7, 2, 0.3, 2.5f}, path, of_odd, failures, ran);
+      if (stays) run_case(backend, {stages, T}, path, of_stages, failures, ran);
     }
-    run_case(backend, {odd, 130, Routing::kUniform, true, 7, 2, 0.3, 2.5f}, path, of_odd, failures, ran);
+    if (stays) run_case(backend, {items, 128}, path, of_items, failures, ran);
   }
 }
 

@@ -68,7 +68,7 @@ struct Consumer {
         memory(memory),
         repeats(repeats),
         warp(static_cast<int>(threadIdx.x) / 32),
-        lane(static_cast<int>(threadIdx.x) % 32),
+        lane(hopper::lane_id()),
         half(warp / 4) {}
 
   // Waits for the next step's weights and rows; where the rows are.
@@ -156,11 +156,8 @@ struct Consumer {
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");  // not to be read before the wait
   }
   __device__ __forceinline__ void release(int weights, int rows, int product) {
-    __syncwarp();
-    if (lane == 0) {
-      arrive(barriers->weights_free + weights);
-      arrive(barriers->rows_free[product] + rows);
-    }
+    arrive(barriers->weights_free + weights);
+    arrive(barriers->rows_free[product] + rows);
   }
 
   __device__ __forceinline__ float* part(int owner) const {

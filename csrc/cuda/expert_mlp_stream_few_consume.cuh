@@ -24,7 +24,7 @@ struct Worker {
         s(s),
         memory(memory),
         warp(static_cast<int>(threadIdx.x) / 32),
-        lane(static_cast<int>(threadIdx.x) % 32),
+        lane(hopper::lane_id()),
         ring(hopper::shared_address(memory) + warp * a.layout.stages * kSliceBytes + lane % 16 * 128 +
              ((lane / 16 ^ lane % 8) << 4)),
         sums(a, s, memory) {}
@@ -40,8 +40,7 @@ struct Worker {
         load_matrices(left[piece][k], (weights ^ (k << 5)) + piece * kPieceBytes);
       }
     }
-    __syncwarp();
-    if (lane == 0) hopper::barrier_arrive(hopper::shared_address(s.free[warp] + stage));
+    hopper::barrier_arrive(hopper::shared_address(s.free[warp] + stage));
     if (++stage == a.layout.stages) stage = 0, parity ^= 1;
   }
   // sum += these weights x the tokens' rows, from `rows` on for this lane (ldmatrix)
@@ -77,13 +76,13 @@ struct Worker {
     const uint32_t nothing = hopper::shared_address(s.nothing);
     const uint32_t rows = hopper::shared_address(memory + a.layout.hidden + lane % 8 * a.layout.hidden_pitch);
     hopper::barrier_wait(hopper::shared_address(&s.hidden), 0);
-    int unit = shape.unit, mine = shape.lo + warp;
-    for (int begin = shape.lo, end; begin < shape.hi; begin = end, unit++) {
-      const int unit_begin = unit * shape.slices1;
-      end = min(unit_begin + shape.slices1, shape.hi);
+    if (shape.lo == shape.hi) return;
+    int mine = shape.lo + warp;
+    for (int begin = shape.unit * shape.slices1; begin < shape.hi; begin += shape.slices1) {
+      const int end = min(begin + shape.slices1, shape.hi);
       float sum[4][4] = {};
       for (; mine < end; mine += kWarps) {
-        const int tile = (mine - unit_begin) * kPieces;
+        const int tile = (mine - begin) * kPieces;
         load();
         multiply(sum, there ? rows + tile * 128 : nothing, min(kPieces, shape.along_h - tile));
       }

@@ -24,8 +24,7 @@ struct Sums {
       *reinterpret_cast<float2*>(row(warp, lane / 4) + token) = make_float2(sum[0], sum[1]);
       *reinterpret_cast<float2*>(row(warp, lane / 4 + 8) + token) = make_float2(sum[2], sum[3]);
     }
-    __syncwarp();
-    if (lane == 0) hopper::barrier_arrive(hopper::shared_address(s.summed + buffer));
+    hopper::barrier_arrive(hopper::shared_address(s.summed + buffer));
     fragment++;
   }
   __device__ __forceinline__ void await() const {
@@ -38,8 +37,7 @@ struct Sums {
     return sum;
   }
   __device__ __forceinline__ void release() {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) hopper::barrier_arrive(hopper::shared_address(s.finished + fragment % kBuffers));
+    hopper::barrier_arrive(hopper::shared_address(s.finished + fragment % kBuffers));
     fragment++;
   }
 };

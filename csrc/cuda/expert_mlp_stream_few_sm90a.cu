@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
     const int w = warp - kWarps;
     if (lane < kMostStages) {
       hopper::barrier_init(hopper::shared_address(s.full[w] + lane), 1);
-      hopper::barrier_init(hopper::shared_address(s.free[w] + lane), 1);
+      hopper::barrier_init(hopper::shared_address(s.free[w] + lane), 32);
     }
     if (w == 0 && lane == 0) {
       hopper::barrier_init(hopper::shared_address(&s.hidden), 1);
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads, 1) stream_few(const __grid_constant_
   } else if (warp < kWarps) {
     if (warp == 0) {
       if (lane < kBuffers) {
-        hopper::barrier_init(hopper::shared_address(s.summed + lane), kWarps);
-        hopper::barrier_init(hopper::shared_address(s.finished + lane), 1);
+        hopper::barrier_init(hopper::shared_address(s.summed + lane), 32 * kWarps);
+        hopper::barrier_init(hopper::shared_address(s.finished + lane), 32);
       }
       hopper::fence_barrier_init();
     }

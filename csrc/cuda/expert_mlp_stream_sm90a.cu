@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kThreads, 1) stream_experts(const __grid_const
   let_next_kernel_start();
   if (thread < a.layout.stages) {
     hopper::barrier_init(hopper::shared_address(barriers.weights_full + thread), 1);
-    hopper::barrier_init(hopper::shared_address(barriers.weights_free + thread), kConsumerWarps);
+    hopper::barrier_init(hopper::shared_address(barriers.weights_free + thread), 32 * kConsumerWarps);
     hopper::fence_barrier_init();
   } else if (thread >= 32 && thread < 32 + kRowStages) {
     const int i = thread - 32;
     hopper::barrier_init(hopper::shared_address(barriers.rows_full[0] + i), 32 * kGatherWarps);
     hopper::barrier_init(hopper::shared_address(barriers.rows_full[1] + i), 1);
-    hopper::barrier_init(hopper::shared_address(barriers.rows_free[0] + i), kConsumerWarps);
-    hopper::barrier_init(hopper::shared_address(barriers.rows_free[1] + i), kConsumerWarps);
+    hopper::barrier_init(hopper::shared_address(barriers.rows_free[0] + i), 32 * kConsumerWarps);
+    hopper::barrier_init(hopper::shared_address(barriers.rows_free[1] + i), 32 * kConsumerWarps);
     hopper::fence_barrier_init();
   }
   if (thread == 0) plan.repeats = 0;

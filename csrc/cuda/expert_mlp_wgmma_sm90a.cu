@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) expert_mlp(const __grid_constant_
     }
     for (int n = 0; n < kItems; n++) {
       barrier_init(shared.item_full(n), 1);
-      barrier_init(shared.item_empty(n), kGatherWarps + 4 * kConsumers);
+      barrier_init(shared.item_empty(n), 32 * (kGatherWarps + 4 * kConsumers));
     }
     fence_barrier_init();
     const int64_t slice = (p.source_bytes / 16 + gridDim.x - 1) / gridDim.x * 16, at = slice * blockIdx.x;

@@ -128,8 +128,7 @@ __device__ __forceinline__ Item item_at(Shared shared, int n) {
 }
 template <class Shared>
 __device__ __forceinline__ void release_item(Shared shared, int n) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) hopper::barrier_arrive(shared.item_empty(n));
+  hopper::barrier_arrive(shared.item_empty(n));
 }
 
 // A place in the ring of stages.

@@ -92,10 +92,11 @@ bench_ops() { node --expose-gc dist/bench/device.js "$@" --json "$results/ops.js
 sanitize() {
   command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer on this machine"; return 0; }
   local tool process status=0 running=()
-  # Side by side: each is a process of its own, and one after the other they take minutes.
+  # Side by side: each is a process of its own, and one after the other they take minutes. Barriers are per block: left
+  # to itself the tool counts the places in the code that initialise them, too few, and then the device fails.
   for tool in memcheck racecheck initcheck synccheck; do
-    step "sanitize-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-      node scripts/offline/sanitized.mjs &
+    step "sanitize-$tool" compute-sanitizer --tool "$tool" --num-cuda-barriers 1024 --error-exitcode 9 \
+      --print-limit 20 node scripts/offline/sanitized.mjs &
     running+=($!)
   done
   for process in "${running[@]}"; do wait "$process" || status=1; done

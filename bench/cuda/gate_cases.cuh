@@ -26,7 +26,8 @@ struct Case {
   ScalePlacement placement = ScalePlacement::kInWeights;
   int shared = 0, zero = 0, rounds = 0;
   bool load = false, capture = false;
-  int valid = -1;  // -1: all; else tokens * valid / 10
+  int copies = -1;  // of spread counters: -1 as many as the package has, 0 none
+  int valid = -1;   // -1: all; else tokens * valid / 10
   bool valid_on_device = false;
   DType dtype = DType::kF32;
   Fill fill = Fill::kNormal;

@@ -1,6 +1,6 @@
-// Where moe_fused_gate counts the load one choice at a time. In the tensor itself 16 counters share a line of 128 bytes,
-// and the L2 cache serves a line in 2.35 ns, whoever adds: with 4,096 tokens that is 5 us. So they are counted apart, a
-// line for every expert, in several copies, since a popular expert is one line to all tokens.
+// Where moe_fused_gate counts the load one choice at a time. In the tensor itself 16 counters share a line of 128
+// bytes, and the L2 cache serves a line in 2.35 ns, whoever adds: with 4,096 tokens that is 5 us. So they are counted
+// apart, a line for every expert, in several copies, since a popular expert is one line to all tokens.
 #pragma once
 #include <cstdint>
 
@@ -12,5 +12,8 @@ struct SpreadCounters {
   unsigned long long* data = nullptr;      // null: count in the tensor itself
   uint32_t copies = 0;                     // a power of two; a block takes the copy of its number modulo copies
 };
+
+// Copies for a load tensor: 0 where its counters are too many to be spread.
+constexpr uint32_t copies_for(int64_t slots) { return slots <= 4096 ? 8 : 0; }
 
 }  // namespace moe

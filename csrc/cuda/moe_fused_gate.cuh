@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../ops.h"
+#include "load_counters.h"
 #include "programmatic.cuh"
 
 namespace moe::gate {
@@ -32,21 +33,23 @@ struct Args {
   Scoring scoring;
   Selection selection;
   const int32_t* id_map;
-  unsigned long long* load;
+  unsigned long long* counters;  // of the load, on the device; null: none
   int32_t* logical_ids;
   int32_t E, shared, zero;
   int32_t groups, group_size, top_groups;
   uint32_t group_magic;          // e * magic >> 20 is e / group_size
   uint32_t column_magic;         // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
   uint32_t rounds, round_magic;  // mulhi(t, magic) is t / rounds or one less
-  int32_t slots, histogram;      // histogram: counters in shared memory, 0 where the load is counted in global memory
+  int32_t slots, histogram;      // histogram: counters in shared memory, 0 where choices are counted one at a time
+  uint32_t copy_mask, stride;    // of the counters: copies - 1, and words from one to the next
   uint32_t seed;
 };
 
-// Enqueues the op. `path` becomes the name of the kernel that was taken; `force` is for benchmarks and tests: lanes per
-// token of the fast kernel, 100 more of the kernel for large batches, 33 for gate_plain, 1 for the general kernel, 0
-// for the choice of moe_fused_gate_launch.cu.
-cudaError_t launch(const MoeFusedGate& p, int sm_count, cudaStream_t stream, const char** path, int force = 0);
+// Enqueues the op, which counts the load in `spread` where that has counters. `path` becomes the name of the kernel
+// that was taken; `force` is for benchmarks and tests: lanes per token of the fast kernel, 100 more of the kernel for
+// large batches, 33 for gate_plain, 1 for the general kernel, 0 for the choice of moe_fused_gate_launch.cu.
+cudaError_t launch(const MoeFusedGate& p, const SpreadCounters& spread, int sm_count, cudaStream_t stream,
+                   const char** path, int force = 0);
 
 // gate_groups (moe_fused_gate_groups.cu): lanes per token that it takes for this, 0 where it does not cover it, and its
 // launch. Logits and bias aligned to 16 bytes.
@@ -126,12 +129,18 @@ __device__ inline float key_value(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }
 
+// Adds to a counter on the device. Every block has one of the copies.
+__device__ __forceinline__ void add_load(const Args& a, uint32_t id, unsigned long long n) {
+  const uint32_t at = ((blockIdx.x & a.copy_mask) * a.slots + id) * a.stride;
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(a.counters + at), "l"(n) : "memory");
+}
+
 __device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id) {
   if (static_cast<uint32_t>(id) >= static_cast<uint32_t>(a.slots)) return;
   if (a.histogram > 0) {
     atomicAdd(histogram + id, 1u);
   } else {
-    atomicAdd(a.load + id, 1ull);
+    add_load(a, id, 1);
   }
 }
 
@@ -165,7 +174,7 @@ __device__ inline void write_choice(const Args& a, const Rows& rows, int at, uin
   const int column = at * a.columns + slot;
   rows.ids[column] = id;
   rows.weights[column] = weight * a.scale;
-  if (a.load != nullptr) count_load(a, histogram, id);
+  if (a.counters != nullptr) count_load(a, histogram, id);
 }
 
 __device__ inline void write_shared(const Args& a, const Rows& rows, int at, uint32_t round, int which,
@@ -174,7 +183,7 @@ __device__ inline void write_shared(const Args& a, const Rows& rows, int at, uin
   const int column = at * a.columns + a.K + which;
   rows.ids[column] = id;
   rows.weights[column] = a.shared_weight;
-  if (a.load != nullptr) count_load(a, histogram, id);
+  if (a.counters != nullptr) count_load(a, histogram, id);
 }
 
 // Column `column` of a padding row.
@@ -190,7 +199,7 @@ __device__ inline void clear_histogram(const Args& a, uint32_t* histogram) {
 
 __device__ inline void add_histogram(const Args& a, const uint32_t* histogram) {
   for (int i = threadIdx.x; i < a.histogram; i += blockDim.x) {
-    if (histogram[i] != 0) atomicAdd(a.load + i, static_cast<unsigned long long>(histogram[i]));
+    if (histogram[i] != 0) add_load(a, i, histogram[i]);
   }
 }
 

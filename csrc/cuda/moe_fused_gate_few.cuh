@@ -152,13 +152,7 @@ __device__ __forceinline__ int32_t few_extras(const Args& a, const int32_t* map,
   if (routed && id >= a.routed) id += a.shared;
   if (routed && a.logical_ids != nullptr) a.logical_ids[cell] = id;
   if (map != nullptr) id = __ldg(map + id);
-  if (a.load != nullptr && static_cast<uint32_t>(id) < static_cast<uint32_t>(a.slots)) {
-    if (histogram != nullptr) {
-      atomicAdd(histogram + id, 1u);
-    } else {
-      asm volatile("red.global.add.u64 [%0], 1;" ::"l"(a.load + id) : "memory");
-    }
-  }
+  if (a.counters != nullptr) count_load(a, histogram, id);
   return id;
 }
 

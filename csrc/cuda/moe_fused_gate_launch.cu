@@ -67,6 +67,7 @@ cudaError_t run_warps(Kernel kernel, const Args& a, int tokens_of_warp, int warp
 template <class T>
 cudaError_t run_few(Args a, int sms, cudaStream_t stream) {
   a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
+  if (a.stride != 1) a.histogram = 0;
   if (a.histogram > 0) {
     const int warps = static_cast<int>(std::min<int64_t>((a.T + sms - 1) / sms, kMostFewWarps));
     return run_blocks(gate_few_counted<T>, a, std::min<int64_t>(a.T, sms), warps, FewList::kBytes, stream);
@@ -102,6 +103,7 @@ cudaError_t run_plain_dtype(const Args& a, cudaStream_t stream) {
 template <class T>
 cudaError_t run_pairs(Args a, cudaStream_t stream) {
   constexpr int kWarps = 2;
+  a.histogram = 0;
   a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
   gate_pairs<T, kWarps><<<blocks_of(a.T, 2 * kWarps), 32 * kWarps, 0, stream>>>(a);
   return cudaGetLastError();
@@ -195,14 +197,17 @@ const char* name(int lanes) {
   }
 }
 
-Args pack(const MoeFusedGate& p) {
+Args pack(const MoeFusedGate& p, const SpreadCounters& spread) {
   Args a{};
   a.logits = p.logits.data;
   a.bias = p.bias.as<const float>();
   a.valid_device = p.valid_tokens.device;
   a.valid_host = p.valid_tokens.host;
   a.id_map = p.id_map.as<const int32_t>();
-  a.load = p.load.as<unsigned long long>();
+  const bool apart = p.load && spread.data != nullptr;
+  a.counters = apart ? spread.data : p.load.as<unsigned long long>();
+  a.copy_mask = apart ? spread.copies - 1 : 0;
+  a.stride = apart ? SpreadCounters::kStride : 1;
   a.ids = p.ids.as<int32_t>();
   a.weights = p.weights.as<float>();
   a.logical_ids = p.logical_ids.as<int32_t>();
@@ -243,12 +248,13 @@ Args pack(const MoeFusedGate& p) {
 
 }  // namespace
 
-cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const char** path, int force) {
+cudaError_t launch(const MoeFusedGate& p, const SpreadCounters& spread, int sms, cudaStream_t stream, const char** path,
+                   int force) {
   if (p.T == 0) {
     *path = "nothing to do";
     return cudaSuccess;
   }
-  const Args a = pack(p);
+  const Args a = pack(p, spread);
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   const bool fits = force != 1 && a.K <= 8 && aligned(a.logits) && aligned(a.bias);
   const bool single = a.top_groups == a.groups;
@@ -270,7 +276,8 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   const bool halves = a.dtype != DType::kF32;
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
     const Limits limits = halves ? kHalfLimits : kFloatLimits;
-    const bool counted = a.histogram > 0;
+    const bool counted =
+        a.histogram > 0 && a.stride == 1;  // counters too close to each other to be added to one by one
     const int64_t many = counted ? limits.counted : a.extras ? limits.mapped : limits.many;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
     const bool nothing_else = a.plain && a.K == 8 && a.columns == 8 && a.group_score == GroupScore::kTop2Sum;

@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
       if (4 * l + k < a.K) {
         ids_out[cell + 4 * l + k] = routed ? id[k] : -1;
         weights_out[cell + 4 * l + k] = routed ? weight[k] * a.scale : 0.0f;
-        if (a.load != nullptr && routed) count_load(a, histogram, id[k]);
+        if (a.counters != nullptr && routed) count_load(a, histogram, id[k]);
         if (a.logical_ids != nullptr && t < tokens) {
           a.logical_ids[static_cast<int64_t>(t) * a.K + 4 * l + k] = routed ? logical[k] : -1;
         }
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
       const int32_t shared_id = map != nullptr ? __ldg(map + a.routed + s) : a.routed + s;
       ids_out[cell + a.K + s] = routed ? shared_id : -1;
       weights_out[cell + a.K + s] = routed ? a.shared_weight : 0.0f;
-      if (a.load != nullptr && routed) count_load(a, histogram, shared_id);
+      if (a.counters != nullptr && routed) count_load(a, histogram, shared_id);
     }
     unsigned slow = __ballot_sync(kAll, !plain && live && l == 0);
     __syncwarp();

@@ -137,10 +137,17 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
   }
 }
 
-// For ncu: one launch of one kernel of 256/8/4/8 in bf16 or f32 (`only` as launch takes it), or of every kind.
-inline void run_profile(int64_t T, int only, bool wide) {
+// For ncu: one launch of one kernel of 256/8/4/8 in bf16 or f32 (`only` as launch takes it), with a map of 16 rounds or
+// load counting where `options` is one of these words, or of every kind.
+inline void run_profile(int64_t T, int only, bool wide, const std::string& options) {
   const auto once = [&](int E, Scoring scoring, DType dtype, std::vector<int> forces) {
-    Buffer logits(T * E * size_of(dtype)), bias(E * 4), ids(T * 32), weights(T * 32);
+    constexpr int kSlots = 288;
+    const uint32_t copies = copies_for(kSlots);
+    Buffer logits(T * E * size_of(dtype)), bias(E * 4), ids(T * 32), weights(T * 32), map(16 * 256 * 4),
+        load(kSlots * 8);
+    Buffer counters(copies * kSlots * SpreadCounters::kStride * 8);
+    CHECK(cudaMemset(map.data, 0, map.bytes));
+    CHECK(cudaMemset(counters.data, 0, counters.bytes));
     fill_normal<<<1024, 256>>>(logits.data, dtype == DType::kF32 ? 0 : 1, T * E, 1, 1.0f);
     fill_normal<<<16, 256>>>(bias.data, 0, E, 99, 0.1f);
     for (const int force : forces) {
@@ -151,7 +158,9 @@ inline void run_profile(int64_t T, int only, bool wide) {
       p.valid_tokens.host = T, p.ids = {ids.data, DType::kI32, T * 8}, p.weights = {weights.data, DType::kF32, T * 8};
       p.K = 8, p.scoring = scoring, p.groups = E == 256 ? 8 : 1, p.top_groups = E == 256 ? 4 : 1;
       p.group_score = GroupScore::kTop2Sum, p.renormalize = true, p.scale = 2.5f;
-      CHECK(gate::launch(p, {}, 132, nullptr, &path, force));
+      if (options == "map") p.rounds = 16, p.id_map = {map.data, DType::kI32, 16 * 256};
+      if (options == "load") p.slots = kSlots, p.load = {load.data, DType::kI64, kSlots};
+      CHECK(gate::launch(p, {static_cast<unsigned long long*>(counters.data), copies}, 132, nullptr, &path, force));
       CHECK(cudaDeviceSynchronize());
     }
   };
@@ -173,12 +182,12 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
   const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072},
                              some = {1, 64, 512, 4096, 10000, 40000};
   Case v3;
-  v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 16, 32, 33, 102};
+  v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 16, 32, 102};
   v3.dtype = DType::kBF16;
   time_case(run, v3, full);
   v3.dtype = DType::kF32;
   time_case(run, v3, full);
-  v3.dtype = DType::kBF16, v3.forces = {0};
+  v3.dtype = DType::kBF16, v3.forces = {0, 16, 32, 102};
   Case with = v3;
   with.name = "256/8/4/8 +1 shared", with.shared = 1;
   time_case(run, with, some);
@@ -188,8 +197,17 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
   time_case(run, with, some);
   with = v3, with.name = "256/8/4/8 map of 16", with.rounds = 16;
   time_case(run, with, some);
-  with = v3, with.name = "256/8/4/8 load", with.load = true, with.forces = {0, 8, 16, 32, 102};
+  with = v3, with.name = "256/8/4/8 load", with.load = true;
   time_case(run, with, some);
+  if (filter == "copies") {
+    for (const Fill fill : {Fill::kNormal, Fill::kSkewed}) {
+      for (const int copies : {0, 1, 4, 16}) {
+        with.name = "copies " + std::to_string(copies) + (fill == Fill::kSkewed ? ", all choose the same" : "");
+        with.fill = fill, with.copies = copies, with.forces = {0};
+        time_case(run, with, {512, 4096, 10000, 20000});
+      }
+    }
+  }
   v3.dtype = DType::kF16, v3.name = "256/8/4/8 f16", v3.forces = {0, 8};
   time_case(run, v3, {40000});
   Case kimi;

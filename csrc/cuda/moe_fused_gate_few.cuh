@@ -62,7 +62,7 @@ __device__ __forceinline__ void prefetch(uint32_t unread, const void* at) {
 }
 
 // In grids of more blocks, each letting the next kernel start costs more than that kernel gains.
-inline constexpr unsigned kEarlyBlocks = 2048;
+inline constexpr unsigned kEarlyBlocks = 1024;
 
 // valid_tokens where the launch has brought what the host gave into range.
 __device__ __forceinline__ int few_valid(const Args& a) {
@@ -159,8 +159,8 @@ __device__ __noinline__ void few_rounds(uint32_t list) {
   __syncwarp();
 }
 
-// Early: a small grid. Allowed: what the call may ask for, of Asks; a thing alone it asks for.
-template <class T, int Warps, int PerSm, bool Early, uint32_t Allowed>
+// Small: a small batch. Allowed: what the call may ask for, of Asks; a thing alone it asks for.
+template <class T, int Warps, int PerSm, bool Small, uint32_t Allowed>
 __global__ void __launch_bounds__(32 * Warps, PerSm / Warps) gate_few(const __grid_constant__ Args a) {
   using List = FewList;
   __shared__ __align__(128) char memory[Warps][List::kBytes];
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(32 * Warps, PerSm / Warps) gate_few(const __gr
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) octet.words[i] = ask(row + 16 / sizeof(T) * i);
   __syncthreads();
-  if (Early) let_next_kernel_start();
+  if (Small && gridDim.x <= kEarlyBlocks) let_next_kernel_start();
   const uint32_t asks = (Allowed & (Allowed - 1)) != 0 ? Allowed & a.asks : Allowed;
   const uint32_t list = shared_address(memory[threadIdx.x / 32]), mine = held(list + 4 * lane);
   Octet<float> biases = {};
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(32 * Warps, PerSm / Warps) gate_few(const __gr
   if ((asks & kMapped) != 0) {
     map = map_round(a, t) * a.map_row;
     // Its row is on its way to the first cache before it is needed. With many tokens it is there already.
-    if (Early) prefetch(mine + List::kUnread, a.id_map + map + 8 * lane);
+    if (Small) prefetch(mine + List::kUnread, a.id_map + map + 8 * lane);
   }
   if ((asks & kPadded) != 0 && t >= few_valid(a)) {
     few_pad<32>(a, t);

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kPlainBytes = 48 * 1024;       // of shared memory, without asking for more
 constexpr int kHistogramSlots = 4096;        // counted in shared memory up to here
-constexpr int kEarlyWarps = 2;               // of a block of gate_few in grids of up to kEarlyBlocks
+constexpr int64_t kSmallBatch = 4096;        // tokens of gate_few
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
 template <class T, int E, int L, Family F, int Warps, int Blocks = 0, bool Ragged = false>
@@ -32,12 +32,12 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
 }
 
 // Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest, above `many` 2 lanes, half a warp
-// between them. Where the load is counted in the tensor itself, 8 lanes up to `counted`. Lines through measured times
-// cross there.
+// between them (f32 alone). Where the load is counted in the tensor itself, 8 lanes up to `counted`. Lines through
+// measured times cross there.
 struct Limits {
   int64_t few, many, counted;
 };
-constexpr Limits kHalfLimits{87, 262, 110}, kFloatLimits{100, 1000, 150};
+constexpr Limits kHalfLimits{285, 285, 110}, kFloatLimits{455, 1000, 150};
 
 unsigned blocks_of(int64_t tokens, int tokens_of_block) {
   return static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block);
@@ -63,13 +63,13 @@ cudaError_t run_warps(Kernel kernel, const Args& a, int tokens_of_warp, int warp
 }
 
 // A warp per token. Many tokens want more warps of fewer registers.
-template <class T, bool Early, uint32_t Allowed, uint32_t... More>
+template <class T, bool Small, uint32_t Allowed, uint32_t... More>
 cudaError_t run_few(const Args& a, cudaStream_t stream) {
   if constexpr (sizeof...(More) > 0) {
-    if ((a.asks & ~Allowed) != 0) return run_few<T, Early, More...>(a, stream);
+    if ((a.asks & ~Allowed) != 0) return run_few<T, Small, More...>(a, stream);
   }
-  constexpr int kWarps = Early ? kEarlyWarps : 3;
-  gate_few<T, kWarps, Early ? 36 : 63, Early, Allowed><<<blocks_of(a.T, kWarps), 32 * kWarps, 0, stream>>>(a);
+  constexpr int kWarps = Small ? 2 : 3, kWarpsOfSm = Small ? 36 : 63;
+  gate_few<T, kWarps, kWarpsOfSm, Small, Allowed><<<blocks_of(a.T, kWarps), 32 * kWarps, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -77,9 +77,8 @@ template <class T>
 cudaError_t run_few(Args a, cudaStream_t stream) {
   constexpr uint32_t kOften = kMapped | kCounted | kShared;
   a.histogram = 0;
-  return a.T <= kEarlyWarps * kEarlyBlocks
-             ? run_few<T, true, 0, kOften, kAnything>(a, stream)
-             : run_few<T, false, 0, kMapped, kCounted, kShared, kOften, kAnything>(a, stream);
+  return a.T <= kSmallBatch ? run_few<T, true, 0, kOften, kAnything>(a, stream)
+                            : run_few<T, false, 0, kMapped, kCounted, kShared, kOften, kAnything>(a, stream);
 }
 
 cudaError_t run_few_dtype(const Args& a, cudaStream_t stream) {
@@ -89,18 +88,11 @@ cudaError_t run_few_dtype(const Args& a, cudaStream_t stream) {
 }
 
 // Two tokens per warp.
-template <class T>
 cudaError_t run_pairs(Args a, cudaStream_t stream) {
   constexpr int kWarps = 2;
   a.histogram = 0;
-  gate_pairs<T, kWarps><<<blocks_of(a.T, 2 * kWarps), 32 * kWarps, 0, stream>>>(a);
+  gate_pairs<float, kWarps><<<blocks_of(a.T, 2 * kWarps), 32 * kWarps, 0, stream>>>(a);
   return cudaGetLastError();
-}
-
-cudaError_t run_pairs_dtype(const Args& a, cudaStream_t stream) {
-  if (a.dtype == DType::kF32) return run_pairs<float>(a, stream);
-  if (a.dtype == DType::kBF16) return run_pairs<__nv_bfloat16>(a, stream);
-  return run_pairs<__half>(a, stream);
 }
 
 // One block for every multiprocessor where it can hold all warps. Beyond that small blocks fill the device evenly; with
@@ -271,13 +263,13 @@ cudaError_t launch(const MoeFusedGate& p, const SpreadCounters& spread, int sms,
     const int64_t many = close ? limits.counted : limits.many;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
     const bool small = a.T * a.columns < int64_t{1} << 31 && int64_t{a.rounds} * a.map_row < int64_t{1} << 31;
-    if (small && a.shared <= 16 && (force == 0 ? !close && a.T <= limits.few * sms : force == 32)) {
+    if (small && a.shared <= 16 && (force == 0 ? !close && (halves || a.T <= limits.few * sms) : force == 32)) {
       *path = name(32);
       return run_few_dtype(a, stream);
     }
-    if (small && (force == 0 ? !close : force == 16)) {
+    if (small && !halves && (force == 0 ? !close : force == 16)) {
       *path = name(16);
-      return run_pairs_dtype(a, stream);
+      return run_pairs(a, stream);
     }
     *path = name(8);
     return run_dtype<256, Family::kGrouped, 8>(a, 8, sms, stream);

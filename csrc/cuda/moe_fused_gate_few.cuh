@@ -14,7 +14,7 @@
 // A token with a NaN or equal groups at the cut is routed by gate_row of the general kernel.
 //
 // Limits: 256 experts, 8 groups, 4 kept, sigmoid; K <= 8; at most 16 shared experts; logits and bias aligned to 16
-// bytes; fewer than 2^31 cells of the outputs. Order of accumulation: a tree over the slots.
+// bytes; fewer than 2^27 tokens and 2^31 cells of an output. Order of accumulation: a tree over the slots.
 #pragma once
 #include "moe_fused_gate_lanes.cuh"
 

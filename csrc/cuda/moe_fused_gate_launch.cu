@@ -263,7 +263,8 @@ cudaError_t launch(const MoeFusedGate& p, const SpreadCounters& spread, int sms,
     const int64_t many = close ? limits.counted : limits.many;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
     const bool small = a.T * a.columns < int64_t{1} << 31 && int64_t{a.rounds} * a.map_row < int64_t{1} << 31;
-    if (small && a.shared <= 16 && (force == 0 ? !close && (halves || a.T <= limits.few * sms) : force == 32)) {
+    const bool few = small && a.shared <= 16 && a.T < int64_t{1} << 27;
+    if (few && (force == 0 ? !close && (halves || a.T <= limits.few * sms) : force == 32)) {
       *path = name(32);
       return run_few_dtype(a, stream);
     }

@@ -37,7 +37,7 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
 struct Limits {
   int64_t few, many, counted;
 };
-constexpr Limits kHalfLimits{285, 285, 110}, kFloatLimits{455, 1000, 150};
+constexpr Limits kHalfLimits{285, 285, 50}, kFloatLimits{455, 1000, 65};
 
 unsigned blocks_of(int64_t tokens, int tokens_of_block) {
   return static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block);

@@ -1,7 +1,7 @@
 // Checks the CUDA moe_fused_gate against the CPU kernel, and times it. NOTES.md says how.
 //   gate_bench check|sanitize [dry | beginning of a case's name]
 //   gate_bench time|steady [dry | beginning of a case's name [tokens,tokens...]]
-//   gate_bench profile [tokens [lanes [f32]]]
+//   gate_bench profile [tokens [lanes [f32 | bf16 [map | load]]]]
 #include <memory>
 #include <sstream>
 
@@ -14,7 +14,7 @@ int main(int argc, char** argv) {
   const auto word = [&](int i, const char* otherwise) { return std::string(argc > i ? argv[i] : otherwise); };
   const std::string mode = word(1, "check");
   if (mode == "profile") {
-    run_profile(std::stoll(word(2, "40000")), std::stoi(word(3, "0")), word(4, "bf16") == "f32");
+    run_profile(std::stoll(word(2, "40000")), std::stoi(word(3, "0")), word(4, "bf16") == "f32", word(5, ""));
     return 0;
   }
   dry = word(2, "") == "dry";

@@ -26,7 +26,8 @@ struct Case {
   ScalePlacement placement = ScalePlacement::kInWeights;
   int shared = 0, zero = 0, rounds = 0;
   bool load = false, capture = false;
-  int valid = -1;  // -1: all; else tokens * valid / 10
+  int copies = -1;  // of spread counters: -1 as many as the package has, 0 none
+  int valid = -1;   // -1: all; else tokens * valid / 10
   bool valid_on_device = false;
   DType dtype = DType::kF32;
   Fill fill = Fill::kNormal;
@@ -56,14 +57,21 @@ inline float logit(Fill fill, Random& random, int64_t t, int e, int E, int group
 inline std::vector<Case> families() {
   std::vector<Case> all;
   const auto add = [&](Case c) { all.push_back(c); };
-  const std::vector<int> v3 = {0, 1, 8, 16, 32, 33, 102};
+  const std::vector<int> v3 = {0, 1, 8, 16, 32, 102};
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     Case c;
     c.name = "v3", c.dtype = dtype, c.forces = v3;
     add(c);
     c.name = "v3 best of group", c.group_score = GroupScore::kMax;
     add(c);
-    c.group_score = GroupScore::kTop2Sum;
+    c.group_score = GroupScore::kTop2Sum, c.forces = {0, 32};
+    c.name = "v3 load", c.load = true;
+    add(c);
+    c.name = "v3 map of 16", c.load = false, c.rounds = 16;
+    add(c);
+    c.name = "v3 +1 shared", c.rounds = 0, c.shared = 1;
+    add(c);
+    c.shared = 0, c.forces = v3;
     if (dtype == DType::kF16) continue;
     c.name = "v3 +1 shared, load", c.shared = 1, c.load = true;
     add(c);
@@ -73,6 +81,11 @@ inline std::vector<Case> families() {
     c.name = "v3 onOutput, zero experts, valid on host", c.placement = ScalePlacement::kOnOutput, c.zero = 4,
     c.rounds = 0, c.valid = 9, c.valid_on_device = false, c.renormalize = false;
     add(c);
+    Case six;
+    six.name = "v3 of six, no bias", six.dtype = dtype, six.K = 6, six.bias = false, six.forces = v3;
+    add(six);
+    six.name = "v3 +12 shared", six.K = 8, six.bias = true, six.shared = 12, six.rounds = 3;
+    add(six);
   }
   Case kimi;
   kimi.name = "kimi", kimi.E = 384, kimi.groups = kimi.top_groups = 1, kimi.forces = {0, 1, 8, 16}, kimi.load = true;

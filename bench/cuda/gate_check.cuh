@@ -137,6 +137,9 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
 
   // Device
   Buffer logits(logit_bytes), bias_d(c.E * 4), map_d(map.size() * 4), load_d(slots * 8), valid_d(4);
+  const uint32_t copies = copies_for(slots);
+  std::vector<uint64_t> apart(copies * slots * SpreadCounters::kStride);
+  Buffer spread_d(apart.size() * 8);
   Buffer ids(T * columns * 4 + kGuard), weights(T * columns * 4 + kGuard), logical(T * c.K * 4 + kGuard);
   logits.put(logits_host, logit_bytes);
   bias_d.put(bias.data(), c.E * 4);
@@ -151,19 +154,28 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
   d.ids = {ids.data, DType::kI32, T * columns};
   d.weights = {weights.data, DType::kF32, T * columns};
   if (c.capture) d.logical_ids = {logical.data, DType::kI32, T * c.K};
+  // Counters apart, and in the tensor itself.
+  const SpreadCounters none, some{static_cast<unsigned long long*>(spread_d.data), copies};
+  std::vector<std::pair<int, SpreadCounters>> runs;
   for (const int force : c.forces) {
+    runs.push_back({force, none});
+    if (c.load) runs.push_back({force, some});
+  }
+  for (const auto& [force, spread] : runs) {
     const char* path = "";
     bool contained = true;
     Result got[2];
     for (auto& g : got) {
       ids.poison(), weights.poison(), logical.poison();
       load_d.put(load_before.data(), slots * 8);
+      std::fill(apart.begin(), apart.end(), 0);
+      spread_d.put(apart.data(), spread_d.bytes);
       if (dry) {
         MoeFusedGate fake = d;
         const Status s = moe_fused_gate(cpu, fake);
         if (!s.ok()) std::exit(1);
       } else {
-        CHECK(gate::launch(d, 132, nullptr, &path, force));
+        CHECK(gate::launch(d, spread, 132, nullptr, &path, force));
         CHECK(cudaDeviceSynchronize());
       }
       g = {std::vector<int32_t>(T * columns), std::vector<int32_t>(T * c.K), std::vector<float>(T * columns),
@@ -172,6 +184,12 @@ inline void check(Backend& cpu, const Case& c, int64_t T, Tally& tally) {
       weights.get(g.weights.data(), T * columns * 4);
       if (c.capture) logical.get(g.logical.data(), T * c.K * 4);
       load_d.get(g.load.data(), slots * 8);
+      contained = contained && (spread.data == nullptr || dry || g.load == load_before);
+      spread_d.get(apart.data(), spread_d.bytes);
+      for (size_t i = 0; i < apart.size(); i++) {
+        if (apart[i] != 0) g.load[i / SpreadCounters::kStride % slots] += static_cast<int64_t>(apart[i]);
+        contained = contained && (apart[i] == 0 || i % SpreadCounters::kStride == 0);
+      }
       contained = contained && guard_is_whole(ids) && guard_is_whole(weights) && guard_is_whole(logical);
     }
     int bad = 0, near = 0;

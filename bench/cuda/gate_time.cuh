@@ -23,7 +23,7 @@ __global__ void fill_normal(void* out, int dtype, size_t n, uint32_t seed, float
 }
 
 struct Set {
-  Buffer logits, ids, weights;
+  Buffer logits, ids, weights, counters;
 };
 
 // What is timed: cases whose names begin with `filter`, at batches of their own or at those given; with `steady` while
@@ -79,9 +79,12 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
   const int columns = c.K + c.shared;
   const int64_t most = *std::max_element(batches.begin(), batches.end());
   const int bytes = static_cast<int>(size_of(c.dtype));
+  constexpr int kSlots = 288;
+  const uint32_t copies = !c.load ? 0 : c.copies < 0 ? copies_for(kSlots) : c.copies;
   std::vector<Set> sets;
   for (int i = 0; i < kRotations; i++) {
-    sets.push_back({Buffer(most * c.E * bytes), Buffer(most * columns * 4), Buffer(most * columns * 4)});
+    sets.push_back({Buffer(most * c.E * bytes), Buffer(most * columns * 4), Buffer(most * columns * 4),
+                    Buffer(copies * kSlots * SpreadCounters::kStride * 8)});
     if (!dry)
       fill_normal<<<1024, 256>>>(sets[i].logits.data,
                                  c.dtype == DType::kF32    ? 0
@@ -95,7 +98,13 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
   map.put(ids.data(), ids.size() * 4);
   if (!dry) {
     fill_normal<<<16, 256>>>(bias.data, 0, c.E, 99, 0.1f);
+    if (c.fill == Fill::kSkewed) {  // all tokens choose the same eight
+      std::vector<float> popular(c.E);
+      for (int e = 0; e < c.E; e++) popular[e] = e % 64 < 2 ? 4.0f : 0.0f;
+      bias.put(popular.data(), c.E * 4);
+    }
     CHECK(cudaMemset(load.data, 0, load.bytes));
+    for (const Set& set : sets) CHECK(cudaMemset(set.counters.data, 0, set.counters.bytes));
     CHECK(cudaDeviceSynchronize());
   }
   for (const int64_t T : batches) {
@@ -106,17 +115,19 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
       const char* path = "";
       const auto launch = [&](int i) {
         MoeFusedGate p{};
-        p.T = T, p.E = c.E, p.rounds = c.rounds, p.slots = c.load ? 288 : 0;
+        p.T = T, p.E = c.E, p.rounds = c.rounds, p.slots = c.load ? kSlots : 0;
         p.logits = {sets[i].logits.data, c.dtype, T * c.E};
         if (c.bias) p.bias = {bias.data, DType::kF32, c.E};
         p.valid_tokens.host = T;
         if (c.rounds > 0) p.id_map = {map.data, DType::kI32, c.rounds * int64_t{c.E + c.shared}};
-        if (c.load) p.load = {load.data, DType::kI64, 288};
+        if (c.load) p.load = {load.data, DType::kI64, kSlots};
         p.ids = {sets[i].ids.data, DType::kI32, T * columns};
         p.weights = {sets[i].weights.data, DType::kF32, T * columns};
         p.K = c.K, p.scoring = c.scoring, p.selection = c.selection, p.groups = c.groups, p.top_groups = c.top_groups;
         p.group_score = c.group_score, p.renormalize = c.renormalize, p.scale = c.scale, p.shared = c.shared;
-        if (!dry) CHECK(gate::launch(p, 132, run.timer.stream, &path, force));
+        const SpreadCounters spread = {copies > 0 ? static_cast<unsigned long long*>(sets[i].counters.data) : nullptr,
+                                       copies};
+        if (!dry) CHECK(gate::launch(p, spread, 132, run.timer.stream, &path, force));
       };
       const double us = run.steady ? without_pause(run.timer, kRotations, launch) : run.timer.graph(kRotations, launch);
       std::printf(" %s%d: %6.2f (%.2f)", force == 0 ? "auto " : "L", force, us, us / floor);
@@ -126,10 +137,17 @@ inline void time_case(Run& run, const Case& c, const std::vector<int64_t>& own) 
   }
 }
 
-// For ncu: one launch of one kernel of 256/8/4/8 in bf16 or f32 (`only` as launch takes it), or of every kind.
-inline void run_profile(int64_t T, int only, bool wide) {
+// For ncu: one launch of one kernel of 256/8/4/8 in bf16 or f32 (`only` as launch takes it), with a map of 16 rounds or
+// load counting where `options` is one of these words, or of every kind.
+inline void run_profile(int64_t T, int only, bool wide, const std::string& options) {
   const auto once = [&](int E, Scoring scoring, DType dtype, std::vector<int> forces) {
-    Buffer logits(T * E * size_of(dtype)), bias(E * 4), ids(T * 32), weights(T * 32);
+    constexpr int kSlots = 288;
+    const uint32_t copies = copies_for(kSlots);
+    Buffer logits(T * E * size_of(dtype)), bias(E * 4), ids(T * 32), weights(T * 32), map(16 * 256 * 4),
+        load(kSlots * 8);
+    Buffer counters(copies * kSlots * SpreadCounters::kStride * 8);
+    CHECK(cudaMemset(map.data, 0, map.bytes));
+    CHECK(cudaMemset(counters.data, 0, counters.bytes));
     fill_normal<<<1024, 256>>>(logits.data, dtype == DType::kF32 ? 0 : 1, T * E, 1, 1.0f);
     fill_normal<<<16, 256>>>(bias.data, 0, E, 99, 0.1f);
     for (const int force : forces) {
@@ -140,7 +158,9 @@ inline void run_profile(int64_t T, int only, bool wide) {
       p.valid_tokens.host = T, p.ids = {ids.data, DType::kI32, T * 8}, p.weights = {weights.data, DType::kF32, T * 8};
       p.K = 8, p.scoring = scoring, p.groups = E == 256 ? 8 : 1, p.top_groups = E == 256 ? 4 : 1;
       p.group_score = GroupScore::kTop2Sum, p.renormalize = true, p.scale = 2.5f;
-      CHECK(gate::launch(p, 132, nullptr, &path, force));
+      if (options == "map") p.rounds = 16, p.id_map = {map.data, DType::kI32, 16 * 256};
+      if (options == "load") p.slots = kSlots, p.load = {load.data, DType::kI64, kSlots};
+      CHECK(gate::launch(p, {static_cast<unsigned long long*>(counters.data), copies}, 132, nullptr, &path, force));
       CHECK(cudaDeviceSynchronize());
     }
   };
@@ -162,12 +182,12 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
   const std::vector<int64_t> full = {1, 8, 64, 512, 4096, 10000, 20000, 40000, 131072},
                              some = {1, 64, 512, 4096, 10000, 40000};
   Case v3;
-  v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 16, 32, 33, 102};
+  v3.name = "256/8/4/8 sigmoid", v3.forces = {0, 8, 16, 32, 102};
   v3.dtype = DType::kBF16;
   time_case(run, v3, full);
   v3.dtype = DType::kF32;
   time_case(run, v3, full);
-  v3.dtype = DType::kBF16, v3.forces = {0};
+  v3.dtype = DType::kBF16, v3.forces = {0, 16, 32, 102};
   Case with = v3;
   with.name = "256/8/4/8 +1 shared", with.shared = 1;
   time_case(run, with, some);
@@ -177,8 +197,17 @@ inline void run_times(const std::string& filter, const std::vector<int64_t>& giv
   time_case(run, with, some);
   with = v3, with.name = "256/8/4/8 map of 16", with.rounds = 16;
   time_case(run, with, some);
-  with = v3, with.name = "256/8/4/8 load", with.load = true, with.forces = {0, 8, 16, 32, 102};
+  with = v3, with.name = "256/8/4/8 load", with.load = true;
   time_case(run, with, some);
+  if (filter == "copies") {
+    for (const Fill fill : {Fill::kNormal, Fill::kSkewed}) {
+      for (const int copies : {0, 1, 4, 16}) {
+        with.name = "copies " + std::to_string(copies) + (fill == Fill::kSkewed ? ", all choose the same" : "");
+        with.fill = fill, with.copies = copies, with.forces = {0};
+        time_case(run, with, {512, 4096, 10000, 20000});
+      }
+    }
+  }
   v3.dtype = DType::kF16, v3.name = "256/8/4/8 f16", v3.forces = {0, 8};
   time_case(run, v3, {40000});
   Case kimi;

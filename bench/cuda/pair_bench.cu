@@ -76,7 +76,7 @@ bool time_pair(Timer& timer, int64_t T) {
     return timer.graph(kRotations, [&](int i) {
       const Pair pair(T, sets[i]);
       if (dry) return;
-      if (gate) CHECK(gate::launch(pair.gate, 132, timer.stream, &gate_path));
+      if (gate) CHECK(gate::launch(pair.gate, SpreadCounters{}, 132, timer.stream, &gate_path));
       if (dispatch) CHECK(dispatch::launch(pair.dispatch, 132, pair.scratch, timer.stream, &dispatch_path, chain));
     });
   };

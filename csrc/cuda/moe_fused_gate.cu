@@ -15,7 +15,7 @@ Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
                                                  std::to_string(p.E) + " and " + std::to_string(p.K));
   }
   const char* path = "";
-  MOE_CUDA_CHECK(gate::launch(p, cuda(backend).sm_count(), cuda(backend).stream(), &path));
+  MOE_CUDA_CHECK(gate::launch(p, SpreadCounters{}, cuda(backend).sm_count(), cuda(backend).stream(), &path));
   backend.note_path("moe_fused_gate", path);
   return Status::Ok();
 }

@@ -6,47 +6,74 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../ops.h"
+#include "load_counters.h"
 #include "programmatic.cuh"
 
 namespace moe::gate {
 
-// What every kernel reads comes first: constants that a launch finds cold are fetched 64 bytes at a time.
+// What a call may ask for besides eight choices by sums of two under a bias, for every token.
+enum Asks : uint32_t {
+  kMapped = 1,       // an id map
+  kCounted = 2,      // the load
+  kShared = 4,       // shared experts
+  kCaptured = 8,     // logical ids
+  kPadded = 16,      // tokens that are not valid
+  kUnbiased = 32,    // no bias
+  kOneBest = 64,     // groups by their best alone
+  kFewer = 128,      // fewer choices
+  kMoved = 256,      // zero experts behind shared ones
+  kUndivided = 512,  // weights that are not renormalised
+  kAnything = 1023
+};
+
+// Constants that a launch finds cold are fetched a line of 64 bytes at a time, and arguments begin 16 bytes into one.
+// The first line of them is all that gate_few reads where a call asks for nothing; the second has what it is asked for
+// often.
 struct Args {
   const void* logits;
   const float* bias;
   int32_t* ids;
   float* weights;
+  int32_t tokens;  // T, where outputs have fewer than 2^31 cells
+  float scale;
+  uint32_t asks;  // of Asks
+  int32_t columns;
+
+  const int32_t* id_map;
+  char* counters;                // of the load, on the device; null: none
+  uint32_t rounds, round_magic;  // mulhi(t, magic) is t / rounds or one less
+  int32_t map_row;               // ids in a row of the map: E + shared
+  int32_t slots;
+  uint32_t copy_mask, stride;        // of the counters: copies - 1, and bytes from one to the next
+  int32_t K, routed, shared, valid;  // valid: what the host gave, from 0 to tokens
+  float shared_weight;
+
   const int32_t* valid_device;
+  int32_t* logical_ids;
   int64_t T, valid_host;
-  int32_t K, columns, routed;
-  float scale, shared_weight;
-  float least_total, most_total;  // of the weights of a row, by which it is divided: 1 where it is not renormalised
-  int32_t shared_column;          // and the column is the id of a shared expert
-  GroupScore group_score;
-  bool renormalize, extras;  // extras: ids are mapped, captured or counted, or move because of shared experts
-  bool plain;                // a bias, no extras and no padding
+  bool two_best;  // the score of a group is the sum of its two best, not its best
+  bool renormalize;
   DType dtype;
   Scoring scoring;
   Selection selection;
-  const int32_t* id_map;
-  unsigned long long* load;
-  int32_t* logical_ids;
-  int32_t E, shared, zero;
+  int32_t E, zero;
   int32_t groups, group_size, top_groups;
-  uint32_t group_magic;          // e * magic >> 20 is e / group_size
-  uint32_t column_magic;         // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
-  uint32_t rounds, round_magic;  // mulhi(t, magic) is t / rounds or one less
-  int32_t slots, histogram;      // histogram: counters in shared memory, 0 where the load is counted in global memory
+  uint32_t group_magic;   // e * magic >> 20 is e / group_size
+  uint32_t column_magic;  // mulhi(i, magic) is i / columns where columns are even, 0 where they are odd
+  int32_t histogram;      // counters in shared memory, 0 where choices are counted one at a time
   uint32_t seed;
 };
+static_assert(offsetof(Args, id_map) == 48 && offsetof(Args, valid_device) == 48 + 64);
 
-// Enqueues the op. `path` becomes the name of the kernel that was taken; `force` is for benchmarks and tests: lanes per
-// token of the fast kernel, 100 more of the kernel for large batches, 33 for gate_plain, 1 for the general kernel, 0
-// for the choice of moe_fused_gate_launch.cu.
-cudaError_t launch(const MoeFusedGate& p, int sm_count, cudaStream_t stream, const char** path, int force = 0);
+// Enqueues the op, which counts the load in `spread` where that has counters. `path` becomes the name of the kernel
+// that was taken; `force` is for benchmarks and tests: lanes per token of the fast kernel, 100 more of the kernel for
+// large batches, 1 for the general kernel, 0 for the choice of moe_fused_gate_launch.cu.
+cudaError_t launch(const MoeFusedGate& p, const SpreadCounters& spread, int sm_count, cudaStream_t stream,
+                   const char** path, int force = 0);
 
 // gate_groups (moe_fused_gate_groups.cu): lanes per token that it takes for this, 0 where it does not cover it, and its
 // launch. Logits and bias aligned to 16 bytes.
@@ -56,6 +83,7 @@ cudaError_t launch_groups(const Args& a, int lanes, int sms, cudaStream_t stream
 #ifdef __CUDACC__
 
 inline constexpr unsigned kAll = 0xffffffffu;
+inline constexpr float kLeastTotal = 0x1p-126f;  // of weights, none of which is smaller: where all are 0 they stay 0
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ inline float nan_value() { return __int_as_float(0x7fffffff); }
@@ -126,12 +154,19 @@ __device__ inline float key_value(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }
 
+// Adds to a counter on the device. Every block has one of the copies.
+__device__ __forceinline__ void add_load(const Args& a, uint32_t id, unsigned long long n) {
+  const uint32_t at = (blockIdx.x & a.copy_mask) * a.slots + id;
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(a.counters + uint64_t{at} * a.stride), "l"(n)
+               : "memory");
+}
+
 __device__ inline void count_load(const Args& a, uint32_t* histogram, int32_t id) {
   if (static_cast<uint32_t>(id) >= static_cast<uint32_t>(a.slots)) return;
   if (a.histogram > 0) {
     atomicAdd(histogram + id, 1u);
   } else {
-    atomicAdd(a.load + id, 1ull);
+    add_load(a, id, 1);
   }
 }
 
@@ -143,7 +178,7 @@ __device__ inline uint32_t map_round(const Args& a, int64_t t) {
 }
 
 __device__ inline int32_t mapped(const Args& a, uint32_t round, int32_t id) {
-  return a.id_map == nullptr ? id : a.id_map[static_cast<int64_t>(round) * (a.E + a.shared) + id];
+  return a.id_map == nullptr ? id : a.id_map[static_cast<int64_t>(round) * a.map_row + id];
 }
 
 // Outputs from token `first` on: the offsets of a warp's tokens fit into 32 bits.
@@ -165,7 +200,7 @@ __device__ inline void write_choice(const Args& a, const Rows& rows, int at, uin
   const int column = at * a.columns + slot;
   rows.ids[column] = id;
   rows.weights[column] = weight * a.scale;
-  if (a.load != nullptr) count_load(a, histogram, id);
+  if (a.counters != nullptr) count_load(a, histogram, id);
 }
 
 __device__ inline void write_shared(const Args& a, const Rows& rows, int at, uint32_t round, int which,
@@ -174,7 +209,7 @@ __device__ inline void write_shared(const Args& a, const Rows& rows, int at, uin
   const int column = at * a.columns + a.K + which;
   rows.ids[column] = id;
   rows.weights[column] = a.shared_weight;
-  if (a.load != nullptr) count_load(a, histogram, id);
+  if (a.counters != nullptr) count_load(a, histogram, id);
 }
 
 // Column `column` of a padding row.
@@ -190,7 +225,7 @@ __device__ inline void clear_histogram(const Args& a, uint32_t* histogram) {
 
 __device__ inline void add_histogram(const Args& a, const uint32_t* histogram) {
   for (int i = threadIdx.x; i < a.histogram; i += blockDim.x) {
-    if (histogram[i] != 0) atomicAdd(a.load + i, static_cast<unsigned long long>(histogram[i]));
+    if (histogram[i] != 0) add_load(a, i, histogram[i]);
   }
 }
 

@@ -37,7 +37,7 @@ bool by_logits(const Args& a) {
   if (a.bias != nullptr) return false;
   if (a.selection == Selection::kLogits) return a.scoring != Scoring::kSqrtSoftplus;
   return a.selection == Selection::kScore && a.scoring == Scoring::kSoftmax &&
-         (a.top_groups == a.groups || a.group_score == GroupScore::kMax);
+         (a.top_groups == a.groups || !a.two_best);
 }
 
 }  // namespace

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(128, 4) gate_groups(const __grid_constant__ Ar
           const float2 other = bests[i];
           merge_best(high, next, other.x, other.y);
         }
-        own.sums[g] = a.group_score == GroupScore::kTop2Sum ? high + next : high;
+        own.sums[g] = a.two_best ? high + next : high;
       }
       __syncwarp();
       kept = 0;

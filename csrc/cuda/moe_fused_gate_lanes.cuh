@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(32 * Warps, Blocks) gate_lanes(const __grid_co
                       other_next = __shfl_xor_sync(kAll, next[j], lanes);
           merge_best(best, next[j], other_best, other_next);
         }
-        sum[j] = a.group_score == GroupScore::kTop2Sum ? best + next[j] : best;
+        sum[j] = a.two_best ? best + next[j] : best;
       }
 #pragma unroll
       for (int i = 0; i < 8; i++) sums[i] = i < J ? sum[i % J] : __shfl_xor_sync(kAll, sum[i % J], i / J * 4);

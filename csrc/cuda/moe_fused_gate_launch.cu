@@ -4,7 +4,6 @@
 
 #include "launch_early.cuh"
 #include "moe_fused_gate_pairs.cuh"
-#include "moe_fused_gate_plain.cuh"
 #include "moe_fused_gate_tokens.cuh"
 
 namespace moe::gate {
@@ -13,6 +12,7 @@ namespace {
 
 constexpr int kPlainBytes = 48 * 1024;       // of shared memory, without asking for more
 constexpr int kHistogramSlots = 4096;        // counted in shared memory up to here
+constexpr int64_t kSmallBatch = 4096;        // tokens of gate_few
 constexpr int64_t kHistogramChoices = 8192;  // and from this many choices on. 48 KB of shared memory hold the rest too
 
 template <class T, int E, int L, Family F, int Warps, int Blocks = 0, bool Ragged = false>
@@ -31,14 +31,13 @@ cudaError_t run_lanes(const Args& a, int sms, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest (from 8 to `plain`, gate_plain where
-// nothing but eight choices is asked for), above `many` 2 lanes, half a warp between them. Where ids are mapped or
-// captured, and where the load is counted in shared memory, half a warp never is, and the other two meet at `mapped`
-// and `counted`. Lines through measured times cross there.
+// Tokens per multiprocessor for 256/8/4: up to `few` a warp per token is fastest, above `many` 2 lanes, half a warp
+// between them (f32 alone). Where the load is counted in the tensor itself, 8 lanes up to `counted`. Lines through
+// measured times cross there.
 struct Limits {
-  int64_t plain, few, many, mapped, counted;
+  int64_t few, many, counted;
 };
-constexpr Limits kHalfLimits{87, 68, 262, 110, 78}, kFloatLimits{100, 82, 1000, 150, 88};
+constexpr Limits kHalfLimits{285, 285, 50}, kFloatLimits{455, 1000, 65};
 
 unsigned blocks_of(int64_t tokens, int tokens_of_block) {
   return static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block);
@@ -63,54 +62,37 @@ cudaError_t run_warps(Kernel kernel, const Args& a, int tokens_of_warp, int warp
   return run_blocks(kernel, a, blocks_of(a.T, tokens_of_warp * warps), warps, bytes_of_warp, stream);
 }
 
-// A warp per token. Where the load is counted in shared memory, a block for every multiprocessor.
-template <class T>
-cudaError_t run_few(Args a, int sms, cudaStream_t stream) {
-  a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
-  if (a.histogram > 0) {
-    const int warps = static_cast<int>(std::min<int64_t>((a.T + sms - 1) / sms, kMostFewWarps));
-    return run_blocks(gate_few_counted<T>, a, std::min<int64_t>(a.T, sms), warps, FewList::kBytes, stream);
+// A warp per token. Many tokens want more warps of fewer registers.
+template <class T, bool Small, uint32_t Allowed, uint32_t... More>
+cudaError_t run_few(const Args& a, cudaStream_t stream) {
+  if constexpr (sizeof...(More) > 0) {
+    if ((a.asks & ~Allowed) != 0) return run_few<T, Small, More...>(a, stream);
   }
-  gate_few<T><<<blocks_of(a.T, kFewBlockWarps), 32 * kFewBlockWarps, 0, stream>>>(a);
+  constexpr int kWarps = Small ? 2 : 3, kWarpsOfSm = Small ? 36 : 63;
+  gate_few<T, kWarps, kWarpsOfSm, Small, Allowed><<<blocks_of(a.T, kWarps), 32 * kWarps, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
-cudaError_t run_few_dtype(const Args& a, int sms, cudaStream_t stream) {
-  if (a.dtype == DType::kF32) return run_few<float>(a, sms, stream);
-  if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, sms, stream);
-  return run_few<__half>(a, sms, stream);
-}
-
-// The same where nothing else is asked for. Many tokens want more warps, and blocks that are fewer.
 template <class T>
-cudaError_t run_plain(const Args& a, cudaStream_t stream) {
-  if (a.T <= 2 * kEarlyBlocks) {
-    gate_plain<T, 2, 36><<<blocks_of(a.T, 2), 64, 0, stream>>>(a);
-  } else {
-    gate_plain<T, 4, 48><<<blocks_of(a.T, 4), 128, 0, stream>>>(a);
-  }
-  return cudaGetLastError();
+cudaError_t run_few(Args a, cudaStream_t stream) {
+  constexpr uint32_t kOften = kMapped | kCounted | kShared;
+  a.histogram = 0;
+  return a.T <= kSmallBatch ? run_few<T, true, 0, kOften, kAnything>(a, stream)
+                            : run_few<T, false, 0, kMapped, kCounted, kShared, kOften, kAnything>(a, stream);
 }
 
-cudaError_t run_plain_dtype(const Args& a, cudaStream_t stream) {
-  if (a.dtype == DType::kF32) return run_plain<float>(a, stream);
-  if (a.dtype == DType::kBF16) return run_plain<__nv_bfloat16>(a, stream);
-  return run_plain<__half>(a, stream);
+cudaError_t run_few_dtype(const Args& a, cudaStream_t stream) {
+  if (a.dtype == DType::kF32) return run_few<float>(a, stream);
+  if (a.dtype == DType::kBF16) return run_few<__nv_bfloat16>(a, stream);
+  return run_few<__half>(a, stream);
 }
 
 // Two tokens per warp.
-template <class T>
 cudaError_t run_pairs(Args a, cudaStream_t stream) {
   constexpr int kWarps = 2;
-  a.valid_host = std::clamp<int64_t>(a.valid_host, 0, a.T);
-  gate_pairs<T, kWarps><<<blocks_of(a.T, 2 * kWarps), 32 * kWarps, 0, stream>>>(a);
+  a.histogram = 0;
+  gate_pairs<float, kWarps><<<blocks_of(a.T, 2 * kWarps), 32 * kWarps, 0, stream>>>(a);
   return cudaGetLastError();
-}
-
-cudaError_t run_pairs_dtype(const Args& a, cudaStream_t stream) {
-  if (a.dtype == DType::kF32) return run_pairs<float>(a, stream);
-  if (a.dtype == DType::kBF16) return run_pairs<__nv_bfloat16>(a, stream);
-  return run_pairs<__half>(a, stream);
 }
 
 // One block for every multiprocessor where it can hold all warps. Beyond that small blocks fill the device evenly; with
@@ -195,14 +177,19 @@ const char* name(int lanes) {
   }
 }
 
-Args pack(const MoeFusedGate& p) {
+Args pack(const MoeFusedGate& p, const SpreadCounters& spread) {
   Args a{};
   a.logits = p.logits.data;
   a.bias = p.bias.as<const float>();
   a.valid_device = p.valid_tokens.device;
   a.valid_host = p.valid_tokens.host;
+  a.tokens = static_cast<int32_t>(std::min<int64_t>(p.T, 0x7fffffff));
+  a.valid = static_cast<int32_t>(std::clamp<int64_t>(p.valid_tokens.host, 0, a.tokens));
   a.id_map = p.id_map.as<const int32_t>();
-  a.load = p.load.as<unsigned long long>();
+  const bool apart = p.load && spread.data != nullptr;
+  a.counters = static_cast<char*>(apart ? static_cast<void*>(spread.data) : p.load.data);
+  a.copy_mask = apart ? spread.copies - 1 : 0;
+  a.stride = apart ? 8 * SpreadCounters::kStride : 8;
   a.ids = p.ids.as<int32_t>();
   a.weights = p.weights.as<float>();
   a.logical_ids = p.logical_ids.as<int32_t>();
@@ -218,6 +205,7 @@ Args pack(const MoeFusedGate& p) {
   a.top_groups = p.top_groups;
   a.column_magic = a.columns % 2 == 0 ? static_cast<uint32_t>((int64_t{1} << 32) / a.columns + 1) : 0;
   a.group_magic = static_cast<uint32_t>(((1 << 20) + a.group_size - 1) / a.group_size);
+  a.map_row = a.E + a.shared;
   a.rounds = static_cast<uint32_t>(std::max<int64_t>(p.rounds, 1));
   a.round_magic = static_cast<uint32_t>(std::min<uint64_t>((uint64_t{1} << 32) / a.rounds, 0xffffffffu));
   a.slots = static_cast<int32_t>(std::min<int64_t>(p.slots, 0x7fffffff));
@@ -229,26 +217,26 @@ Args pack(const MoeFusedGate& p) {
   a.dtype = p.logits.dtype;
   a.scoring = p.scoring;
   a.selection = p.selection;
-  a.group_score = p.group_score;
+  a.two_best = p.group_score == GroupScore::kTop2Sum;
   a.renormalize = p.renormalize;
-  a.extras = p.id_map || p.load || p.logical_ids || (p.shared > 0 && p.zero > 0);
   const bool padded = p.valid_tokens.device != nullptr || p.valid_tokens.host < p.T;
-  a.plain = p.bias && !a.extras && !padded;
-  a.least_total = p.renormalize ? 1e-37f : 1.0f;  // where all weights are 0 they stay 0
-  a.most_total = p.renormalize ? std::numeric_limits<float>::infinity() : 1.0f;
-  a.shared_column = a.routed - a.K;
+  a.asks = (p.id_map ? kMapped : 0) | (p.load ? kCounted : 0) | (p.shared > 0 ? kShared : 0) |
+           (p.logical_ids ? kCaptured : 0) | (padded ? kPadded : 0) | (p.bias ? 0 : kUnbiased) |
+           (a.two_best ? 0 : kOneBest) | (p.K < 8 ? kFewer : 0) | (p.shared > 0 && p.zero > 0 ? kMoved : 0) |
+           (p.renormalize ? 0 : kUndivided);
   a.seed = p.seed;
   return a;
 }
 
 }  // namespace
 
-cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const char** path, int force) {
+cudaError_t launch(const MoeFusedGate& p, const SpreadCounters& spread, int sms, cudaStream_t stream, const char** path,
+                   int force) {
   if (p.T == 0) {
     *path = "nothing to do";
     return cudaSuccess;
   }
-  const Args a = pack(p);
+  const Args a = pack(p, spread);
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   const bool fits = force != 1 && a.K <= 8 && aligned(a.logits) && aligned(a.bias);
   const bool single = a.top_groups == a.groups;
@@ -270,22 +258,19 @@ cudaError_t launch(const MoeFusedGate& p, int sms, cudaStream_t stream, const ch
   const bool halves = a.dtype != DType::kF32;
   if (fits && sigmoid && a.E == 256 && a.groups == 8 && a.top_groups == 4) {
     const Limits limits = halves ? kHalfLimits : kFloatLimits;
-    const bool counted = a.histogram > 0;
-    const int64_t many = counted ? limits.counted : a.extras ? limits.mapped : limits.many;
+    // Counters too close to each other to be added to one by one.
+    const bool close = a.histogram > 0 && a.stride < 8 * SpreadCounters::kStride;
+    const int64_t many = close ? limits.counted : limits.many;
     if (aligned(a.ids) && aligned(a.weights) && large(2, many * sms)) return run_tokens_dtype(a, sms, stream);
-    const bool nothing_else = a.plain && a.K == 8 && a.columns == 8 && a.group_score == GroupScore::kTop2Sum;
-    if (nothing_else && (force == 0 ? a.T > 8 * sms && a.T <= limits.plain * sms : force == 33)) {
+    const bool small = a.T * a.columns < int64_t{1} << 31 && int64_t{a.rounds} * a.map_row < int64_t{1} << 31;
+    const bool few = small && a.shared <= 16 && a.T < int64_t{1} << 27;
+    if (few && (force == 0 ? !close && (halves || a.T <= limits.few * sms) : force == 32)) {
       *path = name(32);
-      return run_plain_dtype(a, stream);
+      return run_few_dtype(a, stream);
     }
-    const bool fits_columns = a.columns <= 32 && a.T * a.columns < int64_t{1} << 31;
-    if (fits_columns && (force == 0 ? a.extras || a.T <= limits.few * sms : force == 32)) {
-      *path = name(32);
-      return run_few_dtype(a, sms, stream);
-    }
-    if (fits_columns && !counted && (force == 0 || force == 16)) {
+    if (small && !halves && (force == 0 ? !close : force == 16)) {
       *path = name(16);
-      return run_pairs_dtype(a, stream);
+      return run_pairs(a, stream);
     }
     *path = name(8);
     return run_dtype<256, Family::kGrouped, 8>(a, 8, sms, stream);

@@ -69,7 +69,7 @@ __device__ inline uint32_t exact_groups(const Args& a, int64_t t) {
     const float other_best = __shfl_xor_sync(kAll, best, lanes), other_next = __shfl_xor_sync(kAll, next, lanes);
     merge_best(best, next, other_best, other_next);
   }
-  const float sum = a.group_score == GroupScore::kTop2Sum ? best + next : best;
+  const float sum = a.two_best ? best + next : best;
 #pragma unroll
   for (int i = 0; i < 8; i++) all[i] = __shfl_sync(kAll, sum, 4 * i);
   middle_of_eight(all, fourth, fifth);

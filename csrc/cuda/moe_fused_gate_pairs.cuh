@@ -187,12 +187,22 @@ __device__ __noinline__ void pair_choose_long(uint32_t lists, const T* row, cons
   __syncwarp();
 }
 
+// The id of a column with everything that a call may ask for. Not a function of its own: that would read the arguments
+// from memory, cold, one after the other.
+__device__ __forceinline__ int32_t pair_extras(const Args& a, const int32_t* map, int cell, bool routed, int32_t id) {
+  if (routed) id = few_logical(a, id);
+  if (routed && (a.asks & kCaptured) != 0) a.logical_ids[cell] = id;
+  if (map != nullptr) id = __ldg(map + id);
+  if ((a.asks & kCounted) != 0) few_count(a, id);
+  return id;
+}
+
 template <class T, int Warps>
 __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(const __grid_constant__ Args a) {
   using Lists = PairLists;
   __shared__ __align__(16) char memory[Warps][Lists::kBytes];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int tokens = static_cast<int>(a.T), first = 2 * (blockIdx.x * Warps + warp);
+  const int tokens = a.tokens, first = 2 * (blockIdx.x * Warps + warp);
   if (first >= tokens) return;
 
   // The rows before all else, as in gate_few. A token that does not exist is the first again.
@@ -213,14 +223,13 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   uint32_t slow = 0;                             // tokens for another way, a bit each
   Octet<float> biases = {};
   const int32_t* map = nullptr;
-  if (a.plain) {
+  const bool extras = (a.asks & (kMapped | kCounted | kCaptured | kMoved)) != 0;
+  if (!extras && (a.asks & (kPadded | kUnbiased)) == 0) {
     biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
   } else {
     if (a.bias != nullptr) biases = {ask(a.bias + 8 * lane), ask(a.bias + 8 * lane + 4)};
-    if (a.id_map != nullptr) {
-      map = a.id_map + static_cast<int64_t>(map_round(a, t)) * (a.E + a.shared);
-    }
-    const int valid = static_cast<int>(valid_tokens(a));
+    if ((a.asks & kMapped) != 0) map = a.id_map + map_round(a, t) * a.map_row;
+    const int valid = few_valid(a);
     if (first >= valid) {
       if (t < tokens) few_pad<16>(a, t);
       return;
@@ -255,7 +264,7 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
     next = larger(larger(next, other_next), smaller(best, other_best));
     best = larger(best, other_best);
   }
-  const __half2 sum = a.group_score == GroupScore::kTop2Sum ? __hadd2(best, next) : best;
+  const __half2 sum = (a.asks & kOneBest) == 0 ? __hadd2(best, next) : best;
   // A sum is as far off as two choices, each by its error and its rounding, and is rounded twice more here.
   const __half2 off = __hfma2(__hadd2(__habs2(best), __habs2(next)), __float2half2_rn(3.1f * 0x1p-11f),
                               __float2half2_rn(2.02f * kChoiceError));
@@ -327,17 +336,17 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
   float weight = lane % 16 < a.K ? __uint_as_float(chosen.y) : 0.0f, total = weight;
 #pragma unroll
   for (int lanes = 1; lanes < 8; lanes *= 2) total += __shfl_xor_sync(kAll, total, lanes);
-  total = fminf(fmaxf(total, a.least_total), a.most_total);
+  total = (a.asks & kUndivided) != 0 ? 1.0f : fmaxf(total, kLeastTotal);
   weight *= fast_inverse(total) * a.scale;
   int32_t id = static_cast<int32_t>(chosen.x);
 #pragma unroll 1
   for (int k = lane % 16; done && k < a.columns; k += 16) {
     const bool routed = k < a.K;
     if (!routed) {
-      id = k + a.shared_column;
+      id = a.routed + k - a.K;
       weight = a.shared_weight;
     }
-    if (a.extras) id = few_extras(a, map, t * a.K + k, routed, id, nullptr);
+    if (extras) id = pair_extras(a, map, t * a.K + k, routed, id);
     const uint32_t cell = t * a.columns + k;
     a.ids[cell] = id;
     a.weights[cell] = weight;
@@ -347,7 +356,7 @@ __global__ void __launch_bounds__(32 * Warps, kPairWarps / Warps) gate_pairs(con
     const int h = __ffs(static_cast<int>(slow)) - 1;
     __syncwarp();
     if (first + h >= tokens) break;
-    if (first + h < static_cast<int>(valid_tokens(a))) {
+    if (first + h < few_valid(a)) {
       gate_row_apart<8>(a, first + h, static_cast<uint32_t*>(__cvta_shared_to_generic(lists)), nullptr);
     } else {
       few_pad<32>(a, first + h);

@@ -82,7 +82,7 @@ __device__ __forceinline__ void keep_groups(const Args& a, uint32_t* key, uint32
       next = max(min(best, other_best), max(next, other_next));
       best = max(best, other_best);
     }
-    const bool both = a.group_score == GroupScore::kTop2Sum && next > 1;  // 1 is NaN, 0 nobody
+    const bool both = a.two_best && next > 1;  // 1 is NaN, 0 nobody
     if (g < a.groups && lane % team == 0) group_keys[g] = both ? rank_key(key_value(best) + key_value(next)) : best;
   }
   __syncwarp();

@@ -231,9 +231,9 @@ __global__ void __launch_bounds__(256, 1) gate_softmax(const __grid_constant__ A
       const int32_t shared_id = map != nullptr ? __ldg(map + a.routed + s) : a.routed + s;
       ids_out[a.K + s] = routed ? shared_id : -1;
       weights_out[a.K + s] = routed ? a.shared_weight : 0.0f;
-      if (a.load != nullptr && routed) count_load(a, histogram, shared_id);
+      if (a.counters != nullptr && routed) count_load(a, histogram, shared_id);
     }
-    if (a.load != nullptr && routed) {
+    if (a.counters != nullptr && routed) {
 #pragma unroll
       for (int k = 0; k < 8; k++) {
         if (k < a.K) count_load(a, histogram, id[k]);

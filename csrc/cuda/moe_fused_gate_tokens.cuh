@@ -73,8 +73,7 @@ struct LaneColumns {
 
 // The groups of 32 that are kept, a bit each, by the two lanes of a token. `plain` becomes false where a group's score
 // is NaN or infinite or far off, `sure` where the error of rough choices may matter.
-__device__ __forceinline__ uint32_t rough_groups(const char* row, int l, GroupScore group_score, bool& plain,
-                                                 bool& sure) {
+__device__ __forceinline__ uint32_t rough_groups(const char* row, int l, bool two_best, bool& plain, bool& sure) {
   float sums[4], farthest = 0, all[8], fourth, fifth;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -86,7 +85,7 @@ __device__ __forceinline__ uint32_t rough_groups(const char* row, int l, GroupSc
     }
     best_of_pairs(pairs, best, next);
     const float first_best = __low2float(best), second_best = __low2float(next);
-    sums[i] = first_best + (group_score == GroupScore::kTop2Sum ? second_best : 0.0f);
+    sums[i] = first_best + (two_best ? second_best : 0.0f);
     farthest = fmaxf(farthest, fmaxf(fabsf(first_best), fabsf(second_best)));
   }
 #pragma unroll
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
   char* rows = reinterpret_cast<char*>(shared_memory + a.histogram) + warp * kTokens * kHalfStride;
   const int token = lane / 2, l = lane % 2;
   char* row = rows + token * kHalfStride;
-  const int tokens = static_cast<int>(a.T), first = (blockIdx.x * warps + warp) * kTokens, t = first + token;
+  const int tokens = a.tokens, first = (blockIdx.x * warps + warp) * kTokens, t = first + token;
   const int here = max(0, min(kTokens, tokens - first));  // rows of this warp
   const int last = max(here, 1) - 1;                      // rows that do not exist repeat it
   const T* logits = static_cast<const T*>(a.logits) + static_cast<int64_t>(min(first, tokens - 1)) * E;
@@ -174,7 +173,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
 
     // The groups that are kept
     bool plain = usual, sure;
-    uint32_t kept = rough_groups(row, l, a.group_score, plain, sure);
+    uint32_t kept = rough_groups(row, l, a.two_best, plain, sure);
     unsigned unsure = __ballot_sync(kAll, !sure && plain && t < valid && l == 0);
     for (; unsure != 0; unsure &= unsure - 1) {
       const int who = (__ffs(static_cast<int>(unsure)) - 1) / 2;
@@ -297,7 +296,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
 
     // What they weigh. Mapped ids are on their way meanwhile.
     const int32_t* map = a.id_map;
-    if (map != nullptr) map += static_cast<int64_t>(map_round(a, t)) * (a.E + a.shared);
+    if (map != nullptr) map += static_cast<int64_t>(map_round(a, t)) * a.map_row;
     int32_t logical[4], id[4];
     float weight[4];
 #pragma unroll
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
       if (4 * l + k < a.K) {
         ids_out[cell + 4 * l + k] = routed ? id[k] : -1;
         weights_out[cell + 4 * l + k] = routed ? weight[k] * a.scale : 0.0f;
-        if (a.load != nullptr && routed) count_load(a, histogram, id[k]);
+        if (a.counters != nullptr && routed) count_load(a, histogram, id[k]);
         if (a.logical_ids != nullptr && t < tokens) {
           a.logical_ids[static_cast<int64_t>(t) * a.K + 4 * l + k] = routed ? logical[k] : -1;
         }
@@ -336,7 +335,7 @@ __global__ void __launch_bounds__(32 * kMostTokenWarps, 1) gate_tokens(const __g
       const int32_t shared_id = map != nullptr ? __ldg(map + a.routed + s) : a.routed + s;
       ids_out[cell + a.K + s] = routed ? shared_id : -1;
       weights_out[cell + a.K + s] = routed ? a.shared_weight : 0.0f;
-      if (a.load != nullptr && routed) count_load(a, histogram, shared_id);
+      if (a.counters != nullptr && routed) count_load(a, histogram, shared_id);
     }
     unsigned slow = __ballot_sync(kAll, !plain && live && l == 0);
     __syncwarp();

@@ -46,6 +46,7 @@ class FaultLog {
 // A recorded sequence: the tasks, or, where the backend has graphs, the graph and the buffers it refers to. The graph
 // goes first, so that what it uses is given back after it.
 struct Recording {
+  uint64_t number = 0;  // from 1, no two of a context the same
   std::vector<std::shared_ptr<const Task>> tasks;
   std::vector<std::shared_ptr<Buffer>> leases;
   std::vector<std::weak_ptr<Buffer>> made;  // tensors that hold nothing before the first replay

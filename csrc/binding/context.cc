@@ -275,7 +275,7 @@ void NativeContext::submit(Napi::Env env, std::shared_ptr<const Task> task) {
 // What cannot be enqueued throws at the call. Into a graph goes what the capture did not make itself, as a lease.
 void NativeContext::run_now(Napi::Env env, const Task& task) {
   Status status;
-  backend_->submit([&] { status = task.run(*backend_); });
+  backend_->submit([&] { status = run(*backend_, task); });
   if (!status.ok()) throw make_error(env, status, task.op);
   if (recording_ == nullptr) return;
   for (const auto* buffers : {&task.reads, &task.writes}) {

@@ -99,6 +99,9 @@ class Backend {
   virtual Status copy_in(void* device, const void* host, size_t bytes) = 0;
   virtual Status copy_out(void* host, const void* device, size_t bytes) = 0;
   virtual Status fill_zero(void* device, size_t bytes) = 0;
+  // Makes a tensor hold all that ops have added to it: a backend may keep additions to counters apart until something
+  // else is done with them. Called inside submitted work, before that.
+  virtual Status settle(const Tensor& /*counters*/) { return Status::Ok(); }
 
   // Recordings. A backend without graphs leaves these alone: the binding keeps the tasks and submits them again. With
   // graphs, submitted work is recorded between begin_capture and end_capture instead of run, and memory from allocate()

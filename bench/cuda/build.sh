@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the standalone check and timing programs of the CUDA kernels. usage: build.sh OUT [gate|dispatch|pair|experts]...
+# Builds the standalone check and timing programs of the CUDA kernels.
+# usage: build.sh OUT [gate|dispatch|pair|experts|load]..., where load is test/native/load_counting_test.cc.
 # Needs nvcc 13 and g++; the programs need only a driver.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -14,14 +15,13 @@ for source in "$cpu"/*.cc "$root"/csrc/common/*.cc; do
   [ "$object" -nt "$source" ] && [ "$object" -nt "$root/csrc/backend.h" ] || g++ -std=c++20 -O3 -c "$source" -o "$object"
 done
 flags=(-std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo)
-[ $# -gt 0 ] || set -- gate dispatch pair experts
-# fused_moe and what it needs, through the backend itself.
-build_experts() {
-  local objects=() source object arch
-  for source in "$root"/csrc/cuda/{backend,memory}.cc "$root"/csrc/cuda/expert_*.{cc,cu} \
-    "$root"/csrc/cuda/{moe_dispatch,moe_dispatch_launch,moe_combine,moe_experts,fused_moe,shared_experts,pack_experts}.cu \
-    "$root/bench/cuda/experts_bench.cu"; do
-    object="$out/objects/$(basename "$source").experts.o"
+[ $# -gt 0 ] || set -- gate dispatch pair experts load
+# A program that goes through the backend itself: its name, its source, and those of the ops it calls.
+through_backend() {
+  local name=$1 objects=() source object arch
+  shift
+  for source in "$root"/csrc/cuda/{backend,memory}.cc "$root/csrc/cuda/load_counters.cu" "$@"; do
+    object="$out/objects/$(basename "$source").backend.o"
     objects+=("$object")
     arch=90
     [[ $source == *_sm90a.cu ]] && arch=90a
@@ -32,7 +32,7 @@ build_experts() {
     nvcc -std=c++20 -O3 --compress-mode=size --expt-relaxed-constexpr "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v -c "$source" -o "$object" \
       2> "$object.ptxas" || { cat "$object.ptxas"; exit 1; }
   done
-  nvcc -cudart static -Xcompiler -pthread -o "$out/experts_bench" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
+  nvcc -cudart static -Xcompiler -pthread -o "$out/$name" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 }
 # The object file of one source of kernels.
 kernels() {
@@ -43,8 +43,14 @@ kernels() {
   echo "$object"
 }
 for what in "$@"; do
-  [ "$what" = experts ] && { build_experts; continue; }
   case $what in
+    experts)
+      through_backend experts_bench "$root/bench/cuda/experts_bench.cu" "$root"/csrc/cuda/expert_*.{cc,cu} \
+        "$root"/csrc/cuda/{moe_dispatch,moe_dispatch_launch,moe_combine,moe_experts,fused_moe,shared_experts,pack_experts}.cu
+      continue ;;
+    load)
+      through_backend load_counting_test "$root/test/native/load_counting_test.cc" "$root"/csrc/cuda/moe_fused_gate*.cu
+      continue ;;
     gate) objects=("$(kernels moe_fused_gate_launch)" "$(kernels moe_fused_gate_groups)") ;;
     dispatch) objects=("$(kernels moe_dispatch_launch)") ;;
     pair) objects=("$(kernels moe_fused_gate_launch)" "$(kernels moe_fused_gate_groups)" "$(kernels moe_dispatch_launch)") ;;

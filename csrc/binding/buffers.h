@@ -26,7 +26,7 @@ struct Buffer {
   int64_t elements = 0;
   std::optional<ExpertsLayout> experts;  // packed experts instead of a tensor
   bool referenced = false;               // JS thread: some work has been given this buffer
-  bool of_capture = false;               // its memory belongs to the graph of the capture that made it
+  uint64_t capture = 0;                  // whose graph its memory belongs to, by Recording::number; 0 for none
   std::shared_ptr<const Fault> fault;    // queue: set by the work that writes the buffer
 
   Buffer() = default;

@@ -162,7 +162,7 @@ double NativeContext::add_buffer(Napi::Env env, const char* op, size_t bytes, DT
   auto buffer = std::make_shared<Buffer>();
   Status status = backend_->allocate(bytes, &buffer->data);
   if (!status.ok()) throw make_error(env, status, op);
-  buffer->of_capture = recording_ != nullptr && backend_->has_graphs() && !experts.has_value();
+  if (recording_ != nullptr && backend_->has_graphs() && !experts.has_value()) buffer->capture = recording_->number;
   buffer->backend = backend_;
   buffer->bytes = bytes;
   buffer->dtype = dtype;
@@ -275,14 +275,14 @@ void NativeContext::submit(Napi::Env env, std::shared_ptr<const Task> task) {
 // What cannot be enqueued throws at the call. Into a graph goes what the capture did not make itself, as a lease.
 void NativeContext::run_now(Napi::Env env, const Task& task) {
   Status status;
-  backend_->submit([&] { status = task.run(*backend_); });
+  backend_->submit([&] { status = run(*backend_, task); });
   if (!status.ok()) throw make_error(env, status, task.op);
   if (recording_ == nullptr) return;
   for (const auto* buffers : {&task.reads, &task.writes}) {
     for (const auto& buffer : *buffers) {
       auto& leases = recording_->leases;
-      const bool held = buffer->of_capture || std::find(leases.begin(), leases.end(), buffer) != leases.end();
-      if (!held) leases.push_back(buffer);
+      const bool own = buffer->capture == recording_->number;
+      if (!own && std::find(leases.begin(), leases.end(), buffer) == leases.end()) leases.push_back(buffer);
     }
   }
 }

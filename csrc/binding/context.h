@@ -93,6 +93,7 @@ class NativeContext : public Napi::ObjectWrap<NativeContext> {
   HandleTable<Buffer> buffers_;
   HandleTable<Recording> captures_;
   std::shared_ptr<Recording> recording_;
+  uint64_t recordings_ = 0;  // begun so far
   std::deque<Polled> polled_;
   std::deque<std::shared_ptr<Wait>> pending_;  // promises not settled yet, in order
   int64_t external_ = 0;                       // what the collector has been told of

@@ -12,6 +12,7 @@ void NativeContext::begin_capture(const Napi::CallbackInfo& info) {
     if (!status.ok()) throw make_error(info.Env(), status, "capture");
   }
   recording_ = std::make_shared<Recording>();
+  recording_->number = ++recordings_;
 }
 
 Napi::Value NativeContext::end_capture(const Napi::CallbackInfo& info) {

@@ -14,6 +14,12 @@ namespace {
 // Waits are polled from JS for this long: a thread would take longer to wake up than most kernels run.
 constexpr std::chrono::microseconds kPolling{100};
 
+// Enqueues the copy of what a buffer holds.
+Status fetch(Backend& backend, const Buffer& buffer, uint8_t* to) {
+  MOE_RETURN_IF_ERROR(settle(backend, buffer));
+  return backend.copy_out(to, buffer.data, buffer.bytes);
+}
+
 constexpr const char* kWaitNames[] = {"read", "synchronize", "close"};  // by kind
 
 }  // namespace
@@ -149,7 +155,7 @@ Napi::Value NativeContext::read(const Napi::CallbackInfo& info) {
   buffer->referenced = true;
   backend_->submit([backend = backend_.get(), wait, buffer, raw] {
     wait->fault = buffer->fault;
-    if (wait->fault == nullptr) wait->status = backend->copy_out(raw.get(), buffer->data, buffer->bytes);
+    if (wait->fault == nullptr) wait->status = fetch(*backend, *buffer, raw.get());
   });
   wait->arrive = [host = wait->host, buffer, raw, values] {
     if (values)
@@ -169,7 +175,7 @@ Napi::Value NativeContext::read_sync(const Napi::CallbackInfo& info) {
   auto wait = std::make_shared<std::pair<Status, std::shared_ptr<const Fault>>>();
   backend_->submit([backend = backend_.get(), wait, buffer, raw] {
     wait->second = buffer->fault;
-    if (wait->second == nullptr) wait->first = backend->copy_out(raw.get(), buffer->data, buffer->bytes);
+    if (wait->second == nullptr) wait->first = fetch(*backend, *buffer, raw.get());
   });
   Status status = backend_->wait();
   if (status.ok()) status = wait->first;

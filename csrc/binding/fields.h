@@ -7,7 +7,7 @@
 
 namespace moe {
 
-inline constexpr DTypes kF32 = one(DType::kF32), kI32 = one(DType::kI32), kI64 = one(DType::kI64);
+inline constexpr DTypes kF32 = one(DType::kF32), kI32 = one(DType::kI32);
 inline constexpr int64_t kMaxInt32 = 0x7fffffff;
 
 template <class V>
@@ -26,7 +26,7 @@ void fields(V& v, MoeFusedGate& p) {
   v.optional("bias", p.bias, kF32, {p.E});
   v.count("validTokens", p.valid_tokens, p.T);
   v.optional("idMap", p.id_map, kI32, {});  // its width depends on an option: checked below
-  v.optional_inout("load", p.load, kI64, {p.slots});
+  v.optional_counters("load", p.load, {p.slots});
   v.out("ids", p.ids, kI32, {});
   v.out("weights", p.weights, kF32, {});
   v.optional_out("logicalIds", p.logical_ids, kI32, {});

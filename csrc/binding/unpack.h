@@ -32,8 +32,9 @@ class Unpacker {
   void optional(const char* name, Tensor& out, DTypes dtypes, Shape shape) {
     tensor(name, out, dtypes, shape, kRead | kOptional);
   }
-  void optional_inout(const char* name, Tensor& out, DTypes dtypes, Shape shape) {
-    tensor(name, out, dtypes, shape, kRead | kWrite | kOptional);
+  // i64 in and out that the op only adds to, in whatever order.
+  void optional_counters(const char* name, Tensor& out, Shape shape) {
+    tensor(name, out, one(DType::kI64), shape, kRead | kWrite | kCount | kOptional);
   }
   void optional_like(const char* name, Tensor& out, const char*, const Tensor& like, Shape shape) {
     tensor(name, out, one(like.dtype), shape, kRead | kOptional);
@@ -93,7 +94,7 @@ class Unpacker {
   }
 
  private:
-  enum : int { kRead = 1, kWrite = 2, kOptional = 4 };
+  enum : int { kRead = 1, kWrite = 2, kOptional = 4, kCount = 8 };
   static constexpr int64_t kHuge = int64_t{1} << 62;
 
   double number() {
@@ -131,6 +132,7 @@ class Unpacker {
     }
     if ((use & kRead) != 0) task_.reads.push_back(*found);
     if ((use & kWrite) != 0) task_.writes.push_back(*found);
+    if ((use & kCount) != 0) task_.counters.push_back(found->get());
     return found;
   }
 
@@ -185,7 +187,7 @@ class Describer {
   void dim(const char* name, int64_t& out) { out = 0, add("dim ", name); }
   void in(const char* name, Tensor&, DTypes dtypes, Shape) { add("in ", name, dtypes); }
   void optional(const char* name, Tensor&, DTypes dtypes, Shape) { add("in? ", name, dtypes); }
-  void optional_inout(const char* name, Tensor&, DTypes dtypes, Shape) { add("inout? ", name, dtypes); }
+  void optional_counters(const char* name, Tensor&, Shape) { add("inout? ", name, one(DType::kI64)); }
   void optional_like(const char* name, Tensor&, const char* like, const Tensor&, Shape) { add("in? ", name, like); }
   void out(const char* name, Tensor&, DTypes dtypes, Shape) { add("out ", name, dtypes); }
   void optional_out(const char* name, Tensor&, DTypes dtypes, Shape) { add("out? ", name, dtypes); }

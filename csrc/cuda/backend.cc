@@ -191,6 +191,7 @@ Status CudaBackend::allocate(size_t bytes, void** out) {
 
 void CudaBackend::release(void* data, size_t bytes) {
   enter();
+  load_counters_.release(data, *memory_);
   memory_->release(data, bytes);
 }
 
@@ -237,6 +238,15 @@ Status CudaBackend::fill_zero(void* device, size_t bytes) {
   if (bytes == 0) return Status::Ok();
   MOE_CUDA_CHECK(cudaMemsetAsync(device, 0, bytes, stream()));
   return Status::Ok();
+}
+
+// New counters are not the graph's: they are made and cleared aside.
+Status CudaBackend::spread_counters(const Tensor& load, SpreadCounters* out) {
+  return load_counters_.spread(load, *memory_, recording_ != nullptr ? side_ : stream(), out);
+}
+
+Status CudaBackend::settle(const Tensor& counters) {
+  return load_counters_.settle(counters, stream(), recording_ != nullptr && !aside_);
 }
 
 size_t CudaBackend::expert_bytes(const ExpertsLayout& layout) const { return expert_sections(layout).bytes; }

@@ -23,6 +23,7 @@
 #include "../backend.h"
 #include "check.h"
 #include "fault.h"
+#include "load_counters.h"
 #include "memory.h"
 
 namespace moe {
@@ -59,6 +60,8 @@ class CudaBackend : public Backend {
   // kCounters of them for each lane, zero between its kernels: a kernel that counts on them leaves them zero.
   int32_t* counters() const { return counters_ + (beside_now_ ? kCounters : 0); }
   static constexpr int64_t kCounters = 32768;  // mlp::kStreamCounters
+  // Where to add to a load tensor, by atomics.
+  Status spread_counters(const Tensor& load, SpreadCounters* out);
   // Device pointer for raise_fault().
   FaultNote* fault_notes() const { return notes_device_; }
 
@@ -79,6 +82,7 @@ class CudaBackend : public Backend {
   Status copy_in(void* device, const void* host, size_t bytes) override;
   Status copy_out(void* host, const void* device, size_t bytes) override;
   Status fill_zero(void* device, size_t bytes) override;
+  Status settle(const Tensor& counters) override;
 
   bool has_graphs() const override { return true; }
   Status begin_capture() override;
@@ -120,6 +124,7 @@ class CudaBackend : public Backend {
   FaultNote *notes_ = nullptr, *notes_device_ = nullptr;
   int32_t* counters_ = nullptr;
   std::unique_ptr<DeviceMemory> memory_;
+  LoadCounters load_counters_;
   std::shared_ptr<Staging> staging_;
   std::shared_ptr<Arena> recording_;               // while a capture is recorded
   std::vector<std::pair<void*, size_t>> scratch_;  // of the call that is running

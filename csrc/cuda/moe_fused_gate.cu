@@ -15,7 +15,9 @@ Status moe_fused_gate(Backend& backend, const MoeFusedGate& p) {
                                                  std::to_string(p.E) + " and " + std::to_string(p.K));
   }
   const char* path = "";
-  MOE_CUDA_CHECK(gate::launch(p, SpreadCounters{}, cuda(backend).sm_count(), cuda(backend).stream(), &path));
+  SpreadCounters spread;
+  if (p.load && p.T > 0) MOE_RETURN_IF_ERROR(cuda(backend).spread_counters(p.load, &spread));
+  MOE_CUDA_CHECK(gate::launch(p, spread, cuda(backend).sm_count(), cuda(backend).stream(), &path));
   backend.note_path("moe_fused_gate", path);
   return Status::Ok();
 }

@@ -17,7 +17,12 @@ export interface MoeFusedGateInputs {
   validTokens?: number | Tensor<'i32'>;
   /** Logical to physical ids, i32 [rounds, experts + sharedExperts]: token t uses row `t mod rounds`. */
   idMap?: Tensor<'i32'>;
-  /** i64 [slots], in and out: adds the count of every mapped id of valid rows; ids from `slots` on are not counted. */
+  /**
+   * i64 [slots], in and out: adds the count of every mapped id of valid rows; ids from `slots` on are not counted. On
+   * CUDA it is counted in counters that lie apart, which are added to the tensor before anything else is done with it,
+   * so that it is exact at any time. They take up to 2 KiB of device memory a slot and 1 MiB a load, from its first use
+   * here until it is disposed.
+   */
   load?: Tensor<'i64'>;
 }
 

@@ -113,6 +113,28 @@ describe.runIf(ready)('a capture on cuda', () => {
     expect(ctx.memory().used - before).toBeLessThanOrEqual(4 * TOKENS * HIDDEN); // the router's first output
   });
 
+  it('keeps what it uses of another capture', async () => {
+    await using ctx = await createContext({ backend: 'cuda' });
+    const x = floats(ctx, [TOKENS, HIDDEN], 1);
+    const weight = floats(ctx, [HIDDEN, HIDDEN], 2);
+    const router = (hidden: typeof x) => moeRouter({ hidden, weight });
+    const between = router(x);
+    const last = router(between);
+    const expected = await last.read();
+    const before = ctx.memory().used;
+    const first = ctx.capture(() => router(x));
+    const second = ctx.capture(() => router(first.output));
+    first.replay();
+    first.dispose();
+    const crowd = Array.from({ length: 50 }, (_, i) => floats(ctx, [TOKENS, HIDDEN], i)); // would take freed memory
+    second.replay();
+    expect(await second.output.read()).toEqual(expected);
+    for (const tensor of crowd) tensor.dispose();
+    second.dispose();
+    expect(ctx.memory().used).toBe(before);
+    for (const tensor of [between, last]) tensor.dispose(); // until here: the collector must not come first
+  });
+
   it('interleaves with others and with plain calls', async () => {
     await using ctx = await createContext({ backend: 'cuda' });
     const x = floats(ctx, [TOKENS, HIDDEN], 1);

@@ -25,6 +25,8 @@ const setUp = `const ctx = await m.createContext({ backend: 'cuda' });
   const other = await m.createContext({ backend: 'cuda' });
   const x = ctx.tensor('f32', [64, 64], new Float32Array(4096).fill(1));
   const step = ctx.capture(() => m.moeRouter({ hidden: x, weight: x }));
+  const load = ctx.tensor('i64', [64]); // what it counts has not come to it yet
+  m.moeFusedGate({ logits: x, load }, { topK: 2 });
   await ctx.synchronize();
   const code = (work) => { try { work(); return 'none'; } catch (error) { return error.code; } };
   const rejection = (wait) => wait.then(() => 'none', (error) => error.code);
@@ -37,12 +39,12 @@ describe.runIf(copy !== '')('a lost device', () => {
     const end = child(
       `${setUp}
       const out = sink();
-      const waits = [out.read(), ctx.synchronize(), x.read()].map(rejection);
+      const waits = [out.read(), ctx.synchronize(), load.read()].map(rejection);
       console.log((await Promise.all(waits)).join());
       console.log(ctx.state, code(() => ctx.tensor('f32', [1])), code(() => m.moeRouter({ hidden: x, weight: x })),
         code(() => step.replay()), code(() => x.write(new Float32Array(4096))), code(() => ctx.synchronizeSync()),
         await rejection(x.read()));
-      out.dispose(); step.dispose(); x.dispose();
+      out.dispose(); step.dispose(); x.dispose(); load.dispose();
       await ctx.close();
       console.log('closed');`,
       { cwd: copy },

@@ -62,7 +62,7 @@ __device__ __forceinline__ void prefetch(uint32_t unread, const void* at) {
 }
 
 // In grids of more blocks, each letting the next kernel start costs more than that kernel gains.
-inline constexpr unsigned kEarlyBlocks = 1024;
+inline constexpr unsigned kEarlyBlocks = 2048;
 
 // valid_tokens where the launch has brought what the host gave into range.
 __device__ __forceinline__ int few_valid(const Args& a) {

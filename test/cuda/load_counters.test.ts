@@ -1,5 +1,5 @@
-// The counters that a load tensor has beside itself: how much memory they take, when it goes back, and what happens
-// where there is none. What is counted is test/contract/load_counting.test.ts.
+// The counters that a load tensor has beside itself: how much memory they take and when it goes back. Where there is none
+// for them: memory.test.ts. What is counted: test/contract/load_counting.test.ts.
 import { describe, expect, it } from 'vitest';
 import { type Context, createContext, moeFusedGate, type Tensor } from '../../lib/index.js';
 import { child, ready, values } from './device.js';
@@ -82,34 +82,6 @@ describe.runIf(ready)('counters of a load on cuda', () => {
     expect(total(await load.read())).toBe(TOKENS * TOP_K);
     inside.replay();
     expect(total(await inside.output.read())).toBe(TOKENS * TOP_K);
-  });
-
-  it('are done without where there is no memory for them', async () => {
-    await using ctx = await createContext({ backend: 'cuda' });
-    const count = gate(ctx);
-    const loads = [0, 1].map(() => ctx.tensor('i64', [EXPERTS]));
-    const reserve = [0, 1].map(() => ctx.allocate('test', 'block', 'f32', [TOKENS, TOP_K])); // for ids and weights
-    const held: { dispose(): void }[] = [];
-    for (let bytes = 8192 * MIB; bytes >= 4096; ) {
-      try {
-        held.push(ctx.allocate('test', 'block', 'u8', [bytes]));
-      } catch (error) {
-        expect(error).toMatchObject({ code: 'ERR_MOE_OOM' });
-        bytes /= 2;
-      }
-    }
-    const full = ctx.memory().used;
-    for (const tensor of reserve) tensor.dispose();
-    count(loads[0]);
-    expect(ctx.memory().used).toBeLessThan(full);
-    for (const tensor of held) tensor.dispose();
-    const before = ctx.memory().used;
-    for (let i = 0; i < 3; i++) count(loads[0]);
-    expect(ctx.memory().used).toBe(before); // not asked for again
-    count(loads[1]);
-    expect(ctx.memory().used).toBeGreaterThan(before);
-    expect(total(await loads[0].read())).toBe(4 * TOKENS * TOP_K);
-    expect(total(await loads[1].read())).toBe(TOKENS * TOP_K);
   });
 
   it('may be outstanding when a context, a worker or the process ends', () => {

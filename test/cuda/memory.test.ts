@@ -1,6 +1,6 @@
 // Device memory: counted, reused, given back, and refused with numbers.
 import { describe, expect, it } from 'vitest';
-import { createContext, moeRouter } from '../../lib/index.js';
+import { createContext, moeFusedGate, moeRouter, type Tensor } from '../../lib/index.js';
 import { ready, values } from './device.js';
 
 const MIB = 1 << 20;
@@ -88,5 +88,40 @@ describe.runIf(ready)('memory on cuda', () => {
     for (const tensor of held) tensor.dispose();
     // Another size than what the pool holds: it has to be given back first.
     ctx.allocate('test', 'block', 'u8', [count * 8192 * MIB]).dispose();
+  });
+
+  it('may be all taken: a load is then counted without counters of its own', async () => {
+    await using ctx = await createContext({ backend: 'cuda' });
+    const [tokens, experts, topK] = [300, 256, 6];
+    const logits = ctx.tensor('f32', [tokens, experts], values(tokens * experts));
+    const count = (load: Tensor<'i64'>) => {
+      const { ids, weights } = moeFusedGate({ logits, load }, { topK });
+      ids.dispose();
+      weights.dispose();
+    };
+    const total = async (load: Tensor<'i64'>) => Number((await load.read()).reduce((sum, n) => sum + n, 0n));
+    const loads = [0, 1].map(() => ctx.tensor('i64', [experts]));
+    const reserve = [0, 1].map(() => ctx.allocate('test', 'block', 'f32', [tokens, topK])); // for ids and weights
+    const held: { dispose(): void }[] = [];
+    for (let bytes = 8192 * MIB; bytes >= 4096; ) {
+      try {
+        held.push(ctx.allocate('test', 'block', 'u8', [bytes]));
+      } catch (error) {
+        expect(error).toMatchObject({ code: 'ERR_MOE_OOM' });
+        bytes /= 2;
+      }
+    }
+    const full = ctx.memory().used;
+    for (const tensor of reserve) tensor.dispose();
+    count(loads[0]);
+    expect(ctx.memory().used).toBeLessThan(full);
+    for (const tensor of held) tensor.dispose();
+    const before = ctx.memory().used;
+    for (let i = 0; i < 3; i++) count(loads[0]);
+    expect(ctx.memory().used).toBe(before); // not asked for again
+    count(loads[1]);
+    expect(ctx.memory().used).toBeGreaterThan(before);
+    expect(await total(loads[0])).toBe(4 * tokens * topK);
+    expect(await total(loads[1])).toBe(tokens * topK);
   });
 });

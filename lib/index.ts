@@ -27,6 +27,7 @@ export {
 } from './eplb/metrics.js';
 export { formatNpy, type NpyArray, parseNpy } from './eplb/npy.js';
 export { type Plan, type PlanRequest, planSync, startPlacements } from './eplb/plan.js';
+export type { PlannerFunction } from './eplb/plan_by.js';
 export { Planner, type PlannerOptions, type PlanOptions, planExperts } from './eplb/planner.js';
 export type { PlanProblem, Policy, PolicyResult } from './eplb/policy.js';
 export { defaultPolicy, policies } from './eplb/registry.js';

@@ -52,7 +52,7 @@ const overall = (layers: Float64Array): Par => ({
   layers,
 });
 
-const sameLayers = (loads: Loads, placements: readonly Placement[]): void => {
+const sameShape = (loads: Loads, placements: readonly Placement[]): void => {
   check.instance('loads', loads, Loads);
   if (loads.layers !== check.instances('placements', placements, Placement).length)
     throw new MoeError(
@@ -60,11 +60,18 @@ const sameLayers = (loads: Loads, placements: readonly Placement[]): void => {
       `expected a placement for each of ${loads.layers} layers but received ${placements.length}`,
       { op: 'metrics', arg: 'placements' },
     );
+  for (const [layer, { experts }] of placements.entries())
+    if (experts !== loads.experts)
+      throw new MoeError(
+        'ERR_MOE_INVALID_ARG',
+        `layer ${layer}: expected a placement of ${loads.experts} experts but received ${experts}`,
+        { op: 'metrics', arg: `placements[${layer}]` },
+      );
 };
 
 /** PAR of the window: of all steps summed. */
 export function windowPar(loads: Loads, placements: readonly Placement[]): Par {
-  sameLayers(loads, placements);
+  sameShape(loads, placements);
   return overall(
     Float64Array.from(placements, (placement, layer) =>
       peakToAverage(deviceLoads(placement, loads.total(layer))),
@@ -74,7 +81,7 @@ export function windowPar(loads: Loads, placements: readonly Placement[]): Par {
 
 /** Mean over the steps of the PAR of each step: what the steps really wait for. */
 export function stepPar(loads: Loads, placements: readonly Placement[]): Par {
-  sameLayers(loads, placements);
+  sameShape(loads, placements);
   return overall(
     Float64Array.from(placements, (placement, layer) => {
       const factor = Float64Array.from(
@@ -103,7 +110,7 @@ export function stepPar(loads: Loads, placements: readonly Placement[]): Par {
 
 /** f64[steps]: the PAR of each step, mean over layers. */
 export function parByStep(loads: Loads, placements: readonly Placement[]): Float64Array {
-  sameLayers(loads, placements);
+  sameShape(loads, placements);
   const par = new Float64Array(loads.steps);
   for (const [layer, placement] of placements.entries())
     for (let step = 0; step < loads.steps; step++)

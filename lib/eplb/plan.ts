@@ -74,7 +74,7 @@ const whole = (value: number, least: number, arg: string): void => {
 };
 
 /** Every field of a request: a misspelt budget must not pass for none. */
-const fields: readonly string[] = [
+export const requestFields: readonly string[] = [
   'loads',
   'devices',
   'slots',
@@ -129,7 +129,8 @@ export function checkRequest(request: PlanRequest): {
   if (typeof request !== 'object' || request === null)
     refuse(`expected request: an object but received ${describeValue(request)}`, 'request');
   for (const name of Object.keys(request))
-    if (!fields.includes(name)) refuse(`unknown field '${name}'; the fields are: ${fields.join(', ')}`, name);
+    if (!requestFields.includes(name))
+      refuse(`unknown field '${name}'; the fields are: ${requestFields.join(', ')}`, name);
   const {
     loads,
     devices,

@@ -5,10 +5,18 @@
 import { checkSignal } from '../abort.js';
 import { Arguments } from '../arguments.js';
 import { MoeError } from '../errors.js';
-import { Placement } from '../placement/placement.js';
+import type { Placement } from '../placement/placement.js';
 import { Loads } from './loads.js';
 import { stepPar } from './metrics.js';
-import { type Plan, type PlanRequest, planSync, startPlacements } from './plan.js';
+import {
+  checkRequest,
+  type Plan,
+  type PlanRequest,
+  planSync,
+  requestFields,
+  startPlacements,
+} from './plan.js';
+import { type PlannerFunction, planBy } from './plan_by.js';
 
 export interface ServeOptions extends Omit<PlanRequest, 'loads' | 'memory'> {
   /** Steps whose loads a plan sees. */
@@ -17,7 +25,8 @@ export interface ServeOptions extends Omit<PlanRequest, 'loads' | 'memory'> {
   plan: number;
   /** Layers whose experts are exchanged in one step. */
   layersPerStep: number;
-  planner?: (request: PlanRequest) => Plan | Promise<Plan>;
+  /** How a plan is made; default on the calling thread. */
+  planner?: PlannerFunction;
   signal?: AbortSignal;
 }
 
@@ -34,17 +43,26 @@ export interface ServedTrace {
 
 const check = new Arguments('serve');
 
-/** Serves the whole trace with one policy. Throws ERR_MOE_INVALID_ARG for intervals below 1, ERR_MOE_ABORTED on abort. */
+/** Every option: those of a plan that are the same for all of them, and its own. */
+const optionNames: readonly string[] = [
+  ...requestFields.filter((name) => !['loads', 'memory'].includes(name)),
+  ...(['collect', 'plan', 'layersPerStep', 'planner', 'signal'] satisfies (keyof ServeOptions)[]),
+];
+
+/**
+ * Serves the whole trace with one policy. Throws ERR_MOE_INVALID_ARG for intervals below 1 or if `planner` gives no
+ * plan, ERR_MOE_ABORTED on abort.
+ */
 export async function serveTrace(trace: Loads, options: ServeOptions): Promise<ServedTrace> {
   check.instance('trace', trace, Loads);
-  check.object('options', options);
+  check.object('options', options, optionNames);
   const { collect, plan: planning, layersPerStep, planner = planSync, signal, ...rest } = options;
   checkSignal('serve', signal);
   check.integer('collect', collect, 1);
   check.integer('plan', planning, 1);
   check.integer('layersPerStep', layersPerStep, 1);
   check.callback('planner', planner);
-  if (rest.current !== undefined) check.instances('current', rest.current, Placement);
+  checkRequest({ ...rest, loads: trace }); // now, not at the first plan, which a short trace never comes to
   const inForce: Placement[] = [
     ...(rest.current ?? startPlacements(trace.layers, trace.experts, rest.devices, rest.slots)),
   ];
@@ -65,13 +83,13 @@ export async function serveTrace(trace: Loads, options: ServeOptions): Promise<S
     par[step] = stepPar(trace.window(step, 1), inForce).mean;
     const inCycle = step - cycleStart + 1;
     if (inCycle === collect) {
-      const loads = trace.window(step - collect + 1, collect);
-      const plan = await planner({
+      const request: PlanRequest = {
         ...rest,
-        loads,
+        loads: trace.window(step - collect + 1, collect),
         ...(planned ? { current: [...inForce] } : {}),
         ...(memory === undefined ? {} : { memory }),
-      });
+      };
+      const plan = await planBy(planner, request, check);
       memory = plan.memory;
       plans++;
       waiting = {

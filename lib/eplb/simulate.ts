@@ -8,7 +8,8 @@ import { describeValue } from '../options.js';
 import type { Placement } from '../placement/placement.js';
 import { Loads } from './loads.js';
 import { stepPar, windowPar } from './metrics.js';
-import { checkRequest, type Plan, type PlanRequest, planSync } from './plan.js';
+import { checkRequest, type Plan, type PlanRequest, planSync, requestFields } from './plan.js';
+import { type PlannerFunction, planBy } from './plan_by.js';
 import { policyNamed } from './registry.js';
 
 export interface SimulateOptions extends Omit<PlanRequest, 'loads' | 'policy' | 'memory'> {
@@ -16,7 +17,7 @@ export interface SimulateOptions extends Omit<PlanRequest, 'loads' | 'policy' | 
   /** Steps per window. */
   window: number;
   /** How a plan is made; default on the calling thread. */
-  planner?: (request: PlanRequest) => Plan | Promise<Plan>;
+  planner?: PlannerFunction;
   /**
    * True: maxMoves and maxMovesPerLayer bind the first plan too. Default false: the first plan starts from the layout
    * the model was loaded with, before any traffic has to wait for moves.
@@ -50,16 +51,29 @@ export interface PolicyFigures {
 
 const check = new Arguments('simulate');
 
+/** Every option: those of a plan that are the same for all of them, and its own. */
+const optionNames: readonly string[] = [
+  ...requestFields.filter((name) => !['loads', 'policy', 'memory'].includes(name)),
+  ...([
+    'policies',
+    'window',
+    'planner',
+    'budgetFirst',
+    'onPlan',
+    'signal',
+  ] satisfies (keyof SimulateOptions)[]),
+];
+
 const mean = (values: readonly number[]): number =>
   values.length === 0 ? Number.NaN : values.reduce((sum, value) => sum + value, 0) / values.length;
 
 /**
  * Figures of every policy on a trace. Plans are made after every window that has a successor. Throws
- * ERR_MOE_INVALID_ARG if the trace has fewer than two windows, ERR_MOE_ABORTED on abort.
+ * ERR_MOE_INVALID_ARG if the trace has fewer than two windows or `planner` gives no plan, ERR_MOE_ABORTED on abort.
  */
 export async function simulate(trace: Loads, options: SimulateOptions): Promise<PolicyFigures[]> {
   check.instance('trace', trace, Loads);
-  check.object('options', options);
+  check.object('options', options, optionNames);
   const { policies, window, planner = planSync, onPlan, signal, budgetFirst = false, ...rest } = options;
   if (check.list('policies', policies).length === 0) check.refuse('policies', 'at least one name', policies);
   for (const name of policies) policyNamed(name);
@@ -96,7 +110,7 @@ export async function simulate(trace: Loads, options: SimulateOptions): Promise<
         if (request.maxMoves !== Number.POSITIVE_INFINITY) delete request.maxMoves;
         delete request.maxMovesPerLayer;
       }
-      const plan = await planner(request);
+      const plan = await planBy(planner, request, check);
       current = plan.placements;
       memory = plan.memory;
       plans.push(plan);

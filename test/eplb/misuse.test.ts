@@ -1,11 +1,6 @@
 // The planning API called from JavaScript with what its types forbid: every call is refused in words.
 import { describe, expect, it } from 'vitest';
 import {
-  bytesToMove,
-  checkPlannable,
-  countMoves,
-  deviceLoads,
-  dispatchFigures,
   dispatchRounds,
   dispatchShares,
   formatExpertMap,
@@ -13,39 +8,18 @@ import {
   gatherHeat,
   generateTrace,
   groupCounts,
-  keepSlots,
   Loads,
-  linearPlacement,
   log2phy,
-  log2phyAll,
-  log2phyCandidates,
-  MoeError,
   mixedPlacement,
-  movesPerLayer,
   Placement,
   Planner,
-  parByStep,
-  parseExpertMap,
-  parseLoads,
-  parseNpy,
-  peakToAverage,
-  planExperts,
-  planReport,
   planSync,
   RankHeat,
-  readExpertMap,
   readLoads,
-  redundantPlacement,
-  replicaCounts,
-  roundRobinPlacement,
   serveTrace,
-  sharedDeviceLoads,
   simulate,
-  simulationReport,
-  startPlacements,
   stepPar,
   transferSchedule,
-  windowPar,
 } from '../../lib/index.js';
 
 // biome-ignore lint/suspicious/noExplicitAny: what types forbid is the point
@@ -62,6 +36,9 @@ const trace = (options: Anything) => () =>
   generateTrace({ kind: 'steady', steps: 1, layers: 1, experts: 4, seed: 1, ...options });
 const transfers = (options: Anything) => () => transferSchedule(placement, placement, options);
 const { shares } = dispatchShares(placement, [5, 2, 3, 4]);
+const served = (options: Anything) => () =>
+  serveTrace(loads, { devices: 2, slots: 3, collect: 1, plan: 1, layersPerStep: 1, ...options });
+const other = Placement.fromRows([[0, 1, 2, 3]]);
 
 describe('the planning API', () => {
   it.each<[name: string, call: () => unknown, message: string]>([
@@ -96,6 +73,11 @@ describe('the planning API', () => {
       'shares of another placement',
       () => dispatchRounds(placement, new Float64Array(4).fill(1), 0, 4),
       'shares of 6 physical experts but received 4',
+    ],
+    [
+      'placements of fewer experts than there are loads of',
+      () => stepPar(loads, [Placement.fromRows([[0, 1, 2]])]),
+      'layer 0: expected a placement of 4 experts but received 3',
     ],
     ['a group list of another kind', () => groupCounts([1, 2], 'ends' as Anything), "received 'ends'"],
     ['heat of no list', () => new RankHeat(2).record(null as Anything, 'counts'), 'groupList to be an array'],
@@ -147,6 +129,23 @@ describe('the planning API', () => {
     ],
     ['a trace that is none', () => simulate([] as Anything, shape), 'trace to be a Loads'],
     ['a server without options', () => serveTrace(loads, undefined as Anything), 'options to be an object'],
+    [
+      'a misspelt option of a simulation',
+      () => simulate(loads, { ...shape, policies: ['linear'], budgetFrist: true } as Anything),
+      "unknown option 'budgetFrist'; the options are: devices, slots",
+    ],
+    [
+      'one policy for a simulation of several',
+      () => simulate(loads, { ...shape, policies: ['linear'], policy: 'greedy' } as Anything),
+      "unknown option 'policy'",
+    ],
+    ['a misspelt option of a server', served({ layersPerSteps: 2 }), "unknown option 'layersPerSteps'"],
+    [
+      'a budget of a server whose trace ends before the first plan',
+      served({ collect: 9, maxMoves: Number.NaN }),
+      'maxMoves to be an integer >= 0 but received NaN',
+    ],
+    ['start placements of another shape', served({ current: [other] }), 'with 2 devices but received 1'],
   ])('refuses %s', async (_, call, message) => {
     await expect(call()).rejects.toMatchObject({
       code: 'ERR_MOE_INVALID_ARG',
@@ -154,73 +153,59 @@ describe('the planning API', () => {
     });
   });
 
-  const given: readonly Anything[] = [
-    undefined,
-    null,
-    Number.NaN,
-    -1,
-    1.5,
-    'x',
-    {},
-    [],
-    Symbol('s'),
-    3n,
-    2 ** 53,
+  const answers: [name: string, answer: (plan: Anything) => unknown, message: string][] = [
+    ['nothing', () => undefined, 'planner() to be an object but received undefined'],
+    ['nothing, later', async () => null, 'planner() to be an object but received null'],
+    ['no placements', () => ({}), 'planner().placements to be an array but received undefined'],
+    [
+      'placements of no layer',
+      (plan) => ({ ...plan, placements: [] }),
+      'planner().placements to be a placement for each of 1 layers but received an array of 0',
+    ],
+    [
+      'maps instead of placements',
+      (plan) => ({ ...plan, placements: [[0, 1, 2]] }),
+      'planner().placements[0] to be a Placement but received an array of 3',
+    ],
+    [
+      'a placement for other devices',
+      (plan) => ({ ...plan, placements: [other] }),
+      'planner().placements[0] to hold 4 experts on 2 devices x 3 slots but received 4 experts on 1 devices x 4 slots',
+    ],
+    ['no time', (plan) => ({ ...plan, ms: Number.NaN }), 'planner().ms to be a finite number >= 0'],
+    ['no moves', (plan) => ({ ...plan, moves: undefined }), 'planner().moves to be an integer >= 0'],
+    [
+      'moves of no layer',
+      (plan) => ({ ...plan, movesPerLayer: new Int32Array(2) }),
+      'planner().movesPerLayer to be an Int32Array of 1 but received Int32Array(8 bytes)',
+    ],
+    ['half a PAR', (plan) => ({ ...plan, par: {} }), 'planner().par.after to be an object'],
+    [
+      'a PAR that is none',
+      (plan) => ({ ...plan, parStep: { after: { mean: Number.NaN } } }),
+      'planner().parStep.after.mean to be a finite number >= 0 but received NaN',
+    ],
   ];
-  const planning: Record<string, Anything> = {
-    bytesToMove,
-    checkPlannable,
-    countMoves,
-    deviceLoads,
-    dispatchFigures,
-    dispatchRounds,
-    dispatchShares,
-    formatExpertMap,
-    formatNpy,
-    gatherHeat,
-    generateTrace,
-    groupCounts,
-    keepSlots,
-    linearPlacement,
-    log2phy,
-    log2phyAll,
-    log2phyCandidates,
-    mixedPlacement,
-    movesPerLayer,
-    parByStep,
-    parseExpertMap,
-    parseLoads,
-    parseNpy,
-    peakToAverage,
-    planExperts,
-    planReport,
-    planSync,
-    readExpertMap,
-    readLoads,
-    redundantPlacement,
-    replicaCounts,
-    roundRobinPlacement,
-    serveTrace,
-    sharedDeviceLoads,
-    simulate,
-    simulationReport,
-    startPlacements,
-    stepPar,
-    transferSchedule,
-    windowPar,
-  };
-  it.each(Object.keys(planning))(
-    '%s gives an error of this package, or a result, for whatever comes first',
-    async (name) => {
-      for (const value of given)
-        try {
-          await planning[name](value);
-        } catch (error) {
-          expect(error, `${name}(${typeof value})`).toBeInstanceOf(MoeError);
-          expect((error as MoeError).code).not.toBe('ERR_MOE_INTERNAL');
-        }
-    },
-  );
+  it.each(answers)('refuses a planner that gives %s', async (_, answer, message) => {
+    const planner: Anything = (request: Anything) => answer(planSync(request));
+    const calls = {
+      simulate: () => simulate(loads, { ...shape, policies: ['linear'], planner }),
+      serve: served({ planner }),
+    };
+    for (const [op, call] of Object.entries(calls))
+      await expect(call()).rejects.toMatchObject({
+        code: 'ERR_MOE_INVALID_ARG',
+        op,
+        arg: message.split(' ')[0],
+        message: expect.stringContaining(`[${op}] expected ${message}`),
+      });
+  });
+
+  it('hands on what a planner throws', async () => {
+    const planner = () => Promise.reject(new RangeError('on purpose'));
+    await expect(simulate(loads, { ...shape, policies: ['linear'], planner })).rejects.toThrow(RangeError);
+    await expect(served({ planner })()).rejects.toThrow(RangeError);
+  });
 
   it('refuses a file that is no path', async () => {
     await expect(readLoads(new URL('file:///loads.npy') as Anything)).rejects.toMatchObject({

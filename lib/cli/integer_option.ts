@@ -1,5 +1,6 @@
 // Parses the integer options of the planning commands: one rule and one message for all of them.
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 
 /** A commander parser for an integer >= least. Throws ERR_MOE_INVALID_ARG naming the option. */
 export function integerOption(name: string, least: number): (text: string) => number {
@@ -8,7 +9,7 @@ export function integerOption(name: string, least: number): (text: string) => nu
     if (!Number.isSafeInteger(value) || value < least)
       throw new MoeError(
         'ERR_MOE_INVALID_ARG',
-        `expected ${name} to be an integer >= ${least} but received ${text}`,
+        `expected ${name} to be an integer >= ${least} but received ${describeValue(text)}`,
         { op: 'cli', arg: name },
       );
     return value;

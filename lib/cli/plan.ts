@@ -10,6 +10,7 @@ import { defaultPolicy, policies, policySummaries } from '../eplb/registry.js';
 import { linear } from '../eplb/stay.js';
 import { type Transfer, transferSchedule } from '../eplb/transfer.js';
 import { MoeError } from '../errors.js';
+import { describeValue } from '../options.js';
 import {
   type ExpertMapFormat,
   expertMapFormats,
@@ -115,12 +116,12 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   const format = flags.format as ExpertMapFormat;
   if (!expertMapFormats.includes(format))
     throw misuse(
-      `expected --format to be one of ${expertMapFormats.join(', ')} but received ${flags.format}`,
+      `expected --format to be one of ${expertMapFormats.join(', ')} but received ${describeValue(flags.format)}`,
       'format',
     );
   if (flags.sharedPlacement !== 'free' && flags.sharedPlacement !== 'everyDevice')
     throw misuse(
-      `expected --shared-placement to be free or everyDevice but received ${flags.sharedPlacement}`,
+      `expected --shared-placement to be free or everyDevice but received ${describeValue(flags.sharedPlacement)}`,
       'shared-placement',
     );
   if (flags.report !== undefined) checkReportFile(flags.report);

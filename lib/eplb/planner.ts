@@ -37,7 +37,8 @@ export const unpackPlacement = ({ experts, devices, physicalToLogical }: Placeme
   Placement.fromPhysical(physicalToLogical, devices, { experts, duplicates: 'allow' });
 
 const check = new Arguments('plan');
-const optionNames: readonly string[] = ['signal', 'onProgress', 'thread'];
+const planOptions: readonly string[] = ['signal', 'onProgress'] satisfies (keyof PlanOptions)[];
+const plannerOptions: readonly string[] = ['thread'] satisfies (keyof PlannerOptions)[];
 
 export interface PlanOptions {
   signal?: AbortSignal;
@@ -74,7 +75,7 @@ export class Planner {
   #closed = false;
 
   constructor(options: PlannerOptions = {}) {
-    const { thread = 'worker' } = check.object('options', options, optionNames);
+    const { thread = 'worker' } = check.object('options', options, plannerOptions);
     check.oneOf('thread', thread, ['worker', 'main']);
     this.thread = thread;
   }
@@ -84,7 +85,7 @@ export class Planner {
    * `onProgress` throws. Plans asked for at the same time are made one after the other.
    */
   async plan(request: PlanRequest, options: PlanOptions = {}): Promise<Plan> {
-    const { signal, onProgress } = check.object('options', options, optionNames);
+    const { signal, onProgress } = check.object('options', options, planOptions);
     checkSignal('plan', signal);
     check.callback('onProgress', onProgress);
     const before = this.#queue;
@@ -156,7 +157,14 @@ export class Planner {
       try {
         worker.postMessage(message, [message.loads.counts.buffer as ArrayBuffer]);
       } catch (error) {
-        giveUp(error); // something in the request cannot cross threads
+        // All but the memory has been checked
+        giveUp(
+          new MoeError(
+            'ERR_MOE_INVALID_ARG',
+            `expected memory to be what a plan gave, which can cross threads: ${(error as Error).message}`,
+            { op: 'plan', arg: 'memory', cause: error },
+          ),
+        );
       }
     });
     return unlessAborted('plan', planned, signal, 'the plan', stop);
@@ -187,9 +195,10 @@ export async function planExperts(
   request: PlanRequest,
   options: PlanOptions & PlannerOptions = {},
 ): Promise<Plan> {
-  const planner = new Planner(options);
+  const { thread, ...rest } = check.object('options', options, [...planOptions, ...plannerOptions]);
+  const planner = new Planner(thread === undefined ? {} : { thread });
   try {
-    return await planner.plan(request, options);
+    return await planner.plan(request, rest);
   } finally {
     await planner.close();
   }

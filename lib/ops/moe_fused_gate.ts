@@ -122,7 +122,9 @@ const rules: Rule[] = [
   [
     'idMap',
     ({ dim, given }) =>
-      !given.has('idMap') || dim('rounds') >= 1 || 'expected idMap to have at least 1 round',
+      !given.has('idMap') ||
+      dim('rounds') >= 1 ||
+      `expected idMap of at least 1 round but received ${dim('rounds')}`,
   ],
 ];
 

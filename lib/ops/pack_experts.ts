@@ -81,7 +81,7 @@ export const writeExperts = defineOp<
       ({ dim }) =>
         dim('firstSlot') + dim('count') <= dim('slots') ||
         `expected slots ${dim('firstSlot')}..${dim('firstSlot') + dim('count') - 1} to be among the ${dim('slots')} ` +
-          'slots of experts',
+          `slots of experts but received firstSlot ${dim('firstSlot')}`,
     ],
     [
       'b13',
@@ -150,6 +150,7 @@ export function packExperts(given: PackExpertsInputs, options: PackExpertsOption
     const fixed = swiglu !== undefined ? 'swiglu' : dtype !== undefined ? 'dtype' : undefined;
     if (fixed !== undefined)
       throw invalid(op, fixed, 'nothing with into: those weights have theirs', options[fixed]);
+    into.handle(op, 'into'); // refused by the name that it has here
     writeExperts({ experts: into, ...inputs }, layout);
     return into;
   }

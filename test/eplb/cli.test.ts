@@ -229,7 +229,7 @@ describe('moe-kernels plan', () => {
     ],
     [
       ['--loads', '@window.json', '--devices', 'four', '--slots', '9'],
-      'expected --devices to be an integer >= 1 but received four',
+      "expected --devices to be an integer >= 1 but received 'four'",
     ],
     [['--loads', '@window.json', '--devices', '4'], "required option '--slots <n>' not specified"],
     [

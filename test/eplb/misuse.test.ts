@@ -65,6 +65,11 @@ describe('the planning API', () => {
     ['a misspelt budget', plan({ maxMove: 3 }), "unknown field 'maxMove'; the fields are: loads, devices"],
     ['a placement of shared experts', plan({ sharedPlacement: 'all' }), 'sharedPlacement to be one of'],
     ['a way with degenerate layers', plan({ degenerate: 'drop' }), 'degenerate to be one of reject, keep'],
+    [
+      'a planner with an option of its plans',
+      () => new Planner({ signal: AbortSignal.abort() } as Anything),
+      "unknown option 'signal'; the options are: thread",
+    ],
     ['a thread that is none', () => new Planner({ thread: 'gpu' as Anything }), "received 'gpu'"],
     ['a load that is no number', () => dispatchShares(placement, [1, Number.NaN, 1, 1]), 'for expert 1'],
     ['a negative load', () => dispatchShares(placement, [-1, 1, 1, 1]), 'for expert 0'],
@@ -119,6 +124,11 @@ describe('the planning API', () => {
       'a simulation without policies',
       () => simulate(loads, shape),
       'policies to be an array but received undefined',
+    ],
+    [
+      'a thread for a planner that has one',
+      () => new Planner().plan({ loads, devices: 2, slots: 3 }, { thread: 'main' } as Anything),
+      "unknown option 'thread'; the options are: signal, onProgress",
     ],
     ['one of none', () => simulate(loads, { ...shape, policies: [] }), 'policies to be at least one name'],
     ['one of another', () => simulate(loads, { ...shape, policies: [3] as Anything }), 'but received 3'],

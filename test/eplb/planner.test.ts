@@ -84,7 +84,11 @@ describe('Planner', () => {
   it('rejects what cannot cross threads, and lets the process go', async () => {
     const made = planner();
     const uncloneable = { ...request(), memory: () => 1 };
-    await expect(made.plan(uncloneable)).rejects.toThrow(/could not be cloned/);
+    await expect(made.plan(uncloneable)).rejects.toMatchObject({
+      code: 'ERR_MOE_INVALID_ARG',
+      arg: 'memory',
+      message: expect.stringMatching(/expected memory to be .*could not be cloned/),
+    });
     expect((await made.plan(request())).placements.length).toBe(12);
   });
 

@@ -112,7 +112,7 @@ describe.each(backends)('calls of the gate on %s', async (backend) => {
       () => moeFusedGate({ logits: f32(2, 8), idMap: i32(0, 8) }, { topK: 1 }),
       'INVALID_ARG',
       'idMap',
-      /at least 1 round/,
+      /at least 1 round but received 0/,
     ],
     [
       'validTokens too large',

@@ -186,7 +186,7 @@ describe.each(backends)('calls of ops on %s', async (backend) => {
       () => packExperts({ w13: f32(4, 6, 8), w2: f32(4, 8, 3) }, { into: experts(), firstSlot: 1 }),
       'INVALID_ARG',
       'firstSlot',
-      /slots 1\.\.4 to be among the 4/,
+      /slots 1\.\.4 to be among the 4 slots of experts but received firstSlot 1/,
     ],
     [
       'biases where none are held',

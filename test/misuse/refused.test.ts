@@ -10,6 +10,7 @@ import {
   moeExperts,
   moeFusedGate,
   moeRouter,
+  packExperts,
 } from '../../lib/index.js';
 import { decode, encode } from '../../lib/tensor.js';
 import { failure, rejection } from '../failures.js';
@@ -34,6 +35,8 @@ describe.each(backends)('refused on %s', async (backend) => {
     packed.dispose();
     const call = () => fusedMoe({ hidden: f32(2, 8), ids: i32(2, 2), weights: f32(2, 2), experts: packed });
     expect(failure(call)).toMatchObject({ code: 'ERR_MOE_DISPOSED', arg: 'experts' });
+    const into = () => packExperts({ w13: f32(1, 6, 8), w2: f32(1, 8, 3) }, { into: packed });
+    expect(failure(into)).toMatchObject({ code: 'ERR_MOE_DISPOSED', op: 'pack_experts', arg: 'into' });
     const capture = context.capture(() => moeRouter({ hidden: f32(2, 8), weight: f32(4, 8) }));
     capture.dispose();
     expect(failure(() => capture.replay())).toMatchObject({ code: 'ERR_MOE_DISPOSED', op: 'replay' });

@@ -1,6 +1,6 @@
 // Puts what the npm package carries beside dist/: prebuilds/<platform>-<arch>/moe_cpu.<libc>.node, made here, and
-// out/cuda/prebuilds/<platform>-<arch>/moe_cuda.<libc>.node, which `npm run build:cuda` has made before, if it has. Each
-// in a folder of its own: node-gyp-build takes one .node of a folder, whatever its name.
+// out/cuda/prebuilds/<platform>-<arch>/moe_cuda.<libc>.node, which `npm run build:cuda` has made before, if it has.
+// Each in a folder of its own: node-gyp-build takes one .node of a folder, whatever its name.
 import { spawnSync } from 'node:child_process';
 import { cpSync, mkdirSync, rmSync, statSync } from 'node:fs';
 import { dirname, join, relative } from 'node:path';

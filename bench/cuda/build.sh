@@ -32,7 +32,8 @@ through_backend() {
     nvcc -std=c++20 -O3 --compress-mode=size --expt-relaxed-constexpr "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v -c "$source" -o "$object" \
       2> "$object.ptxas" || { cat "$object.ptxas"; exit 1; }
   done
-  nvcc -cudart static -Xcompiler -pthread -o "$out/$name" "${objects[@]}" -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
+  nvcc -cudart static -Xcompiler -pthread -o "$out/$name" "${objects[@]}" \
+    -Xcompiler -static-libstdc++ -Xcompiler -static-libgcc
 }
 # The object file of one source of kernels.
 kernels() {
@@ -46,7 +47,8 @@ for what in "$@"; do
   case $what in
     experts)
       through_backend experts_bench "$root/bench/cuda/experts_bench.cu" "$root"/csrc/cuda/expert_*.{cc,cu} \
-        "$root"/csrc/cuda/{moe_dispatch,moe_dispatch_launch,moe_combine,moe_experts,fused_moe,shared_experts,pack_experts}.cu
+        "$root"/csrc/cuda/{moe_dispatch,moe_dispatch_launch,moe_combine,moe_experts}.cu \
+        "$root"/csrc/cuda/{fused_moe,shared_experts,pack_experts}.cu
       continue ;;
     load)
       through_backend load_counting_test "$root/test/native/load_counting_test.cc" "$root"/csrc/cuda/moe_fused_gate*.cu

@@ -21,8 +21,8 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// For what this thread has read or written itself. After __syncwarp one lane could arrive for its warp, but racecheck of
-// compute-sanitizer reports what the others did as a race, so where it looks every lane arrives.
+// For what this thread has read or written itself. After __syncwarp one lane could arrive for its warp, but racecheck
+// of compute-sanitizer reports what the others did as a race, so where it looks every lane arrives.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -69,7 +69,8 @@ __device__ __forceinline__ bool elected() {
   return one != 0;
 }
 
-// As threadIdx.x % 32 of a block with one dimension, but of a register that the compiler reads anew instead of spilling.
+// As threadIdx.x % 32 of a block with one dimension, but of a register that the compiler reads anew instead of
+// spilling.
 __device__ __forceinline__ int lane_id() {
   int lane;
   asm("mov.u32 %0, %%laneid;" : "=r"(lane));

@@ -36,8 +36,8 @@ cudaError_t launch_shape(void (*kernel)(Parameters...), const LaunchShape& shape
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...);
 }
 
-// Lets blocks of a kernel, which has no static shared memory, have all that a block of this device may have. Every time,
-// as it is the device's; and not what one launch needs, as another thread may be about to launch with more.
+// Lets blocks of a kernel, which has no static shared memory, have all that a block of this device may have. Every
+// time, as it is the device's; and not what one launch needs, as another thread may be about to launch with more.
 template <class... Parameters>
 cudaError_t allow_most_shared(void (*kernel)(Parameters...)) {
   int device = 0, bytes = 0;

@@ -240,7 +240,8 @@ function planText(plan: Plan, { devices, slots, out, transfers, report, expertBy
   const arrow = (before: number, after: number): string => `${before.toFixed(4)} -> ${after.toFixed(4)}`;
   return [
     `policy          ${plan.policy} (${plan.ms.toFixed(1)} ms)`,
-    `placement       ${counted(plan.placements.length, 'layer')}, ${plan.placements[0]!.experts} experts on ${counted(devices, 'device')} x ${counted(slots, 'slot')}`,
+    `placement       ${counted(plan.placements.length, 'layer')}, ${plan.placements[0]!.experts} experts ` +
+      `on ${counted(devices, 'device')} x ${counted(slots, 'slot')}`,
     `PAR of window   ${arrow(plan.par.before.mean, plan.par.after.mean)} (worst layer ${arrow(plan.par.before.max, plan.par.after.max)})`,
     `PAR of steps    ${arrow(plan.parStep.before.mean, plan.parStep.after.mean)}`,
     `moves           ${counted(plan.moves, 'expert')} in ${counted(plan.layersTouched, 'layer')}`,

@@ -77,7 +77,8 @@ export class Loads {
             ? 'count below 2^53'
             : 'finite count >= 0';
         refuse(
-          `layer ${layer}: expected a ${wanted} for expert ${index % experts} in step ${Math.floor(index / (experts * layers))} but received ${describeValue(value)}`,
+          `layer ${layer}: expected a ${wanted} for expert ${index % experts} ` +
+            `in step ${Math.floor(index / (experts * layers))} but received ${describeValue(value)}`,
           'counts',
           where,
         );
@@ -170,7 +171,8 @@ export class Loads {
           if (id === -1) continue;
           if (!Number.isInteger(id) || id < 0 || id >= experts)
             refuse(
-              `layer ${layer}: expected expert ids in 0..${experts - 1} or -1 but received ${describeValue(id)} for token ${token}`,
+              `layer ${layer}: expected expert ids in 0..${experts - 1} or -1 ` +
+                `but received ${describeValue(id)} for token ${token}`,
               'ids',
               where,
             );
@@ -240,7 +242,8 @@ export class Loads {
       start + length > this.steps
     )
       refuse(
-        `expected a window inside ${this.steps} steps but received start ${describeValue(start)} and length ${describeValue(length)}`,
+        `expected a window inside ${this.steps} steps but received start ${describeValue(start)} ` +
+          `and length ${describeValue(length)}`,
         'window',
       );
     const row = this.layers * this.experts;

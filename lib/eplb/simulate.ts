@@ -145,13 +145,15 @@ function windowsOf(trace: Loads, window: number): Loads[] {
   if (trace.steps < 2)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
-      `expected a trace of at least two steps, one window to plan on and one to judge the plan, but received ${trace.steps}`,
+      'expected a trace of at least two steps, one window to plan on and one to judge the plan, ' +
+        `but received ${trace.steps}`,
       { op: 'simulate', arg: 'trace' },
     );
   if (!Number.isInteger(window) || window < 1 || Math.floor(trace.steps / window) < 2)
     throw new MoeError(
       'ERR_MOE_INVALID_ARG',
-      `expected a window of at most ${Math.floor(trace.steps / 2)} steps (two windows of the trace's ${trace.steps} steps) but received ${describeValue(window)}`,
+      `expected a window of at most ${Math.floor(trace.steps / 2)} steps ` +
+        `(two windows of the trace's ${trace.steps} steps) but received ${describeValue(window)}`,
       { op: 'simulate', arg: 'window' },
     );
   return trace.windows(window);

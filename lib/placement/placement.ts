@@ -127,7 +127,8 @@ export class Placement {
       )
         invalid(
           where,
-          `expected an expert id in 0..${(options.experts ?? 2 ** 31) - 1} in physical slot ${physical} but received ${describeValue(expert)}`,
+          `expected an expert id in 0..${(options.experts ?? 2 ** 31) - 1} in physical slot ${physical} ` +
+            `but received ${describeValue(expert)}`,
           'rows',
         );
       if (expert > highest) highest = expert;

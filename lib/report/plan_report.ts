@@ -115,7 +115,8 @@ export function planReport(input: PlanReportInput): Report {
       ['policy', plan.policy],
       [
         'shape',
-        `${counted(loads.layers, 'layer')}, ${experts} experts on ${counted(devices, 'device')} × ${counted(slots, 'slot')}; ${counted(loads.steps, 'step')} of load`,
+        `${counted(loads.layers, 'layer')}, ${experts} experts on ${counted(devices, 'device')} × ` +
+          `${counted(slots, 'slot')}; ${counted(loads.steps, 'step')} of load`,
       ],
       ['PAR of the window, mean over layers', change(plan.par)],
       [

@@ -1,5 +1,5 @@
-// What `load` counts can be read, written and replaced at any time, inside captures and outside, and is exact: a backend
-// may keep additions apart from the tensor, and nobody may notice.
+// What `load` counts can be read, written and replaced at any time, inside captures and outside, and is exact: a
+// backend may keep additions apart from the tensor, and nobody may notice.
 import fc from 'fast-check';
 import { beforeAll, describe, expect, it } from 'vitest';
 import {

@@ -1,5 +1,5 @@
-// The counters that a load tensor has beside itself: how much memory they take and when it goes back. Where there is none
-// for them: memory.test.ts. What is counted: test/contract/load_counting.test.ts.
+// The counters that a load tensor has beside itself: how much memory they take and when it goes back. Where there is
+// none for them: memory.test.ts. What is counted: test/contract/load_counting.test.ts.
 import { describe, expect, it } from 'vitest';
 import { type Context, createContext, moeFusedGate, type Tensor } from '../../lib/index.js';
 import { child, ready, values } from './device.js';
@@ -90,14 +90,16 @@ describe.runIf(ready)('counters of a load on cuda', () => {
         const ctx = await m.createContext({ backend: 'cuda' });
         const logits = ctx.tensor('f32', [512, 64], Float32Array.from({ length: 512 * 64 }, (_, i) => (i * 37) % 64));
         const load = ctx.tensor('i64', [64]);
-        const count = () => Object.values(m.moeFusedGate({ logits, load }, { topK: 2 })).forEach((tensor) => tensor?.dispose());
+        const count = () =>
+          Object.values(m.moeFusedGate({ logits, load }, { topK: 2 })).forEach((tensor) => tensor?.dispose());
         for (let i = 0; i < 100; i++) count();
         parentPort.postMessage(Number((await load.read()).reduce((sum, n) => sum + n)));
         for (;;) { for (let i = 0; i < 20; i++) count(); await ctx.synchronize(); }\`;
       const url = new URL('data:text/javascript,' +
         encodeURIComponent(source.replace("'moe-kernels'", JSON.stringify(import.meta.resolve('moe-kernels')))));
       const workers = Array.from({ length: 3 }, () => new Worker(url));
-      const sums = await Promise.all(workers.map((w) => new Promise((done, fail) => (w.on('message', done), w.on('error', fail)))));
+      const sum = (w) => new Promise((done, fail) => (w.on('message', done), w.on('error', fail)));
+      const sums = await Promise.all(workers.map(sum));
       await Promise.all(workers.map((w) => w.terminate()));
       const ctx = await m.createContext({ backend: 'cuda' });
       const logits = ctx.tensor('f32', [512, 64]), load = ctx.tensor('i64', [64]);

@@ -41,9 +41,11 @@ const loops: [string, string, string][] = [
     'loads counted in, captured, written, read and given back',
     `const logits = ctx.tensor('f32', [4, 16]); const zeros = new BigInt64Array(16);`,
     `const load = ctx.tensor('i64', [16]); const gate = () => m.moeFusedGate({ logits, load }, { topK: 2 });
-     const outs = i % 2 === 0 ? [gate(), gate()] : []; const step = ctx.capture(() => (i % 3 === 0 && load.write(zeros), gate()));
+     const outs = i % 2 === 0 ? [gate(), gate()] : [];
+     const step = ctx.capture(() => (i % 3 === 0 && load.write(zeros), gate()));
      step.replay(); if (i % 5 === 0) load.write(zeros); if (i % 10 === 0) await load.read();
-     for (const { ids, weights } of outs) { ids.dispose(); weights.dispose(); } load.dispose(); step.replay(); step.dispose();`,
+     for (const { ids, weights } of outs) { ids.dispose(); weights.dispose(); }
+     load.dispose(); step.replay(); step.dispose();`,
   ],
   [
     'recordings that throw',

@@ -1,6 +1,6 @@
 // How an op is measured: work is enqueued in batches long enough for the clock, each batch ends in one wait, and the
-// median batch counts. Beside the time stand the floor (the bytes that must move and the operations that must be done, at the
-// speeds measured in this run, whichever takes longer) and, as the baseline, the same case in pure TypeScript.
+// median batch counts. Beside the time stand the floor (the bytes that must move and the operations that must be done,
+// at the speeds measured in this run, whichever takes longer) and, as the baseline, the same case in pure TypeScript.
 import { availableParallelism, cpus } from 'node:os';
 import { type Context, createContext, type Roofline } from '../lib/index.js';
 

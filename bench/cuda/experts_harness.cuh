@@ -6,20 +6,12 @@
 #include "../../csrc/cuda/backend.h"
 #include "../../csrc/cuda/expert_tiles.h"
 #include "../../csrc/cuda/floats.cuh"
+#include "../../test/native/ok.h"
 #include "harness.cuh"
 
 namespace bench {
 
 using namespace moe;
-
-#define OK(expr)                                                                      \
-  do {                                                                                \
-    const ::moe::Status status_ = (expr);                                             \
-    if (!status_.ok()) {                                                              \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #expr, status_.text.c_str()); \
-      std::exit(1);                                                                   \
-    }                                                                                 \
-  } while (0)
 
 struct Layer {
   const char* name;

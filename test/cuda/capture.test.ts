@@ -22,11 +22,21 @@ const floats = (context: Context, shape: number[], seed: number) =>
     ),
   );
 
+const routed = (context: Context) => ({
+  x: floats(context, [TOKENS, HIDDEN], 1),
+  weight: floats(context, [HIDDEN, HIDDEN], 2),
+});
+/** Makes tensors that would take memory given back too early, and gives them back once `work` is done. */
+const crowded = async (context: Context, work: () => Promise<void>) => {
+  const crowd = Array.from({ length: 50 }, (_, i) => floats(context, [TOKENS, HIDDEN], i));
+  await work();
+  for (const tensor of crowd) tensor.dispose();
+};
+
 describe.runIf(ready)('a capture on cuda', () => {
   it('gives the bits of the same calls outside, on every replay and for every input', async () => {
     await using ctx = await createContext({ backend: 'cuda' });
-    const x = floats(ctx, [TOKENS, HIDDEN], 1);
-    const weight = floats(ctx, [HIDDEN, HIDDEN], 2);
+    const { x, weight } = routed(ctx);
     const forward = () => {
       const first = moeRouter({ hidden: x, weight });
       const second = moeRouter({ hidden: first, weight });
@@ -93,16 +103,15 @@ describe.runIf(ready)('a capture on cuda', () => {
   it('keeps its inputs and its outputs while it lives, and gives everything back', async () => {
     await using ctx = await createContext({ backend: 'cuda' });
     const before = ctx.memory().used;
-    const x = floats(ctx, [TOKENS, HIDDEN], 1);
-    const weight = floats(ctx, [HIDDEN, HIDDEN], 2);
+    const { x, weight } = routed(ctx);
     const expected = await moeRouter({ hidden: x, weight }).read();
     const step = ctx.capture(() => moeRouter({ hidden: x, weight }));
     x.dispose();
     weight.dispose();
-    const crowd = Array.from({ length: 50 }, (_, i) => floats(ctx, [TOKENS, HIDDEN], i)); // would take freed memory
-    step.replay();
-    expect(await step.output.read()).toEqual(expected);
-    for (const tensor of crowd) tensor.dispose();
+    await crowded(ctx, async () => {
+      step.replay();
+      expect(await step.output.read()).toEqual(expected);
+    });
     for (let i = 0; i < 100; i++) step.replay();
     const last = step.output.read();
     step.dispose(); // with replays and a read in flight
@@ -115,8 +124,7 @@ describe.runIf(ready)('a capture on cuda', () => {
 
   it('keeps what it uses of another capture', async () => {
     await using ctx = await createContext({ backend: 'cuda' });
-    const x = floats(ctx, [TOKENS, HIDDEN], 1);
-    const weight = floats(ctx, [HIDDEN, HIDDEN], 2);
+    const { x, weight } = routed(ctx);
     const router = (hidden: typeof x) => moeRouter({ hidden, weight });
     const between = router(x);
     const last = router(between);
@@ -126,10 +134,10 @@ describe.runIf(ready)('a capture on cuda', () => {
     const second = ctx.capture(() => router(first.output));
     first.replay();
     first.dispose();
-    const crowd = Array.from({ length: 50 }, (_, i) => floats(ctx, [TOKENS, HIDDEN], i)); // would take freed memory
-    second.replay();
-    expect(await second.output.read()).toEqual(expected);
-    for (const tensor of crowd) tensor.dispose();
+    await crowded(ctx, async () => {
+      second.replay();
+      expect(await second.output.read()).toEqual(expected);
+    });
     second.dispose();
     expect(ctx.memory().used).toBe(before);
     for (const tensor of [between, last]) tensor.dispose(); // until here: the collector must not come first

@@ -15,19 +15,11 @@
 #include <vector>
 
 #include "../../csrc/binding/task.h"
+#include "ok.h"
 
 using namespace moe;
 
 namespace {
-
-#define OK(expr)                                                                      \
-  do {                                                                                \
-    const ::moe::Status status_ = (expr);                                             \
-    if (!status_.ok()) {                                                              \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #expr, status_.text.c_str()); \
-      std::exit(1);                                                                   \
-    }                                                                                 \
-  } while (0)
 
 std::mt19937_64 random_bits;
 int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }

@@ -122,16 +122,22 @@ describe.skipIf(status.loadedFrom === undefined)('the addon of a package', () =>
       : []),
   ];
 
+  /** A service that goes on in TypeScript: what it says of the addon, and what asking for that gives. */
+  const withoutAddon = () => {
+    const end = child(service, { cwd: folder, env });
+    expect(end, end.stderr).toMatchObject(good);
+    const [chosen, detail, asked] = end.stdout.split('\n');
+    expect(chosen).toBe('oracle 1,2');
+    return { detail, asked };
+  };
+
   it.each(broken)('%s: auto goes on without it, and asking for it says why', (_, make, said) => {
     rmSync(addon, { recursive: true, force: true });
     const content = make();
     if (content === 'folder') mkdirSync(addon);
     else if (content === 'link') symlinkSync(join(scratch, 'nowhere'), addon);
     else if (content !== 'none') writeFileSync(addon, content);
-    const end = child(service, { cwd: folder, env });
-    expect(end, end.stderr).toMatchObject(good);
-    const [chosen, detail, asked] = end.stdout.split('\n');
-    expect(chosen).toBe('oracle 1,2');
+    const { detail, asked } = withoutAddon();
     expect(detail).toMatch(said);
     expect(asked).toMatch(/^ERR_MOE_BACKEND .*the cpu backend is/);
   });
@@ -167,10 +173,7 @@ describe.skipIf(status.loadedFrom === undefined)('the addon of a package', () =>
   it.each(foreign)('%s is refused: auto goes on without it, and asking for it says why', (_, make, said) => {
     rmSync(addon, { recursive: true, force: true });
     writeFileSync(addon, make());
-    const end = child(service, { cwd: folder, env });
-    expect(end, end.stderr).toMatchObject(good);
-    const [chosen, detail, asked] = end.stdout.split('\n');
-    expect(chosen).toBe('oracle 1,2');
+    const { detail, asked } = withoutAddon();
     expect(detail).toMatch(/^failed: the addon does not belong to this package: /);
     expect(detail).toMatch(said);
     expect(asked).toMatch(/^ERR_MOE_BACKEND .*the cpu backend is failed: the addon does not belong/);

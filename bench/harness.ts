@@ -62,7 +62,7 @@ function time(context: Context, run: () => void): { median: number; spread: numb
 }
 
 /** Bytes per second read and written by a large copy, one thread: the ceiling of this run. */
-export function copySpeed(): number {
+function copySpeed(): number {
   const from = new Float64Array(8 << 20).fill(1);
   const to = new Float64Array(from.length);
   to.set(from);

@@ -109,7 +109,7 @@ export function arrayType(value: unknown): string | undefined {
 }
 
 /** Elements of a typed array; 0 for one whose buffer is detached or has shrunk away under it. */
-export function arrayLength(data: RawArray): number {
+function arrayLength(data: RawArray): number {
   return typedArrayLength.call(data);
 }
 

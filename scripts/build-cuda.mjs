@@ -17,7 +17,7 @@ const OLDEST_NVCC = 12;
 const OLDEST_CMAKE = [3, 24];
 
 /** What the build lacks on this machine, for people; empty when nothing does. */
-export function missingCudaTools() {
+function missingCudaTools() {
   const missing = [];
   const nvcc = /release (\d+)\.(\d+)/.exec(output(process.env.CUDACXX ?? 'nvcc', '--version'));
   if (nvcc === null) missing.push('nvcc (the CUDA toolkit; set CUDACXX where it is not on PATH)');

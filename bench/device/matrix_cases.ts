@@ -107,7 +107,7 @@ export function expertsCase(shape: ExpertsShape, tokens: number): DeviceCase {
   };
 }
 
-export const expertShapes = {
+const expertShapes = {
   v3TP8: {
     name: 'V3-TP8',
     hidden: 7168,

@@ -31,20 +31,12 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-const char* const kFaultOps[] = {
-#define MOE_FAULT_OP(site, op, arg, expected) op,
-    MOE_FAULT_SITES(MOE_FAULT_OP)
-#undef MOE_FAULT_OP
-};
-const char* const kFaultArgs[] = {
-#define MOE_FAULT_ARG(site, op, arg, expected) arg,
-    MOE_FAULT_SITES(MOE_FAULT_ARG)
-#undef MOE_FAULT_ARG
-};
-const char* const kFaultTexts[] = {
-#define MOE_FAULT_TEXT(site, op, arg, expected) expected,
-    MOE_FAULT_SITES(MOE_FAULT_TEXT)
-#undef MOE_FAULT_TEXT
+constexpr struct {
+  const char *op, *arg, *expected;
+} kFaults[] = {
+#define MOE_FAULT(site, op, arg, expected) {op, arg, expected},
+    MOE_FAULT_SITES(MOE_FAULT)
+#undef MOE_FAULT
 };
 constexpr int kFaultCount = static_cast<int>(FaultSite::kCount);
 
@@ -326,7 +318,7 @@ Status CudaBackend::take_fault(std::string* op) {
     volatile FaultNote* note = notes_ + site;
     if (note->raised == 0) continue;
     std::string text = "expected ";
-    for (const char* c = kFaultTexts[site]; *c != 0; c++) {
+    for (const char* c = kFaults[site].expected; *c != 0; c++) {
       if (*c != '%') {
         text += *c;
         continue;
@@ -340,8 +332,8 @@ Status CudaBackend::take_fault(std::string* op) {
       }
     }
     note->raised = 0;
-    *op = kFaultOps[site];
-    return Status::Error(Code::kRange, std::move(text), kFaultArgs[site]);
+    *op = kFaults[site].op;
+    return Status::Error(Code::kRange, std::move(text), kFaults[site].arg);
   }
   return Status::Ok();
 }

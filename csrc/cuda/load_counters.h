@@ -25,7 +25,7 @@ struct SpreadCounters {
   uint32_t copies = 0;                     // a power of two; a block takes the copy of its number modulo copies
 };
 
-// Copies for a load tensor: up to 16, and up to 1 MB of counters; 0 where they are too many to be spread. With 16, ten
+// Copies for a load tensor: up to 16, and up to 1 MiB of counters; 0 where they are too many to be spread. With 16, ten
 // thousand tokens that all choose the same eight experts take 0.1 us longer than others, with 4 3.4 us.
 constexpr uint32_t copies_for(int64_t slots) {
   return slots < 1 || slots > 4096 ? 0 : std::bit_floor(static_cast<uint32_t>(std::min<int64_t>(16, 8192 / slots)));

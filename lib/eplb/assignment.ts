@@ -2,7 +2,7 @@
 // which device so that the fewest experts have to move.
 
 /** i32[n]: the column of every row; cost is f64[n * n], row-major. Deterministic: the lowest column wins ties. */
-export function assignRows(cost: Float64Array, n: number): Int32Array {
+function assignRows(cost: Float64Array, n: number): Int32Array {
   const rowPotential = new Float64Array(n + 1);
   const columnPotential = new Float64Array(n + 1);
   const rowOf = new Int32Array(n + 1); // row matched to column (1-based; 0 = none)

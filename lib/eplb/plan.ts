@@ -69,10 +69,6 @@ const refuse = (message: string, arg: string): never => {
   throw new MoeError('ERR_MOE_INVALID_ARG', message, { op: 'plan', arg });
 };
 
-const whole = (value: number, least: number, arg: string): void => {
-  if (!Number.isSafeInteger(value) || value < least) check.refuse(arg, `an integer >= ${least}`, value);
-};
-
 /** Every field of a request: a misspelt budget must not pass for none. */
 export const requestFields: readonly string[] = [
   'loads',
@@ -98,16 +94,16 @@ export function startPlacements(
   devices: number,
   slots: number,
 ): Placement[] {
-  whole(layers, 1, 'layers');
-  whole(experts, 1, 'experts');
+  check.integer('layers', layers, 1);
+  check.integer('experts', experts, 1);
   checkSizes(experts, devices, slots);
   const placement = redundantPlacement(experts, devices, devices * slots - experts);
   return Array.from({ length: layers }, () => placement);
 }
 
 function checkSizes(experts: number, devices: number, slots: number): void {
-  whole(devices, 1, 'devices');
-  whole(slots, 1, 'slots');
+  check.integer('devices', devices, 1);
+  check.integer('slots', slots, 1);
   if (devices * slots < experts)
     refuse(
       `expected at least ${experts} slots for ${experts} experts but received ${devices} devices x ${slots} slots = ${devices * slots}`,
@@ -144,8 +140,8 @@ export function checkRequest(request: PlanRequest): {
   const { maxMoves = Number.POSITIVE_INFINITY, maxMovesPerLayer = Number.POSITIVE_INFINITY } = request;
   check.instance('loads', loads, Loads);
   checkSizes(loads.experts, devices, slots);
-  whole(shared, 0, 'shared');
-  whole(seed, 0, 'seed');
+  check.integer('shared', shared, 0);
+  check.integer('seed', seed, 0);
   check.oneOf('sharedPlacement', sharedPlacement, ['free', 'everyDevice']);
   check.oneOf('degenerate', request.degenerate ?? 'reject', ['reject', 'keep']);
   if (request.policy !== undefined) policyNamed(request.policy);
@@ -155,10 +151,10 @@ export function checkRequest(request: PlanRequest): {
       `expected shared to be less than the ${loads.experts} experts of the loads but received ${shared}`,
       'shared',
     );
-  if (maxMoves !== Number.POSITIVE_INFINITY) whole(maxMoves, 0, 'maxMoves');
-  if (maxMovesPerLayer !== Number.POSITIVE_INFINITY) whole(maxMovesPerLayer, 0, 'maxMovesPerLayer');
-  whole(groups, 1, 'groups');
-  whole(nodes, 1, 'nodes');
+  if (maxMoves !== Number.POSITIVE_INFINITY) check.integer('maxMoves', maxMoves, 0);
+  if (maxMovesPerLayer !== Number.POSITIVE_INFINITY) check.integer('maxMovesPerLayer', maxMovesPerLayer, 0);
+  check.integer('groups', groups, 1);
+  check.integer('nodes', nodes, 1);
   if (devices % nodes !== 0)
     refuse(`expected devices to divide by ${nodes} nodes but received ${devices}`, 'nodes');
   if ((loads.experts - shared) % groups !== 0)

@@ -12,7 +12,7 @@ const gainOfAverage = 0.01;
 const mostSwaps = 100;
 
 /** The placement of one layer after one call; `current` itself when nothing better was found. loads: [experts]. */
-export function swiftPlacement(loads: ArrayLike<number>, current: Placement): Placement {
+function swiftPlacement(loads: ArrayLike<number>, current: Placement): Placement {
   const { devices, experts } = current;
   const before = peakToAverage(deviceLoads(current, loads));
   const total = Array.from(loads).reduce((sum, value) => sum + value, 0);

@@ -95,6 +95,20 @@ describe('README', () => {
     }
   });
 
+  it('has the newest figures of the suites on CUDA and of the layer on the CPU', () => {
+    const result = (name: string) =>
+      JSON.parse(readFileSync(join(packageRoot, 'bench', 'results', name), 'utf8'));
+    const { passed } = result('h200-tests.json') as { passed: number };
+    expect(readme).toContain(`\`bench/results/h200-tests.json\`: ${passed.toLocaleString('en-US')} tests`);
+    const { peer } = result('cpu-layer-amd-epyc.json') as {
+      peer: { results: { tokens: number; ms: number; onnxruntimeMs: number }[] };
+    };
+    const { ms, onnxruntimeMs } = peer.results.find(({ tokens }) => tokens === 256)!;
+    expect(readme).toContain(
+      `2 CPU cores | ${ms.toFixed(1)} ms | ${onnxruntimeMs.toFixed(1)} ms, onnxruntime`,
+    );
+  });
+
   it('lists every error code and no other', () => {
     const listed = [...readme.matchAll(/^\| `(ERR_MOE_\w+)` \|/gm)].map(([, code]) => code);
     expect(listed).toEqual(Object.keys(errorCodes));

@@ -1,6 +1,5 @@
 // Which kernel routes which batch: the fast kernels where their limits hold, else the general one.
 #include <algorithm>
-#include <limits>
 
 #include "launch_early.cuh"
 #include "moe_fused_gate_pairs.cuh"

@@ -53,6 +53,8 @@ export interface Plan {
   /** Milliseconds the policy took, all layers. */
   ms: number;
   placements: Placement[];
+  /** What the plan starts from: `current`, or the layout that a server starts with. */
+  from: readonly Placement[];
   /** Expert weights that devices must receive, all layers and per layer. */
   moves: number;
   movesPerLayer: Int32Array;
@@ -91,17 +93,26 @@ const fields: readonly string[] = [
   'degenerate',
 ] satisfies (keyof PlanRequest)[];
 
-/** The placements a server starts with: experts in order, copies appended. */
+/**
+ * The placements a server starts with: experts in order, copies appended. With `pinned` the last so many experts,
+ * shared ones, have a replica in the last slots of every device, and the others are laid out in the rest.
+ */
 export function startPlacements(
   layers: number,
   experts: number,
   devices: number,
   slots: number,
+  pinned = 0,
 ): Placement[] {
   whole(layers, 1, 'layers');
   whole(experts, 1, 'experts');
-  checkSizes(experts, devices, slots);
-  const placement = redundantPlacement(experts, devices, devices * slots - experts);
+  whole(pinned, 0, 'pinned');
+  const routed = experts - pinned;
+  checkSizes(routed, devices, slots - pinned);
+  const placement = withShared(
+    redundantPlacement(routed, devices, devices * (slots - pinned) - routed),
+    pinned,
+  );
   return Array.from({ length: layers }, () => placement);
 }
 
@@ -178,11 +189,7 @@ export function checkRequest(request: PlanRequest): {
       `expected at least ${Math.ceil(routed / devices) + pinned} slots per device with ${pinned} shared experts on every device but received ${slots}`,
       'slots',
     );
-  const current =
-    request.current ??
-    startPlacements(loads.layers, routed, devices, slots - pinned).map((placement) =>
-      pinned === 0 ? placement : withShared(placement, pinned),
-    );
+  const current = request.current ?? startPlacements(loads.layers, loads.experts, devices, slots, pinned);
   if (current.length !== loads.layers)
     refuse(
       `expected a current placement for each of ${loads.layers} layers but received ${current.length}`,
@@ -232,11 +239,11 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
   const start = performance.now();
   const result = policy.plan(reduced, layerDone);
   const ms = performance.now() - start;
-  const wanted =
-    pinned === 0 ? result.placements : result.placements.map((placement) => withShared(placement, pinned));
+  const wanted = result.placements.map((placement) => withShared(placement, pinned));
+  const ordered = policy.ordersSlots === true && request.current === undefined;
   const aligned = wanted.map((placement, layer) => {
     if (idle.has(layer) || placement === legal[layer]) return current[layer]!;
-    return placement === current[layer] ? placement : keepSlots(current[layer]!, placement);
+    return ordered || placement === current[layer] ? placement : keepSlots(current[layer]!, placement);
   });
   const placements = policy.keepsBudget && pinned === 0 && !repaired ? aligned : fitBudget(problem, aligned);
   checkLegal(policy, problem, placements);
@@ -245,6 +252,7 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
     policy: policy.name,
     ms,
     placements,
+    from: current,
     moves: moves.reduce((sum, value) => sum + value, 0),
     movesPerLayer: moves,
     layersTouched: moves.reduce((sum, value) => sum + (value > 0 ? 1 : 0), 0),
@@ -292,6 +300,7 @@ function withoutShared(problem: PlanProblem, pinned: number): PlanProblem {
 }
 
 function withShared(placement: Placement, pinned: number): Placement {
+  if (pinned === 0) return placement;
   const ids = Array.from({ length: pinned }, (_, index) => placement.experts + index);
   return Placement.fromRows(
     placement.toRows().map((row) => [...row, ...ids]),

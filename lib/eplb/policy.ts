@@ -41,6 +41,11 @@ export interface Policy {
   readonly summary: string;
   /** True if the policy itself keeps maxMoves and maxMovesPerLayer; otherwise whole layers are dropped to fit. */
   readonly keepsBudget: boolean;
+  /**
+   * True if it says which slot of a device an expert gets, as maps that address slots have it: kept where there is no
+   * placement in use. Otherwise, and wherever one is, experts that stay on a device stay in their slots.
+   */
+  readonly ordersSlots?: boolean;
   /** `layerDone` is called once per layer, for progress; it may throw to abandon the plan. */
   plan(problem: PlanProblem, layerDone: () => void): PolicyResult;
 }

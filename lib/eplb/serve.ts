@@ -45,8 +45,9 @@ export async function serveTrace(trace: Loads, options: ServeOptions): Promise<S
   check.integer('layersPerStep', layersPerStep, 1);
   check.callback('planner', planner);
   if (rest.current !== undefined) check.instances('current', rest.current, Placement);
+  const pinned = rest.sharedPlacement === 'everyDevice' ? rest.shared : 0;
   const inForce: Placement[] = [
-    ...(rest.current ?? startPlacements(trace.layers, trace.experts, rest.devices, rest.slots)),
+    ...(rest.current ?? startPlacements(trace.layers, trace.experts, rest.devices, rest.slots, pinned)),
   ];
   const par = new Float64Array(trace.steps);
   const moves = new Int32Array(trace.steps);

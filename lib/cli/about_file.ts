@@ -3,16 +3,24 @@ import { MoeError } from '../errors.js';
 
 const aboutContent = new Set(['loads', 'metrics']);
 
-const withFile = (file: string, error: unknown): unknown =>
-  error instanceof MoeError && error.code === 'ERR_MOE_INVALID_ARG' && aboutContent.has(error.op ?? '')
-    ? new MoeError('ERR_MOE_CHECKPOINT', `${file}: ${error.message.replace(/^\[\w+\] /, '')}`, {
-        op: error.op!,
-        arg: 'file',
-        cause: error,
-      })
-    : error;
+/** Arguments of a plan that do not fit the shape of the loads: misuse, but of which loads has to be said. */
+const aboutShape = new Set(['slots', 'shared', 'groups']);
 
-/** Runs `act`; an error about loads becomes ERR_MOE_CHECKPOINT with the file's name in front. */
+function withFile(file: string, error: unknown): unknown {
+  if (!(error instanceof MoeError) || error.code !== 'ERR_MOE_INVALID_ARG') return error;
+  const op = error.op ?? '';
+  const message = `${file}: ${error.message.replace(/^\[\w+\] /, '')}`;
+  if (aboutContent.has(op))
+    return new MoeError('ERR_MOE_CHECKPOINT', message, { op, arg: 'file', cause: error });
+  if (op === 'plan' && aboutShape.has(error.arg ?? ''))
+    return new MoeError(error.code, message, { op, arg: error.arg!, cause: error });
+  return error;
+}
+
+/**
+ * Runs `act`; an error about loads becomes ERR_MOE_CHECKPOINT with the file's name in front, one about sizes that do not
+ * fit them gets the name too.
+ */
 export function aboutFile<T>(file: string, act: () => T): T {
   try {
     const result = act();

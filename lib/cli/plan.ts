@@ -4,7 +4,7 @@ import type { Command } from 'commander';
 import { readLoads } from '../eplb/load_file.js';
 import { checkPlannable, Loads } from '../eplb/loads.js';
 import { bytesToMove } from '../eplb/metrics.js';
-import { type Plan, type PlanRequest, startPlacements } from '../eplb/plan.js';
+import type { Plan, PlanRequest } from '../eplb/plan.js';
 import { Planner } from '../eplb/planner.js';
 import { defaultPolicy, policies, policySummaries } from '../eplb/registry.js';
 import { linear } from '../eplb/stay.js';
@@ -22,7 +22,7 @@ import { checkReportFile, renderReport } from '../report/report_file.js';
 import { aboutFile } from './about_file.js';
 import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
-import { type OutputFile, writeFiles } from './output_files.js';
+import { checkOutputs, type OutputFile, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
 
 interface PlanFlags {
@@ -124,6 +124,15 @@ async function runPlan(flags: PlanFlags): Promise<void> {
       'shared-placement',
     );
   if (flags.report !== undefined) checkReportFile(flags.report);
+  await checkOutputs(
+    'plan',
+    [['--loads', flags.loads]],
+    [
+      ['--out', flags.out],
+      ['--transfers', flags.transfers],
+      ['--report', flags.report],
+    ],
+  );
   const { loads, current } = await readInputs(flags);
   if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
   const request: PlanRequest = {
@@ -146,7 +155,9 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   const others: Plan[] = [];
   const bar = progress('Planning', 'layers', true);
   try {
-    plan = await planner.plan(request, { onProgress: (done, layers) => bar.update(done, layers) });
+    plan = await aboutFile(flags.loads, () =>
+      planner.plan(request, { onProgress: (done, layers) => bar.update(done, layers) }),
+    );
     // The report shows what every policy that moves experts would make of these loads
     if (flags.report !== undefined)
       for (const policy of policies.keys())
@@ -160,11 +171,11 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   if (flags.out !== undefined)
     outputs.push({ file: flags.out, text: formatExpertMap(plan.placements, format) });
   if (flags.transfers !== undefined) {
-    const text = `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`;
+    const text = `${JSON.stringify({ layers: transfersOf(plan) })}\n`;
     outputs.push({ file: flags.transfers, text });
   }
   if (flags.report !== undefined) {
-    const report = planReport({ loads, plan, current, others, title: flags.loads });
+    const report = planReport({ loads, plan, others, title: flags.loads, given: givenOf(flags) });
     outputs.push({ file: flags.report, text: await renderReport(flags.report, report) });
   }
   await writeFiles('plan', outputs);
@@ -173,10 +184,21 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   );
 }
 
-function transfersOf(plan: Plan, loads: Loads, current: Placement[] | undefined): Transfer[][] {
-  const { experts, devices, slots } = plan.placements[0]!;
-  const from = current ?? startPlacements(loads.layers, experts, devices, slots);
-  return plan.placements.map((placement, layer) => transferSchedule(from[layer]!, placement));
+const transfersOf = ({ from, placements }: Plan): Transfer[][] =>
+  placements.map((placement, layer) => transferSchedule(from[layer]!, placement));
+
+/** What a reader of the report has to know of the command beside the shape. */
+function givenOf({ current, maxMoves, maxMovesPerLayer, ...flags }: PlanFlags): [string, string][] {
+  const { sharedTopK, shared = sharedTopK === undefined ? 0 : 1, sharedPlacement, groups, nodes } = flags;
+  const where = sharedPlacement === 'free' ? 'placed freely' : 'on every device';
+  const rows: [label: string, value: string | undefined][] = [
+    ['placement in use', current ?? 'none given: experts in order, copies appended'],
+    ['most moves', maxMoves === Number.POSITIVE_INFINITY ? 'unlimited' : maxMoves?.toString()],
+    ['most moves in a layer', maxMovesPerLayer?.toString()],
+    ['shared experts', shared === 0 ? undefined : `the last ${shared}, ${where}`],
+    ['expert groups, nodes', (groups ?? nodes) === undefined ? undefined : `${groups ?? 1}, ${nodes ?? 1}`],
+  ];
+  return rows.filter((row): row is [string, string] => row[1] !== undefined);
 }
 
 async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Placement[] | undefined }> {
@@ -189,6 +211,11 @@ async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Pl
     throw misuse('expected --topk with --experts and --step-tokens', 'topk');
   if (flags.sharedTopK !== undefined && flags.shared === 0)
     throw misuse('expected --shared to be at least 1 with --shared-top-k but received 0', 'shared');
+  if (flags.sharedTopK !== undefined && flags.physical === true)
+    throw misuse(
+      'expected no --shared-top-k with --physical: the slots of shared experts have counts of their own',
+      'shared-top-k',
+    );
   if (flags.physical === true && flags.current === undefined)
     throw misuse('expected --current with --physical: it says which expert each slot held', 'current');
   const raw = await readLoads(

@@ -1,6 +1,7 @@
+import { existsSync } from 'node:fs';
 import { lstat, mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join, resolve } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { Command } from 'commander';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
@@ -141,6 +142,63 @@ describe('moe-kernels plan', () => {
     expect(Object.keys(layers[0][0])).toEqual(['expert', 'from', 'fromSlot', 'to', 'toSlot', 'round']);
   });
 
+  it('sends what the plan moves where shared experts are on every device from the start', async () => {
+    const { out } = await run(
+      ...['plan', '--loads', file('window.json'), '--devices', '4', '--slots', '9', '--shared', '1'],
+      ...['--shared-placement', 'everyDevice', '--transfers', file('shared.json'), '--json'],
+    );
+    const plan = JSON.parse(out);
+    expect(plan.placement.flat().every((device: number[]) => device.at(-1) === 31)).toBe(true);
+    const { layers } = JSON.parse(await readFile(file('shared.json'), 'utf8'));
+    expect(layers.flat().length).toBe(plan.moves);
+    expect(layers.flat().some(({ expert }: { expert: number }) => expert === 31)).toBe(false);
+  });
+
+  it("gives DeepSeek's published example as it was published", async () => {
+    const weights = [
+      [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+      [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ];
+    await writeFile(file('published.json'), JSON.stringify(weights));
+    const published = ['--loads', file('published.json'), '--devices', '8', '--slots', '2'];
+    const hierarchical = ['--policy', 'deepseek', '--groups', '4', '--nodes', '2', '--json'];
+    const { placement } = JSON.parse((await run('plan', ...published, ...hierarchical)).out);
+    expect(placement.map((layer: number[][]) => layer.flat())).toEqual([
+      [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+      [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]);
+  });
+
+  it('never overwrites its loads, and no output with another', async () => {
+    const plan = ['plan', '--loads', file('window.json'), ...shape];
+    const loads = await readFile(file('window.json'), 'utf8');
+    await symlink('window.json', file('alias.json'));
+    for (const name of ['window.json', 'alias.json', join('..', basename(folder), 'window.json')])
+      expect((await run(...plan, '--out', file(name))).message).toContain(
+        'expected --out to be another file than --loads',
+      );
+    expect((await run(...plan, '--out', file('a.json'), '--transfers', file('a.json'))).message).toContain(
+      'expected --transfers to be another file than --out',
+    );
+    expect((await run(...plan, '--out', '/dev/null', '--transfers', '/dev/null')).code).toBe(0);
+    expect(await readFile(file('window.json'), 'utf8')).toBe(loads);
+    // The map in use may be replaced by the next one
+    await run(...plan, '--policy', 'linear', '--out', file('use.json'));
+    const { code } = await run(...plan, '--current', file('use.json'), '--out', file('use.json'));
+    expect(code).toBe(0);
+  });
+
+  it.skipIf(!existsSync('/dev/full'))('writes nothing where a device takes no more', async () => {
+    await writeFile(file('kept.json'), 'kept');
+    const before = (await readdir(folder)).sort();
+    const plan = ['plan', '--loads', file('window.json'), ...shape, '--out', file('kept.json')];
+    const { code, message } = await run(...plan, '--transfers', '/dev/full');
+    expect(code).toBe(2);
+    expect(message).toContain('/dev/full: cannot be written (ENOSPC');
+    expect(await readFile(file('kept.json'), 'utf8')).toBe('kept');
+    expect((await readdir(folder)).sort()).toEqual(before);
+  });
+
   it('leaves links, pipes and devices what they are', async () => {
     await writeFile(file('old.json'), 'old');
     await symlink('old.json', file('link.json'));
@@ -225,7 +283,19 @@ describe('moe-kernels plan', () => {
     [['--loads', 'none.npy', '--devices', '4', '--slots', '9'], 'none.npy: cannot be read'],
     [
       ['--loads', '@window.json', '--devices', '4', '--slots', '7'],
-      'at least 32 slots for 32 experts but received 4 devices x 7 slots',
+      'window.json: expected at least 32 slots for 32 experts but received 4 devices x 7 slots',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '33'],
+      'window.json: expected at most 32 slots per device',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--groups', '3'],
+      'window.json: expected 32 routed experts to divide by groups but received 3',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--nodes', '3'],
+      'expected devices to divide by 3 nodes but received 4',
     ],
     [
       ['--loads', '@window.json', '--devices', 'four', '--slots', '9'],
@@ -259,6 +329,13 @@ describe('moe-kernels plan', () => {
     [
       ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--shared', '0', '--shared-top-k', '8'],
       'expected --shared to be at least 1 with --shared-top-k',
+    ],
+    [
+      [
+        ...['--loads', '@window.json', '--devices', '4', '--slots', '9', '--physical', '--shared-top-k', '8'],
+        ...['--current', '@eight.json'],
+      ],
+      'expected no --shared-top-k with --physical',
     ],
     [
       ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--current', '@eight.json'],
@@ -313,17 +390,34 @@ describe('moe-kernels simulate', () => {
     const { out } = await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '8', '--json');
     const { policies: rows } = JSON.parse(out) as { policies: Record<string, number | string>[] };
     expect(rows.map((row) => row.name)).toEqual([...policies.keys()]);
-    for (const row of rows)
-      for (const field of [
-        'parSame',
-        'parNext',
-        'parStepSame',
-        'parStepNext',
-        'moves',
-        'layersTouched',
-        'ms',
-      ])
-        expect(typeof row[field], field).toBe('number');
+    const numbers = ['parSame', 'parNext', 'parStepSame', 'parStepNext', 'moves', 'layersTouched', 'ms'];
+    for (const row of rows) {
+      expect(Object.keys(row)).toEqual(['name', ...numbers]);
+      for (const field of numbers) expect(typeof row[field], field).toBe('number');
+    }
+  });
+
+  it('names a policy once however often it is asked for, and tells of every plan when asked', async () => {
+    const asked = ['--policies', 'greedy, linear,greedy', '--json', '--by-plan'];
+    const { out } = await run(
+      ...['simulate', '--trace', file('trace.npy'), ...shape, '--window', '8', ...asked],
+    );
+    const { policies: rows } = JSON.parse(out);
+    expect(rows.map(({ name }: { name: string }) => name)).toEqual(['greedy', 'linear']);
+    expect(rows[0].movesByPlan.length).toBe(2);
+    expect(rows[0].movesByPlan[0]).toBe(rows[0].movesFirst);
+    expect(rows[0].parStepNextByWindow.length).toBe(2);
+  });
+
+  it('says in which steps there is no load to plan on, before the first plan', async () => {
+    const trace = generateTrace({ kind: 'steady', steps: 9, layers: 2, experts: 8, seed: 3 });
+    trace.counts.fill(0, 2 * 16 + 8, 4 * 16 + 8); // layer 1 of steps 2 and 3, layer 0 of steps 3 and 4
+    await writeFile(file('gap.npy'), formatNpy([9, 2, 8], trace.counts));
+    const gap = ['simulate', '--trace', file('gap.npy'), '--devices', '2', '--slots', '5', '--window', '2'];
+    const { message, out } = await run(...gap, '--policies', 'greedy');
+    expect(message).toContain('gap.npy: steps 2..3: layer 1: expected some load but received all zero');
+    expect(out).toBe('');
+    expect((await run(...gap, '--policies', 'greedy', '--keep-degenerate')).code).toBe(0);
   });
 
   it('prints a table, and what a server would have seen', async () => {
@@ -372,6 +466,7 @@ describe('moe-kernels simulate', () => {
     [['--step-tokens', '4'], 'expected --topk with --experts and --step-tokens'],
     [['--layers-per-step', '2'], 'expected --plan-steps with --layers-per-step'],
     [['--report', 'x.pdf'], 'ending in .html or .svg'],
+    [['--by-plan'], 'expected --json with --by-plan'],
   ])('refuses %j, which would do nothing', async (args, message) => {
     const simulate = ['simulate', '--trace', file('trace.npy'), ...shape, '--window', '8'];
     expect(await run(...simulate, ...args)).toMatchObject({

@@ -19,7 +19,7 @@ import {
 import type { Placement } from '../placement/placement.js';
 import { counted, planReport } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
-import { aboutFile } from './about_file.js';
+import { aboutFile, keepDegenerate } from './about_file.js';
 import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
 import { checkOutputs, type OutputFile, writeFiles } from './output_files.js';
@@ -134,7 +134,7 @@ async function runPlan(flags: PlanFlags): Promise<void> {
     ],
   );
   const { loads, current } = await readInputs(flags);
-  if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
+  if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads), keepDegenerate);
   const request: PlanRequest = {
     loads,
     devices: flags.devices,

@@ -10,7 +10,7 @@ import { MoeError } from '../errors.js';
 import { counted } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
-import { aboutFile } from './about_file.js';
+import { aboutFile, keepDegenerate } from './about_file.js';
 import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
 import { checkOutputs, writeFiles } from './output_files.js';
@@ -119,7 +119,8 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
     flags.trace,
     topk === true ? { topk: { experts: experts!, stepTokens: stepTokens! } } : {},
   );
-  if (flags.keepDegenerate !== true) aboutFile(flags.trace, () => checkWindows(trace, flags.window));
+  if (flags.keepDegenerate !== true)
+    aboutFile(flags.trace, () => checkWindows(trace, flags.window), keepDegenerate);
   const planner = new Planner();
   const shape = {
     devices: flags.devices,

@@ -304,7 +304,7 @@ describe('moe-kernels plan', () => {
     [['--loads', '@window.json', '--devices', '4'], "required option '--slots <n>' not specified"],
     [
       ['--loads', '@zero.json', '--devices', '4', '--slots', '9'],
-      'zero.json: layer 1: expected some load but received all zero',
+      'zero.json: layer 1: expected some load but received all zero; --keep-degenerate leaves such layers',
     ],
     [
       ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--physical'],

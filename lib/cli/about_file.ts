@@ -6,8 +6,11 @@ export const keepDegenerate = '; --keep-degenerate leaves such layers as they ar
 
 const aboutContent = new Set(['loads', 'metrics']);
 
-/** Arguments of a plan that do not fit the shape of the loads: misuse, but of which loads has to be said. */
-const aboutShape = new Set(['slots', 'shared', 'groups']);
+/** Arguments that do not fit the shape of the loads: misuse, but of which loads has to be said. */
+const aboutShape: Readonly<Record<string, readonly string[]>> = {
+  plan: ['slots', 'shared', 'groups'],
+  simulate: ['trace', 'window'],
+};
 
 function withFile(file: string, error: unknown, advice: string): unknown {
   if (!(error instanceof MoeError) || error.code !== 'ERR_MOE_INVALID_ARG') return error;
@@ -15,7 +18,7 @@ function withFile(file: string, error: unknown, advice: string): unknown {
   const message = `${file}: ${error.message.replace(/^\[\w+\] /, '')}`;
   if (aboutContent.has(op))
     return new MoeError('ERR_MOE_CHECKPOINT', message + advice, { op, arg: 'file', cause: error });
-  if (op === 'plan' && aboutShape.has(error.arg ?? ''))
+  if (aboutShape[op]?.includes(error.arg ?? ''))
     return new MoeError(error.code, message, { op, arg: error.arg!, cause: error });
   return error;
 }

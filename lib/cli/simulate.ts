@@ -1,6 +1,5 @@
 // `moe-kernels simulate`: replays a trace through several policies and prints what each would have given.
 import type { Command } from 'commander';
-import { readLoads } from '../eplb/load_file.js';
 import { checkPlannable, type Loads } from '../eplb/loads.js';
 import { Planner } from '../eplb/planner.js';
 import { policies, policyNamed, policySummaries } from '../eplb/registry.js';
@@ -13,10 +12,11 @@ import { simulationReport } from '../report/simulation_report.js';
 import { aboutFile, keepDegenerate } from './about_file.js';
 import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
+import { addLoadsOptions, type LoadsFlags, readFlaggedLoads, requestOf } from './loads_options.js';
 import { checkOutputs, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
 
-interface SimulateFlags {
+interface SimulateFlags extends LoadsFlags {
   trace: string;
   devices: number;
   slots: number;
@@ -25,12 +25,6 @@ interface SimulateFlags {
   maxMoves?: number;
   maxMovesPerLayer?: number;
   budgetFirst?: boolean;
-  shared?: number;
-  groups?: number;
-  nodes?: number;
-  topk?: boolean;
-  experts?: number;
-  stepTokens?: number;
   planSteps?: number;
   layersPerStep?: number;
   keepDegenerate?: boolean;
@@ -46,8 +40,8 @@ type Row = PolicyFigures & { parServed?: number };
 
 /** Adds the command `simulate`. */
 export function registerSimulate(program: Command): void {
-  program
-    .command('simulate')
+  const command = program.command('simulate');
+  command
     .description('replay recorded loads through planners: quality, moves and time of each')
     .requiredOption('--trace <file>', 'loads: .npy, .json, .csv or .pt, [steps, layers, experts]')
     .requiredOption('--devices <n>', 'number of devices', integerOption('--devices', 1))
@@ -68,13 +62,8 @@ export function registerSimulate(program: Command): void {
       'most expert weights to move per plan and layer, after the first',
       integerOption('--max-moves-per-layer', 0),
     )
-    .option('--budget-first', 'the budget binds the first plan too')
-    .option('--shared <n>', 'shared experts: the last n columns of the loads', integerOption('--shared', 0))
-    .option('--groups <n>', 'expert groups, for hierarchical planners', integerOption('--groups', 1))
-    .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
-    .option('--topk', 'the trace holds ids [layers, tokens, k]; needs --experts and --step-tokens')
-    .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
-    .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1))
+    .option('--budget-first', 'the budget binds the first plan too');
+  addLoadsOptions(command)
     .option(
       '--plan-steps <n>',
       'also serve the trace step by step, the budget binding every plan; a plan takes n steps',
@@ -101,11 +90,7 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
   const names = [...new Set(listed)].filter((name) => name !== '');
   if (names.length === 0) throw misuse('expected --policies to name at least one policy', 'policies');
   for (const name of names) policyNamed(name);
-  const { topk, experts, stepTokens } = flags;
-  if (topk === true && (experts === undefined || stepTokens === undefined))
-    throw misuse('expected --experts and --step-tokens with --topk', 'topk');
-  if (topk !== true && (experts !== undefined || stepTokens !== undefined))
-    throw misuse('expected --topk with --experts and --step-tokens', 'topk');
+  const asked = requestOf('simulate', flags);
   if (flags.layersPerStep !== undefined && flags.planSteps === undefined)
     throw misuse(
       'expected --plan-steps with --layers-per-step: it serves the trace step by step',
@@ -115,22 +100,17 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
     throw misuse('expected --json with --by-plan: the table has no room for it', 'json');
   if (flags.report !== undefined) checkReportFile(flags.report);
   await checkOutputs('simulate', [['--trace', flags.trace]], [['--report', flags.report]]);
-  const trace = await readLoads(
-    flags.trace,
-    topk === true ? { topk: { experts: experts!, stepTokens: stepTokens! } } : {},
-  );
+  const trace = await readFlaggedLoads(flags.trace, flags);
   if (flags.keepDegenerate !== true)
     aboutFile(flags.trace, () => checkWindows(trace, flags.window), keepDegenerate);
   const planner = new Planner();
   const shape = {
     devices: flags.devices,
     slots: flags.slots,
+    ...asked,
     degenerate: flags.keepDegenerate === true ? ('keep' as const) : ('reject' as const),
     ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
     ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
-    ...(flags.shared === undefined ? {} : { shared: flags.shared }),
-    ...(flags.groups === undefined ? {} : { groups: flags.groups }),
-    ...(flags.nodes === undefined ? {} : { nodes: flags.nodes }),
     planner: planner.plan.bind(planner),
   };
   const rows: Row[] = [];

@@ -5,7 +5,10 @@ import { basename, join, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { Command } from 'commander';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
+import { readLoads } from '../../lib/eplb/load_file.js';
+import { stepPar } from '../../lib/eplb/metrics.js';
 import { formatNpy } from '../../lib/eplb/npy.js';
+import { startPlacements } from '../../lib/eplb/plan.js';
 import { policies } from '../../lib/eplb/registry.js';
 import { generateTrace } from '../../lib/eplb/trace.js';
 import { buildLibrary } from '../cases/loads_build.js';
@@ -152,6 +155,13 @@ describe('moe-kernels plan', () => {
     const { layers } = JSON.parse(await readFile(file('shared.json'), 'utf8'));
     expect(layers.flat().length).toBe(plan.moves);
     expect(layers.flat().some(({ expert }: { expert: number }) => expert === 31)).toBe(false);
+    // One shared expert whose column the router has not counted
+    const added = await run(
+      ...['plan', '--loads', file('window.json'), '--devices', '4', '--slots', '10', '--shared-top-k', '8'],
+      ...['--shared-placement', 'everyDevice', '--json'],
+    );
+    const { placement } = JSON.parse(added.out);
+    expect(placement.flat().every((device: number[]) => device.at(-1) === 32)).toBe(true);
   });
 
   it("gives DeepSeek's published example as it was published", async () => {
@@ -331,6 +341,14 @@ describe('moe-kernels plan', () => {
       'expected --shared to be at least 1 with --shared-top-k',
     ],
     [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--shared-placement', 'everyDevice'],
+      'expected --shared with --shared-placement everyDevice',
+    ],
+    [
+      ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--shared-placement', 'twice'],
+      'expected --shared-placement to be free or everyDevice but received twice',
+    ],
+    [
       [
         ...['--loads', '@window.json', '--devices', '4', '--slots', '9', '--physical', '--shared-top-k', '8'],
         ...['--current', '@eight.json'],
@@ -442,6 +460,21 @@ describe('moe-kernels simulate', () => {
     expect(lines.slice(1).map((line) => line.split(' ')[0])).toEqual(['adaptive', 'linear']);
   });
 
+  it('serves shared experts that are on every device', async () => {
+    const { out, message } = await run(
+      ...['simulate', '--trace', file('trace.npy'), '--devices', '4', '--slots', '10', '--window', '8'],
+      ...['--shared-top-k', '8', '--shared-placement', 'everyDevice', '--policies', 'linear'],
+      ...['--plan-steps', '1', '--json'],
+    );
+    expect(message).toBe('');
+    const [row] = JSON.parse(out).policies;
+    expect(row).toMatchObject({ name: 'linear', moves: 0 });
+    // Linear never moves, so it is served as it starts, in every step
+    const trace = (await readLoads(file('trace.npy'))).withShared(1, 8);
+    const start = startPlacements(3, 33, 4, 10, 1);
+    expect(row.parServed).toBeCloseTo(stepPar(trace, start).mean, 12);
+  });
+
   it('refuses unknown policies and windows without a successor', async () => {
     expect(
       (
@@ -457,9 +490,9 @@ describe('moe-kernels simulate', () => {
         )
       ).message,
     ).toContain("received 'x'");
-    expect(
-      (await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '13')).message,
-    ).toContain('at most 12 steps');
+    expect((await run('simulate', '--trace', file('trace.npy'), ...shape, '--window', '13')).message).toMatch(
+      /trace\.npy: expected a window of at most 12 steps/,
+    );
   });
 
   it.each([

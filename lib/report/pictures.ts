@@ -39,11 +39,11 @@ export interface HeatCell {
   load: number;
 }
 
-/** Even steps from 0 to `most`, its last part too, and 1, which is white. */
+/** Even steps from 0, `most` with room before it, and 1, which is white. */
 const heatTicks = (most: number): number[] => {
   const step = most > 4 ? 2 : most > 2 ? 1 : 0.5;
-  const even = Array.from({ length: Math.floor(most / step) }, (_, index) => index * step);
-  return [...new Set([...even, 1, most])].sort((one, two) => one - two);
+  const even = Array.from({ length: Math.ceil(most / step) }, (_, index) => index * step);
+  return [...new Set([...even.filter((tick) => tick < 0.9 * most), 1, most])].sort((one, two) => one - two);
 };
 
 /**

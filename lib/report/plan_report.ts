@@ -190,7 +190,7 @@ function policiesPicture(
   const groups = loads.steps > mostPoints ? ', averaged in groups' : '';
   return {
     heading: 'PAR over time',
-    caption: `Mean PAR over layers of every step${groups}: as it was, and under what each policy plans for these loads (${chosen} is the plan). Where one line dwarfs the rest, the best follow below on a scale of their own.`,
+    caption: `Mean PAR over layers of every step${groups}: as it was, and under what each policy plans for these very steps (${chosen} is the plan); how plans serve the steps after them is for simulate to show. Where one line dwarfs the rest, the best follow below on a scale of their own.`,
     spec: parOverTimePicture(rows, names, 'step', chosen),
   };
 }

@@ -12,6 +12,7 @@ export interface LoadsFlags {
   sharedPlacement: string;
   groups?: number;
   nodes?: number;
+  depth?: number;
   topk?: boolean;
   experts?: number;
   stepTokens?: number;
@@ -32,6 +33,7 @@ export function addLoadsOptions(command: Command): Command {
     )
     .option('--groups <n>', 'expert groups, for hierarchical planners', integerOption('--groups', 1))
     .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
+    .option('--depth <n>', "blocks of flashlb's search (default 4)", integerOption('--depth', 1))
     .option('--topk', 'the loads are ids [layers, tokens, k]; needs --experts and --step-tokens')
     .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
     .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1));
@@ -43,7 +45,7 @@ export const sharedOf = ({ shared, sharedTopK }: LoadsFlags): number =>
 
 /** The fields of a request that these options say. Throws ERR_MOE_INVALID_ARG for options that contradict. */
 export function requestOf(op: string, flags: LoadsFlags) {
-  const { sharedPlacement, groups, nodes, topk, experts, stepTokens } = flags;
+  const { sharedPlacement, groups, nodes, depth, topk, experts, stepTokens } = flags;
   const misuse = (message: string, arg: string): MoeError =>
     new MoeError('ERR_MOE_INVALID_ARG', message, { op, arg });
   if (sharedPlacement !== 'free' && sharedPlacement !== 'everyDevice')
@@ -67,6 +69,7 @@ export function requestOf(op: string, flags: LoadsFlags) {
     sharedPlacement,
     ...(groups === undefined ? {} : { groups }),
     ...(nodes === undefined ? {} : { nodes }),
+    ...(depth === undefined ? {} : { depth }),
   } as const;
 }
 

@@ -34,6 +34,8 @@ export interface PlanRequest {
   /** Expert groups and nodes for hierarchical planners; default 1. */
   groups?: number;
   nodes?: number;
+  /** Blocks of flashlb's search; default 4, as in vllm-ascend. More is not always better. */
+  depth?: number;
   /**
    * Most expert weights to move, all layers together. Default: as many as it takes, but none that chance alone could
    * ask for. Infinity: moves are free, and every layer is balanced for this very window, sampling noise included.
@@ -86,6 +88,7 @@ const fields: readonly string[] = [
   'sharedPlacement',
   'groups',
   'nodes',
+  'depth',
   'maxMoves',
   'maxMovesPerLayer',
   'seed',
@@ -149,6 +152,7 @@ export function checkRequest(request: PlanRequest): {
     sharedPlacement = 'free',
     groups = 1,
     nodes = 1,
+    depth = 4,
     seed = 1,
   } = request;
   const { maxMoves = Number.POSITIVE_INFINITY, maxMovesPerLayer = Number.POSITIVE_INFINITY } = request;
@@ -169,6 +173,7 @@ export function checkRequest(request: PlanRequest): {
   if (maxMovesPerLayer !== Number.POSITIVE_INFINITY) whole(maxMovesPerLayer, 0, 'maxMovesPerLayer');
   whole(groups, 1, 'groups');
   whole(nodes, 1, 'nodes');
+  whole(depth, 1, 'depth');
   if (devices % nodes !== 0)
     refuse(`expected devices to divide by ${nodes} nodes but received ${devices}`, 'nodes');
   if ((loads.experts - shared) % groups !== 0)
@@ -216,6 +221,7 @@ export function checkRequest(request: PlanRequest): {
     shared,
     groups,
     nodes,
+    depth,
     maxMoves,
     maxMovesPerLayer,
     movesAreFree:

@@ -19,6 +19,8 @@ export interface PlanProblem {
   /** Expert groups and nodes, for planners that keep groups on a node. */
   groups: number;
   nodes: number;
+  /** Blocks of flashlb's search. */
+  depth: number;
   /** Most moves of all layers together, and of one layer; Infinity without a budget. */
   maxMoves: number;
   maxMovesPerLayer: number;

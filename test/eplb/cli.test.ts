@@ -179,6 +179,19 @@ describe('moe-kernels plan', () => {
     ]);
   });
 
+  it('gives the peaks of the worked example, flashlb at the depth asked for', async () => {
+    const loads = [600, 560, 120, 120, 20, 10, 10, 10];
+    await writeFile(file('worked.json'), JSON.stringify([loads]));
+    const worked = ['plan', '--loads', file('worked.json'), '--devices', '8', '--slots', '2', '--json'];
+    const peak = async (...policy: string[]) =>
+      JSON.parse((await run(...worked, '--policy', ...policy)).out).par.after * 181.25;
+    expect(await peak('adaptive')).toBeCloseTo(590 / 3, 9);
+    expect(await peak('greedy')).toBeCloseTo(232, 9);
+    expect(await peak('flashlb')).toBeCloseTo(200, 9);
+    expect(await peak('flashlb', '--depth', '2')).toBeCloseTo(205, 9);
+    expect((await run(...worked, '--depth', '0')).message).toContain('--depth to be an integer >= 1');
+  });
+
   it('never overwrites its loads, and no output with another', async () => {
     const plan = ['plan', '--loads', file('window.json'), ...shape];
     const loads = await readFile(file('window.json'), 'utf8');

@@ -118,7 +118,7 @@ describe('moe-kernels plan', () => {
     expect(par.after).toBeLessThan(1.01);
     expect(JSON.parse((await run(...start, '--max-moves', '5')).out).moves).toBeLessThanOrEqual(5);
     expect((await run(...start, '--max-moves', 'many')).message).toContain(
-      '--max-moves to be an integer >= 0',
+      '--max-moves to be an integer >= 0 or unlimited but received many',
     );
   });
 

@@ -97,15 +97,12 @@ async function runPlan(flags: PlanFlags): Promise<void> {
     );
   const asked = requestOf('plan', flags);
   if (flags.report !== undefined) checkReportFile(flags.report);
-  await checkOutputs(
-    'plan',
-    [['--loads', flags.loads]],
-    [
-      ['--out', flags.out],
-      ['--transfers', flags.transfers],
-      ['--report', flags.report],
-    ],
-  );
+  const beside = [
+    ['--transfers', flags.transfers],
+    ['--report', flags.report],
+  ] as const;
+  await checkOutputs('plan', [['--loads', flags.loads]], [['--out', flags.out], ...beside]);
+  await checkOutputs('plan', [['--current', flags.current]], beside); // --out may replace the map in use
   const { loads, current } = await readInputs(flags);
   if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads), keepDegenerate);
   const request: PlanRequest = {

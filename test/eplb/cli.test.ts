@@ -207,8 +207,11 @@ describe('moe-kernels plan', () => {
     expect(await readFile(file('window.json'), 'utf8')).toBe(loads);
     // The map in use may be replaced by the next one
     await run(...plan, '--policy', 'linear', '--out', file('use.json'));
-    const { code } = await run(...plan, '--current', file('use.json'), '--out', file('use.json'));
-    expect(code).toBe(0);
+    const inUse = [...plan, '--current', file('use.json')];
+    expect((await run(...inUse, '--out', file('use.json'))).code).toBe(0);
+    expect((await run(...inUse, '--transfers', file('use.json'))).message).toContain(
+      'expected --transfers to be another file than --current',
+    );
   });
 
   it.skipIf(!existsSync('/dev/full'))('writes nothing where a device takes no more', async () => {

@@ -5,10 +5,10 @@ export { Capture } from './capture.js';
 export { Context, type ContextDescription } from './context.js';
 export { backendStatuses, type ContextOptions, createContext } from './create_context.js';
 export { type DispatchFigures, dispatchFigures } from './eplb/dispatch_figures.js';
+export { dispatchRounds } from './eplb/dispatch_rounds.js';
 export {
   type DispatchShares,
   type DispatchSharesOptions,
-  dispatchRounds,
   dispatchShares,
   sharedDeviceLoads,
 } from './eplb/dispatch_shares.js';

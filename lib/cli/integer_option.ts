@@ -3,13 +3,13 @@ import { MoeError } from '../errors.js';
 import { describeValue } from '../options.js';
 
 /** A commander parser for an integer >= least. Throws ERR_MOE_INVALID_ARG naming the option. */
-export function integerOption(name: string, least: number): (text: string) => number {
+export function integerOption(name: string, least: number, or = ''): (text: string) => number {
   return (text) => {
     const value = /^\d+$/.test(text.trim()) ? Number(text) : Number.NaN;
     if (!Number.isSafeInteger(value) || value < least)
       throw new MoeError(
         'ERR_MOE_INVALID_ARG',
-        `expected ${name} to be an integer >= ${least} but received ${describeValue(text)}`,
+        `expected ${name} to be an integer >= ${least}${or} but received ${describeValue(text)}`,
         { op: 'cli', arg: name },
       );
     return value;
@@ -18,6 +18,6 @@ export function integerOption(name: string, least: number): (text: string) => nu
 
 /** The same for a budget of moves: an integer >= 0, or Infinity for `unlimited`. */
 export function movesOption(name: string): (text: string) => number {
-  const integer = integerOption(name, 0);
+  const integer = integerOption(name, 0, ' or unlimited');
   return (text) => (text.trim() === 'unlimited' ? Number.POSITIVE_INFINITY : integer(text));
 }

@@ -51,10 +51,11 @@ async function main(): Promise<void> {
   }
 }
 
-// A reader that goes away (`| head`) is no failure of ours.
+// A reader that goes away (`| head`) is no failure of ours; a full disk is.
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (error.code === 'EPIPE') process.exit();
-  throw error;
+  console.error(`the output cannot be written (${error.message})`);
+  process.exit(MISUSE);
 });
 
 await main();

@@ -1,10 +1,9 @@
 // `moe-kernels plan`: loads in, an expert map out. Everything is computed and checked before the first byte of any
 // output file is written.
 import type { Command } from 'commander';
-import { readLoads } from '../eplb/load_file.js';
 import { checkPlannable, Loads } from '../eplb/loads.js';
 import { bytesToMove } from '../eplb/metrics.js';
-import { type Plan, type PlanRequest, startPlacements } from '../eplb/plan.js';
+import type { Plan, PlanRequest } from '../eplb/plan.js';
 import { Planner } from '../eplb/planner.js';
 import { defaultPolicy, policies, policySummaries } from '../eplb/registry.js';
 import { linear } from '../eplb/stay.js';
@@ -20,30 +19,23 @@ import {
 import type { Placement } from '../placement/placement.js';
 import { counted, planReport } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
-import { aboutFile } from './about_file.js';
+import { aboutFile, keepDegenerate } from './about_file.js';
 import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
-import { type OutputFile, writeFiles } from './output_files.js';
+import { addLoadsOptions, type LoadsFlags, readFlaggedLoads, requestOf, sharedOf } from './loads_options.js';
+import { checkOutputs, type OutputFile, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
 
-interface PlanFlags {
+interface PlanFlags extends LoadsFlags {
   loads: string;
   devices: number;
   slots: number;
   policy?: string;
   current?: string;
   physical?: boolean;
-  shared?: number;
-  sharedTopK?: number;
-  sharedPlacement?: string;
-  groups?: number;
-  nodes?: number;
   maxMoves?: number;
   maxMovesPerLayer?: number;
   seed?: number;
-  topk?: boolean;
-  experts?: number;
-  stepTokens?: number;
   keepDegenerate?: boolean;
   format: string;
   out?: string;
@@ -58,8 +50,8 @@ const misuse = (message: string, arg: string): MoeError =>
 
 /** Adds the command `plan`. */
 export function registerPlan(program: Command): void {
-  program
-    .command('plan')
+  const command = program.command('plan');
+  command
     .description('decide which device holds which expert, from recorded loads')
     .requiredOption(
       '--loads <file>',
@@ -69,20 +61,8 @@ export function registerPlan(program: Command): void {
     .requiredOption('--slots <n>', 'expert slots per device', integerOption('--slots', 1))
     .option('--policy <name>', `one of ${[...policies.keys()].join(', ')} (default: ${defaultPolicy})`)
     .option('--current <map>', 'expert map in use; without it everything is planned anew')
-    .option('--physical', 'the loads are counts per slot of --current')
-    .option('--shared <n>', 'shared experts: the last n columns of the loads', integerOption('--shared', 0))
-    .option(
-      '--shared-top-k <k>',
-      'the loads have no columns for shared experts: append them, for a router that picks k',
-      integerOption('--shared-top-k', 1),
-    )
-    .option(
-      '--shared-placement <how>',
-      'free (planned like any expert) or everyDevice (one replica on each)',
-      'free',
-    )
-    .option('--groups <n>', 'expert groups, for hierarchical planners', integerOption('--groups', 1))
-    .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
+    .option('--physical', 'the loads are counts per slot of --current');
+  addLoadsOptions(command)
     .option(
       '--max-moves <n>',
       'most expert weights to move, all layers together; unlimited: moves are free (default: what it takes, none for noise)',
@@ -94,9 +74,6 @@ export function registerPlan(program: Command): void {
       integerOption('--max-moves-per-layer', 0),
     )
     .option('--seed <n>', 'seed of planners that draw numbers', integerOption('--seed', 0))
-    .option('--topk', 'the loads are ids [layers, tokens, k]; needs --experts and --step-tokens')
-    .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
-    .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1))
     .option('--keep-degenerate', 'leave layers without usable load as they are instead of refusing')
     .option('--format <name>', `format of --out: ${expertMapFormats.join(', ')}`, expertMapFormats[0])
     .option('--out <map>', 'write the expert map')
@@ -119,25 +96,24 @@ async function runPlan(flags: PlanFlags): Promise<void> {
       `expected --format to be one of ${expertMapFormats.join(', ')} but received ${describeValue(flags.format)}`,
       'format',
     );
-  if (flags.sharedPlacement !== 'free' && flags.sharedPlacement !== 'everyDevice')
-    throw misuse(
-      `expected --shared-placement to be free or everyDevice but received ${describeValue(flags.sharedPlacement)}`,
-      'shared-placement',
-    );
+  const asked = requestOf('plan', flags);
   if (flags.report !== undefined) checkReportFile(flags.report);
+  const beside = [
+    ['--transfers', flags.transfers],
+    ['--report', flags.report],
+  ] as const;
+  await checkOutputs('plan', [['--loads', flags.loads]], [['--out', flags.out], ...beside]);
+  await checkOutputs('plan', [['--current', flags.current]], beside); // --out may replace the map in use
   const { loads, current } = await readInputs(flags);
-  if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads));
+  if (flags.keepDegenerate !== true) aboutFile(flags.loads, () => checkPlannable(loads), keepDegenerate);
   const request: PlanRequest = {
     loads,
     devices: flags.devices,
     slots: flags.slots,
-    sharedPlacement: flags.sharedPlacement,
+    ...asked,
     degenerate: flags.keepDegenerate === true ? 'keep' : 'reject',
     ...(current === undefined ? {} : { current }),
     ...(flags.policy === undefined ? {} : { policy: flags.policy }),
-    ...(flags.shared === undefined ? {} : { shared: flags.shared }),
-    ...(flags.groups === undefined ? {} : { groups: flags.groups }),
-    ...(flags.nodes === undefined ? {} : { nodes: flags.nodes }),
     ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
     ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
     ...(flags.seed === undefined ? {} : { seed: flags.seed }),
@@ -147,7 +123,9 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   const others: Plan[] = [];
   const bar = progress('Planning', 'layers', true);
   try {
-    plan = await planner.plan(request, { onProgress: (done, layers) => bar.update(done, layers) });
+    plan = await aboutFile(flags.loads, () =>
+      planner.plan(request, { onProgress: (done, layers) => bar.update(done, layers) }),
+    );
     // The report shows what every policy that moves experts would make of these loads
     if (flags.report !== undefined)
       for (const policy of policies.keys())
@@ -161,11 +139,11 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   if (flags.out !== undefined)
     outputs.push({ file: flags.out, text: formatExpertMap(plan.placements, format) });
   if (flags.transfers !== undefined) {
-    const text = `${JSON.stringify({ layers: transfersOf(plan, loads, current) })}\n`;
+    const text = `${JSON.stringify({ layers: transfersOf(plan) })}\n`;
     outputs.push({ file: flags.transfers, text });
   }
   if (flags.report !== undefined) {
-    const report = planReport({ loads, plan, current, others, title: flags.loads });
+    const report = planReport({ loads, plan, others, title: flags.loads, given: givenOf(flags) });
     outputs.push({ file: flags.report, text: await renderReport(flags.report, report) });
   }
   await writeFiles('plan', outputs);
@@ -174,36 +152,39 @@ async function runPlan(flags: PlanFlags): Promise<void> {
   );
 }
 
-function transfersOf(plan: Plan, loads: Loads, current: Placement[] | undefined): Transfer[][] {
-  const { experts, devices, slots } = plan.placements[0]!;
-  const from = current ?? startPlacements(loads.layers, experts, devices, slots);
-  return plan.placements.map((placement, layer) => transferSchedule(from[layer]!, placement));
+const transfersOf = ({ from, placements }: Plan): Transfer[][] =>
+  placements.map((placement, layer) => transferSchedule(from[layer]!, placement));
+
+/** What a reader of the report has to know of the command beside the shape. */
+function givenOf({ current, maxMoves, maxMovesPerLayer, ...flags }: PlanFlags): [string, string][] {
+  const { sharedPlacement, groups, nodes } = flags;
+  const shared = sharedOf(flags);
+  const where = sharedPlacement === 'free' ? 'placed freely' : 'on every device';
+  const rows: [label: string, value: string | undefined][] = [
+    ['placement in use', current ?? 'none given: experts in order, copies appended'],
+    ['most moves', maxMoves === Number.POSITIVE_INFINITY ? 'unlimited' : maxMoves?.toString()],
+    ['most moves in a layer', maxMovesPerLayer?.toString()],
+    ['shared experts', shared === 0 ? undefined : `the last ${shared}, ${where}`],
+    ['expert groups, nodes', (groups ?? nodes) === undefined ? undefined : `${groups ?? 1}, ${nodes ?? 1}`],
+  ];
+  return rows.filter((row): row is [string, string] => row[1] !== undefined);
 }
 
 async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Placement[] | undefined }> {
-  if (flags.topk === true && (flags.experts === undefined || flags.stepTokens === undefined))
+  if (flags.sharedTopK !== undefined && flags.physical === true)
     throw misuse(
-      'expected --experts and --step-tokens with --topk',
-      flags.experts === undefined ? 'experts' : 'step-tokens',
+      'expected no --shared-top-k with --physical: the slots of shared experts have counts of their own',
+      'shared-top-k',
     );
-  if (flags.topk !== true && (flags.experts !== undefined || flags.stepTokens !== undefined))
-    throw misuse('expected --topk with --experts and --step-tokens', 'topk');
-  if (flags.sharedTopK !== undefined && flags.shared === 0)
-    throw misuse('expected --shared to be at least 1 with --shared-top-k but received 0', 'shared');
   if (flags.physical === true && flags.current === undefined)
     throw misuse('expected --current with --physical: it says which expert each slot held', 'current');
-  const raw = await readLoads(
-    flags.loads,
-    flags.topk === true ? { topk: { experts: flags.experts!, stepTokens: flags.stepTokens! } } : {},
-  );
-  const sharedAdded = flags.sharedTopK !== undefined ? (flags.shared ?? 1) : 0;
-  const experts = raw.experts + sharedAdded;
+  const raw = await readFlaggedLoads(flags.loads, flags);
   const current =
     flags.current === undefined
       ? undefined
       : await readExpertMap(flags.current, {
           devices: flags.devices,
-          ...(flags.physical === true ? {} : { experts }),
+          ...(flags.physical === true ? {} : { experts: raw.experts }),
         });
   const contradiction = (message: string): MoeError =>
     new MoeError('ERR_MOE_CHECKPOINT', `${flags.current}: ${message}`, { op: 'plan', arg: 'current' });
@@ -217,7 +198,7 @@ async function readInputs(flags: PlanFlags): Promise<{ loads: Loads; current: Pl
     );
   const loads =
     flags.physical === true ? aboutFile(flags.loads, () => Loads.fromPhysical(raw, current!)) : raw;
-  return { loads: sharedAdded > 0 ? loads.withShared(sharedAdded, flags.sharedTopK!) : loads, current };
+  return { loads, current };
 }
 
 function planJson(plan: Plan, loads: Loads, flags: PlanFlags): object {

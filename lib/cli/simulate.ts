@@ -1,20 +1,22 @@
 // `moe-kernels simulate`: replays a trace through several policies and prints what each would have given.
 import type { Command } from 'commander';
-import { readLoads } from '../eplb/load_file.js';
+import { checkPlannable, type Loads } from '../eplb/loads.js';
 import { Planner } from '../eplb/planner.js';
 import { policies, policyNamed, policySummaries } from '../eplb/registry.js';
 import { serveTrace } from '../eplb/serve.js';
 import { type PolicyFigures, simulate } from '../eplb/simulate.js';
 import { MoeError } from '../errors.js';
+import { counted } from '../report/plan_report.js';
 import { checkReportFile, renderReport } from '../report/report_file.js';
 import { simulationReport } from '../report/simulation_report.js';
-import { aboutFile } from './about_file.js';
+import { aboutFile, keepDegenerate } from './about_file.js';
 import { definitions } from './help.js';
 import { integerOption, movesOption } from './integer_option.js';
-import { writeFiles } from './output_files.js';
+import { addLoadsOptions, type LoadsFlags, readFlaggedLoads, requestOf } from './loads_options.js';
+import { checkOutputs, writeFiles } from './output_files.js';
 import { progress } from './progress.js';
 
-interface SimulateFlags {
+interface SimulateFlags extends LoadsFlags {
   trace: string;
   devices: number;
   slots: number;
@@ -23,17 +25,12 @@ interface SimulateFlags {
   maxMoves?: number;
   maxMovesPerLayer?: number;
   budgetFirst?: boolean;
-  shared?: number;
-  groups?: number;
-  nodes?: number;
-  topk?: boolean;
-  experts?: number;
-  stepTokens?: number;
   planSteps?: number;
   layersPerStep?: number;
   keepDegenerate?: boolean;
   report?: string;
   json?: boolean;
+  byPlan?: boolean;
 }
 
 const misuse = (message: string, arg: string): MoeError =>
@@ -43,8 +40,8 @@ type Row = PolicyFigures & { parServed?: number };
 
 /** Adds the command `simulate`. */
 export function registerSimulate(program: Command): void {
-  program
-    .command('simulate')
+  const command = program.command('simulate');
+  command
     .description('replay recorded loads through planners: quality, moves and time of each')
     .requiredOption('--trace <file>', 'loads: .npy, .json, .csv or .pt, [steps, layers, experts]')
     .requiredOption('--devices <n>', 'number of devices', integerOption('--devices', 1))
@@ -57,7 +54,7 @@ export function registerSimulate(program: Command): void {
     .option('--policies <names>', `comma-separated, of ${[...policies.keys()].join(', ')} (default: all)`)
     .option(
       '--max-moves <n>',
-      'most expert weights to move per plan, after the first; unlimited: moves are free (default: what it takes)',
+      'most expert weights to move per plan, after the first; unlimited: moves are free (default: what it takes, none for noise)',
       movesOption('--max-moves'),
     )
     .option(
@@ -65,16 +62,11 @@ export function registerSimulate(program: Command): void {
       'most expert weights to move per plan and layer, after the first',
       integerOption('--max-moves-per-layer', 0),
     )
-    .option('--budget-first', 'the budget binds the first plan too')
-    .option('--shared <n>', 'shared experts: the last n columns of the loads', integerOption('--shared', 0))
-    .option('--groups <n>', 'expert groups, for hierarchical planners', integerOption('--groups', 1))
-    .option('--nodes <n>', 'nodes, for hierarchical planners', integerOption('--nodes', 1))
-    .option('--topk', 'the trace holds ids [layers, tokens, k]; needs --experts and --step-tokens')
-    .option('--experts <n>', 'number of experts, for --topk', integerOption('--experts', 1))
-    .option('--step-tokens <n>', 'tokens per step, for --topk', integerOption('--step-tokens', 1))
+    .option('--budget-first', 'the budget binds the first plan too');
+  addLoadsOptions(command)
     .option(
       '--plan-steps <n>',
-      'also serve the trace step by step; a plan takes n steps',
+      'also serve the trace step by step, the budget binding every plan; a plan takes n steps',
       integerOption('--plan-steps', 1),
     )
     .option(
@@ -88,41 +80,37 @@ export function registerSimulate(program: Command): void {
     )
     .option('--report <file>', 'write a report: .html or .svg')
     .option('--json', 'print the figures as JSON')
+    .option('--by-plan', 'with --json: also the figures of the first plan and of every window')
     .addHelpText('after', definitions('Policies', policySummaries()))
     .action(runSimulate);
 }
 
 async function runSimulate(flags: SimulateFlags): Promise<void> {
-  const names = (flags.policies?.split(',') ?? [...policies.keys()])
-    .map((name) => name.trim())
-    .filter((name) => name !== '');
+  const listed = flags.policies?.split(',').map((name) => name.trim()) ?? policies.keys();
+  const names = [...new Set(listed)].filter((name) => name !== '');
   if (names.length === 0) throw misuse('expected --policies to name at least one policy', 'policies');
   for (const name of names) policyNamed(name);
-  const { topk, experts, stepTokens } = flags;
-  if (topk === true && (experts === undefined || stepTokens === undefined))
-    throw misuse('expected --experts and --step-tokens with --topk', 'topk');
-  if (topk !== true && (experts !== undefined || stepTokens !== undefined))
-    throw misuse('expected --topk with --experts and --step-tokens', 'topk');
+  const asked = requestOf('simulate', flags);
   if (flags.layersPerStep !== undefined && flags.planSteps === undefined)
     throw misuse(
       'expected --plan-steps with --layers-per-step: it serves the trace step by step',
       'plan-steps',
     );
+  if (flags.byPlan === true && flags.json !== true)
+    throw misuse('expected --json with --by-plan: the table has no room for it', 'json');
   if (flags.report !== undefined) checkReportFile(flags.report);
-  const trace = await readLoads(
-    flags.trace,
-    topk === true ? { topk: { experts: experts!, stepTokens: stepTokens! } } : {},
-  );
+  await checkOutputs('simulate', [['--trace', flags.trace]], [['--report', flags.report]]);
+  const trace = await readFlaggedLoads(flags.trace, flags);
+  if (flags.keepDegenerate !== true)
+    aboutFile(flags.trace, () => checkWindows(trace, flags.window), keepDegenerate);
   const planner = new Planner();
   const shape = {
     devices: flags.devices,
     slots: flags.slots,
+    ...asked,
     degenerate: flags.keepDegenerate === true ? ('keep' as const) : ('reject' as const),
     ...(flags.maxMoves === undefined ? {} : { maxMoves: flags.maxMoves }),
     ...(flags.maxMovesPerLayer === undefined ? {} : { maxMovesPerLayer: flags.maxMovesPerLayer }),
-    ...(flags.shared === undefined ? {} : { shared: flags.shared }),
-    ...(flags.groups === undefined ? {} : { groups: flags.groups }),
-    ...(flags.nodes === undefined ? {} : { nodes: flags.nodes }),
     planner: planner.plan.bind(planner),
   };
   const rows: Row[] = [];
@@ -159,13 +147,48 @@ async function runSimulate(flags: SimulateFlags): Promise<void> {
     await planner.close();
   }
   if (flags.report !== undefined) {
-    const report = simulationReport({ figures: rows, title: flags.trace });
+    const report = simulationReport({ figures: rows, title: flags.trace, given: givenOf(flags, trace) });
     await writeFiles('simulate', [{ file: flags.report, text: await renderReport(flags.report, report) }]);
   }
   process.stdout.write(
-    flags.json === true ? `${JSON.stringify({ policies: rows })}\n` : simulationText(rows),
+    flags.json === true
+      ? `${JSON.stringify({ policies: flags.byPlan === true ? rows : rows.map(figuresOf) })}\n`
+      : simulationText(rows),
   );
 }
+
+/** Every window that will be planned on, before the first plan: the last one only judges. */
+function checkWindows(trace: Loads, length: number): void {
+  for (let start = 0; start + 2 * length <= trace.steps; start += length)
+    checkPlannable(trace.window(start, length), `steps ${start}..${start + length - 1}`);
+}
+
+/** What a reader of the report has to know of the command. */
+function givenOf(
+  { devices, slots, window, maxMoves, ...flags }: SimulateFlags,
+  trace: Loads,
+): [string, string][] {
+  const most = maxMoves === Number.POSITIVE_INFINITY ? 'unlimited' : maxMoves?.toString();
+  const which = flags.budgetFirst === true ? 'in every plan' : 'in every plan after the first';
+  return [
+    [
+      'shape',
+      `${counted(trace.layers, 'layer')}, ${trace.experts} experts on ${counted(devices, 'device')} × ${counted(slots, 'slot')}`,
+    ],
+    ['windows', `${Math.floor(trace.steps / window)} of ${counted(window, 'step')}`],
+    ...(most === undefined ? [] : [['most moves', `${most} ${which}`] as [string, string]]),
+    ...(flags.maxMovesPerLayer === undefined
+      ? []
+      : [['most moves in a layer', `${flags.maxMovesPerLayer} ${which}`] as [string, string]]),
+  ];
+}
+
+/** What one plan in the mean gave: the fields that `--json` promises. */
+const figuresOf = (row: Row): object => {
+  const { name, parSame, parNext, parStepSame, parStepNext, moves, layersTouched, ms, parServed } = row;
+  const served = parServed === undefined ? {} : { parServed };
+  return { name, parSame, parNext, parStepSame, parStepNext, moves, layersTouched, ms, ...served };
+};
 
 /** The figures as a table. */
 function simulationText(rows: readonly Row[]): string {

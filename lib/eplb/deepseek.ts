@@ -109,6 +109,7 @@ export const deepseek: Policy = {
   name: 'deepseek',
   summary: "DeepSeek's EPLB, global or (with --groups and --nodes) hierarchical; replans from scratch",
   keepsBudget: false,
+  ordersSlots: true,
   plan({ loads, devices, slots, groups, nodes, shared }, layerDone) {
     const placements = Array.from({ length: loads.layers }, (_, layer) => {
       const total = loads.total(layer);

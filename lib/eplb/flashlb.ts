@@ -221,7 +221,7 @@ export const flashlb: Policy = {
   summary:
     "vllm-ascend's FlashLB: joint search of replicas and placement over episodes, layer by layer where needed",
   keepsBudget: false,
-  plan({ loads, devices, slots, current, memory }, layerDone) {
+  plan({ loads, devices, slots, current, depth, memory }, layerDone) {
     const past =
       (memory as { past: (number | null)[] } | undefined)?.past ??
       new Array<number | null>(loads.layers).fill(null);
@@ -237,7 +237,7 @@ export const flashlb: Policy = {
       layerDone();
       if (before !== null && !(now < before * ratio || now < value)) return placement;
       const { blocks, counts } = smoothed(loads, layer, mostEpisodes);
-      const found = flashlbRows(counts, blocks, devices, slots);
+      const found = flashlbRows(counts, blocks, devices, slots, { depth });
       const rows = matchRows(found.rows, current[layer]!.toRows());
       const copies = new Int32Array(loads.experts);
       for (const row of rows) for (const expert of row) copies[expert]!++;

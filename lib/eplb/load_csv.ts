@@ -14,14 +14,18 @@ export function parseCsv(text: string, bad: (message: string) => Error): Loads {
   const lines = linesOf(text);
   if (lines.length === 0) throw bad('expected lines of counts but received an empty file');
   const header = lines[0]!.cells.map((cell) => cell.toLowerCase());
-  const numbers = ({ number, cells }: Line): number[] =>
+  const numbers = ({ number, cells }: Line, layer: string, names: readonly string[]): number[] =>
     cells.map((cell, column) => {
       const value = cell === '' ? Number.NaN : Number(cell);
+      const name = names[column] ?? column + 1;
       if (Number.isNaN(value))
-        throw bad(`line ${number}: expected a number in column ${column + 1} but received '${cell}'`);
+        throw bad(
+          `line ${number}: ${/^\d+$/.test(layer) ? `layer ${layer}: ` : ''}expected a number in column ${name} but received '${cell}'`,
+        );
       return value;
     });
-  if (!header.includes('expert')) return Loads.fromArrays(lines.map(numbers));
+  if (!header.includes('expert'))
+    return Loads.fromArrays(lines.map((line, layer) => numbers(line, `${layer}`, [])));
 
   const column = (name: string): number => header.indexOf(name);
   for (const name of ['layer', 'expert', 'count'])
@@ -30,7 +34,7 @@ export function parseCsv(text: string, bad: (message: string) => Error): Loads {
   const rows = lines.slice(1).map((line) => {
     if (line.cells.length !== header.length)
       throw bad(`line ${line.number}: expected ${header.length} cells but received ${line.cells.length}`);
-    const values = numbers(line);
+    const values = numbers(line, line.cells[column('layer')]!, header);
     const place = {
       step: column('step') < 0 ? 0 : values[column('step')]!,
       layer: values[column('layer')]!,

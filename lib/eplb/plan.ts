@@ -34,6 +34,8 @@ export interface PlanRequest {
   /** Expert groups and nodes for hierarchical planners; default 1. */
   groups?: number;
   nodes?: number;
+  /** Blocks of flashlb's search; default 4, as in vllm-ascend. More is not always better. */
+  depth?: number;
   /**
    * Most expert weights to move, all layers together. Default: as many as it takes, but none that chance alone could
    * ask for. Infinity: moves are free, and every layer is balanced for this very window, sampling noise included.
@@ -53,6 +55,8 @@ export interface Plan {
   /** Milliseconds the policy took, all layers. */
   ms: number;
   placements: Placement[];
+  /** What the plan starts from: `current`, or the layout that a server starts with. */
+  from: readonly Placement[];
   /** Expert weights that devices must receive, all layers and per layer. */
   moves: number;
   movesPerLayer: Int32Array;
@@ -80,6 +84,7 @@ export const requestFields: readonly string[] = [
   'sharedPlacement',
   'groups',
   'nodes',
+  'depth',
   'maxMoves',
   'maxMovesPerLayer',
   'seed',
@@ -87,17 +92,26 @@ export const requestFields: readonly string[] = [
   'degenerate',
 ] satisfies (keyof PlanRequest)[];
 
-/** The placements a server starts with: experts in order, copies appended. */
+/**
+ * The placements a server starts with: experts in order, copies appended. With `pinned` the last so many experts,
+ * shared ones, have a replica in the last slots of every device, and the others are laid out in the rest.
+ */
 export function startPlacements(
   layers: number,
   experts: number,
   devices: number,
   slots: number,
+  pinned = 0,
 ): Placement[] {
   check.integer('layers', layers, 1);
   check.integer('experts', experts, 1);
-  checkSizes(experts, devices, slots);
-  const placement = redundantPlacement(experts, devices, devices * slots - experts);
+  check.integer('pinned', pinned, 0);
+  const routed = experts - pinned;
+  checkSizes(routed, devices, slots - pinned);
+  const placement = withShared(
+    redundantPlacement(routed, devices, devices * (slots - pinned) - routed),
+    pinned,
+  );
   return Array.from({ length: layers }, () => placement);
 }
 
@@ -135,6 +149,7 @@ export function checkRequest(request: PlanRequest): {
     sharedPlacement = 'free',
     groups = 1,
     nodes = 1,
+    depth = 4,
     seed = 1,
   } = request;
   const { maxMoves = Number.POSITIVE_INFINITY, maxMovesPerLayer = Number.POSITIVE_INFINITY } = request;
@@ -155,6 +170,7 @@ export function checkRequest(request: PlanRequest): {
   if (maxMovesPerLayer !== Number.POSITIVE_INFINITY) check.integer('maxMovesPerLayer', maxMovesPerLayer, 0);
   check.integer('groups', groups, 1);
   check.integer('nodes', nodes, 1);
+  check.integer('depth', depth, 1);
   if (devices % nodes !== 0)
     refuse(`expected devices to divide by ${nodes} nodes but received ${devices}`, 'nodes');
   if ((loads.experts - shared) % groups !== 0)
@@ -175,11 +191,7 @@ export function checkRequest(request: PlanRequest): {
       `expected at least ${Math.ceil(routed / devices) + pinned} slots per device with ${pinned} shared experts on every device but received ${slots}`,
       'slots',
     );
-  const current =
-    request.current ??
-    startPlacements(loads.layers, routed, devices, slots - pinned).map((placement) =>
-      pinned === 0 ? placement : withShared(placement, pinned),
-    );
+  const current = request.current ?? startPlacements(loads.layers, loads.experts, devices, slots, pinned);
   if (current.length !== loads.layers)
     refuse(
       `expected a current placement for each of ${loads.layers} layers but received ${current.length}`,
@@ -206,6 +218,7 @@ export function checkRequest(request: PlanRequest): {
     shared,
     groups,
     nodes,
+    depth,
     maxMoves,
     maxMovesPerLayer,
     movesAreFree:
@@ -229,11 +242,11 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
   const start = performance.now();
   const result = policy.plan(reduced, layerDone);
   const ms = performance.now() - start;
-  const wanted =
-    pinned === 0 ? result.placements : result.placements.map((placement) => withShared(placement, pinned));
+  const wanted = result.placements.map((placement) => withShared(placement, pinned));
+  const ordered = policy.ordersSlots === true && request.current === undefined;
   const aligned = wanted.map((placement, layer) => {
     if (idle.has(layer) || placement === legal[layer]) return current[layer]!;
-    return placement === current[layer] ? placement : keepSlots(current[layer]!, placement);
+    return ordered || placement === current[layer] ? placement : keepSlots(current[layer]!, placement);
   });
   const placements = policy.keepsBudget && pinned === 0 && !repaired ? aligned : fitBudget(problem, aligned);
   checkLegal(policy, problem, placements);
@@ -242,6 +255,7 @@ export function planSync(request: PlanRequest, layerDone: () => void = () => {})
     policy: policy.name,
     ms,
     placements,
+    from: current,
     moves: moves.reduce((sum, value) => sum + value, 0),
     movesPerLayer: moves,
     layersTouched: moves.reduce((sum, value) => sum + (value > 0 ? 1 : 0), 0),
@@ -289,6 +303,7 @@ function withoutShared(problem: PlanProblem, pinned: number): PlanProblem {
 }
 
 function withShared(placement: Placement, pinned: number): Placement {
+  if (pinned === 0) return placement;
   const ids = Array.from({ length: pinned }, (_, index) => placement.experts + index);
   return Placement.fromRows(
     placement.toRows().map((row) => [...row, ...ids]),

@@ -24,7 +24,7 @@ export type RequestMessage = Omit<PlanRequest, 'loads' | 'current'> & {
 
 export type ReplyMessage =
   | { kind: 'progress'; done: number; layers: number }
-  | { kind: 'plan'; plan: Omit<Plan, 'placements'> & { placements: PlacementMessage[] } }
+  | { kind: 'plan'; plan: Omit<Plan, 'placements' | 'from'> & { placements: PlacementMessage[] } }
   | { kind: 'error'; code: MoeErrorCode; message: string; op?: string; arg?: string };
 
 export const packPlacement = ({ experts, devices, physicalToLogical }: Placement): PlacementMessage => ({
@@ -103,7 +103,7 @@ export class Planner {
   ): Promise<Plan> {
     if (this.#closed) throw new MoeError('ERR_MOE_DISPOSED', 'the planner was closed before', { op: 'plan' });
     throwIfAborted('plan', signal, 'the plan');
-    checkRequest(request);
+    const { problem } = checkRequest(request);
     if (this.thread === 'main') {
       let done = 0;
       return planSync(request, () => {
@@ -137,7 +137,7 @@ export class Planner {
           else if (reply.kind === 'error') finish(() => reject(errorOf(reply)));
           else {
             const placements = reply.plan.placements.map(unpackPlacement);
-            finish(() => resolve({ ...reply.plan, placements }));
+            finish(() => resolve({ ...reply.plan, placements, from: problem.current }));
           }
         } catch (error) {
           giveUp(error);

@@ -56,7 +56,8 @@ port.on('message', ({ loads, current, ...rest }: RequestMessage) => {
           reply({ kind: 'progress', done, layers: loads.layers });
       },
     );
-    reply({ kind: 'plan', plan: { ...plan, placements: plan.placements.map(packPlacement) } });
+    const { from: _, ...made } = plan; // the planner has it
+    reply({ kind: 'plan', plan: { ...made, placements: plan.placements.map(packPlacement) } });
   } catch (error) {
     if (error instanceof MoeError)
       reply({

@@ -19,6 +19,8 @@ export interface PlanProblem {
   /** Expert groups and nodes, for planners that keep groups on a node. */
   groups: number;
   nodes: number;
+  /** Blocks of flashlb's search. */
+  depth: number;
   /** Most moves of all layers together, and of one layer; Infinity without a budget. */
   maxMoves: number;
   maxMovesPerLayer: number;
@@ -41,6 +43,11 @@ export interface Policy {
   readonly summary: string;
   /** True if the policy itself keeps maxMoves and maxMovesPerLayer; otherwise whole layers are dropped to fit. */
   readonly keepsBudget: boolean;
+  /**
+   * True if it says which slot of a device an expert gets, as maps that address slots have it: kept where there is no
+   * placement in use. Otherwise, and wherever one is, experts that stay on a device stay in their slots.
+   */
+  readonly ordersSlots?: boolean;
   /** `layerDone` is called once per layer, for progress; it may throw to abandon the plan. */
   plan(problem: PlanProblem, layerDone: () => void): PolicyResult;
 }

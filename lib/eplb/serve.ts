@@ -63,8 +63,9 @@ export async function serveTrace(trace: Loads, options: ServeOptions): Promise<S
   check.integer('layersPerStep', layersPerStep, 1);
   check.callback('planner', planner);
   checkRequest({ ...rest, loads: trace }); // now, not at the first plan, which a short trace never comes to
+  const pinned = rest.sharedPlacement === 'everyDevice' ? rest.shared : 0;
   const inForce: Placement[] = [
-    ...(rest.current ?? startPlacements(trace.layers, trace.experts, rest.devices, rest.slots)),
+    ...(rest.current ?? startPlacements(trace.layers, trace.experts, rest.devices, rest.slots, pinned)),
   ];
   const par = new Float64Array(trace.steps);
   const moves = new Int32Array(trace.steps);

@@ -149,6 +149,9 @@ export function parseExpertMap(text: string, options: ReadExpertMapOptions = {})
   }
   if (Array.isArray(root)) return parsePhysical(root, file, options);
   const fields = record(file, root, 'the file');
+  const maps = ['layer_list', 'physical_to_logical_map', 'placement'].filter((name) => name in fields);
+  if (maps.length > 1)
+    throw bad(file, `expected one map but received ${maps.join(' and ')}, which may contradict each other`);
   if ('layer_list' in fields) return parseAscend(fields, file, options);
   if ('physical_to_logical_map' in fields)
     return parsePhysical(fields.physical_to_logical_map, file, options);

@@ -9,6 +9,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; m
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
 p { margin: .2rem 0 .8rem; color: #4a5360; }
 figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
+@media screen and (max-width: 760px) { svg { max-width: none; } }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid #e3e7ec; }
 th:first-child, td:first-child, #summary td { text-align: left; } #summary td:first-child { color: #4a5360; } .scroll { overflow-x: auto; }

@@ -1,10 +1,21 @@
 // The vega-lite pictures of the reports. Each takes plain rows and returns a specification with its data inside;
-// colours follow one rule: blue for how it was or is, orange for what the plan makes of it.
+// colours follow one rule: blue for how it was or is, orange for what the plan makes of it, and every policy has its own
+// colour in all reports.
+import { policies } from '../eplb/registry.js';
+import { linear } from '../eplb/stay.js';
 import type { PictureSpec } from './report.js';
 
 const schema = 'https://vega.github.io/schema/vega-lite/v6.json';
 const before = '#4c78a8';
 const after = '#f58518';
+const others = ['#e45756', '#72b7b2', '#54a24b', '#eeca3b', '#b279a2', '#ff9da6', '#9d755d', '#bab0ac'];
+
+/** Colours of policies by name; what never moves is how it was. */
+function policyColours(names: readonly string[]): { domain: string[]; range: string[] } {
+  const moving = [...policies.keys()].filter((name) => name !== linear.name);
+  const palette = [after, ...others];
+  return { domain: [...names], range: names.map((name) => palette[moving.indexOf(name)] ?? before) };
+}
 
 const base = (width: number, height: number) =>
   ({
@@ -28,8 +39,18 @@ export interface HeatCell {
   load: number;
 }
 
-/** Layers down, columns across, load over the mean as colour: white is the mean whatever the largest load. */
-const heatEncoding = (column: string, title: string, limit: number) => ({
+/** Even steps from 0, `most` with room before it, and 1, which is white. */
+const heatTicks = (most: number): number[] => {
+  const step = most > 4 ? 2 : most > 2 ? 1 : 0.5;
+  const even = Array.from({ length: Math.ceil(most / step) }, (_, index) => index * step);
+  return [...new Set([...even.filter((tick) => tick < 0.9 * most), 1, most])].sort((one, two) => one - two);
+};
+
+/**
+ * Layers down, columns across, load over the mean as colour: white is the mean whatever the largest load. `clamped` says
+ * that there are loads beyond the limit.
+ */
+const heatEncoding = (column: string, title: string, limit: number, clamped: boolean) => ({
   x: { field: column, type: 'ordinal', title, axis: { labelOverlap: true, labelAngle: 0, ticks: false } },
   y: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, ticks: false } },
   color: {
@@ -37,8 +58,17 @@ const heatEncoding = (column: string, title: string, limit: number) => ({
     type: 'quantitative',
     title: 'load / mean',
     scale: { domain: [0, 1, limit], range: ['#2166ac', '#f7f7f7', '#b2182b'], type: 'linear', clamp: true },
+    legend: {
+      values: heatTicks(limit),
+      gradientLength: 140,
+      labelExpr: `${clamped ? `datum.value >= ${limit} ? '≥ ' + datum.label : ` : ''}datum.label`,
+      format: '.2~f',
+    },
   },
 });
+
+/** The largest load that has a colour of its own: one hot expert must not turn all others blue. */
+const hottest = 8;
 
 /** Load over the layer's mean, one cell per layer and expert (or device). */
 export function heatPicture(
@@ -46,13 +76,14 @@ export function heatPicture(
   columnTitle: string,
   layers: number,
   columns: number,
-  limit: number,
 ): PictureSpec {
+  const most = cells.reduce((highest, { load }) => Math.max(highest, load), 0);
+  const limit = Math.max(2, Math.min(hottest, most));
   return {
     ...base(Math.max(240, Math.min(900, columns * 14)), Math.max(80, Math.min(600, layers * 10))),
     data: { values: cells.map(({ layer, column, load }) => ({ layer, column, load })) },
     mark: { type: 'rect' },
-    encoding: heatEncoding('column', columnTitle, limit),
+    encoding: heatEncoding('column', columnTitle, limit, most > limit),
   };
 }
 
@@ -69,7 +100,7 @@ export function deviceLoadPicture(
   layers: number,
   devices: number,
 ): PictureSpec {
-  const limit = Math.max(1.2, ...loads.map(({ load }) => load));
+  const limit = loads.reduce((most, { load }) => Math.max(most, load), 1.2);
   const { width, height, ...rest } = base(
     Math.max(140, Math.min(430, devices * 12)),
     Math.max(80, Math.min(600, layers * 10)),
@@ -90,10 +121,13 @@ export function deviceLoadPicture(
       width,
       height,
       mark: { type: 'rect' },
-      encoding: heatEncoding('device', 'device', limit),
+      encoding: heatEncoding('device', 'device', limit, false),
     },
   };
 }
+
+/** Above the picture, where a narrow window shows it too. */
+const legend = { orient: 'top', labelFontSize: 12 } as const;
 
 /** An axis of whole numbers that ends where they end. */
 const counted = {
@@ -101,6 +135,14 @@ const counted = {
   axis: { tickMinStep: 1, format: 'd' },
   scale: { zero: false, nice: false },
 } as const;
+
+/** PAR starts at 1, not at 0, or above it where that is far off; where all are one, there is an axis all the same. */
+const parScale = (rows: readonly { par: number }[]): object => {
+  const least = rows.reduce((low, { par }) => Math.min(low, par), Number.POSITIVE_INFINITY);
+  const most = rows.reduce((high, { par }) => Math.max(high, par), 0);
+  if (most - least <= 1e-6) return { domain: [1, Math.max(1.1, 2 * most - 1)] };
+  return { zero: false, ...(least - 1 < 0.3 * (most - least) ? { domainMin: 1 } : {}) };
+};
 
 /** PAR of every layer, before and after. */
 export function parByLayerPicture(
@@ -113,11 +155,12 @@ export function parByLayerPicture(
     mark: { type: 'line', point: { size: rows.length <= 2 ? 90 : 22 }, interpolate: 'linear' },
     encoding: {
       x: { ...counted, field: 'layer', title: 'layer' },
-      y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: { zero: false } },
+      y: { field: 'par', type: 'quantitative', title: 'peak / average', scale: parScale(rows) },
       color: {
         field: 'when',
         type: 'nominal',
         title: null,
+        legend,
         scale: { domain: ['before', 'after'], range: [before, after] },
       },
     },
@@ -132,7 +175,13 @@ export function movesPicture(moves: readonly number[]): PictureSpec {
     mark: { type: 'bar', color: after },
     encoding: {
       x: { field: 'layer', type: 'ordinal', title: 'layer', axis: { labelOverlap: true, labelAngle: 0 } },
-      y: { field: 'count', type: 'quantitative', title: 'experts moved', axis: { tickMinStep: 1 } },
+      y: {
+        field: 'count',
+        type: 'quantitative',
+        title: 'experts moved',
+        axis: { tickMinStep: 1, format: 'd' },
+        scale: { domainMax: moves.reduce((most, count) => Math.max(most, count), 1) },
+      },
     },
   };
 }
@@ -157,16 +206,17 @@ function withNearBest<T extends { policy: string; par: number }>(
 ): PictureSpec {
   const { width, height, ...rest } = size;
   const best = nearBest(rows);
+  // One policy alone has nothing to be told from
   const good = rows.filter(({ policy }) => best.has(policy));
   const sized = (part: readonly T[], name: string): object => ({ width, height, ...panel(part, name) });
-  return good.length === 0 || good.length === rows.length
+  return best.size < 2 || good.length === rows.length
     ? { ...rest, ...sized(rows, title) }
     : { ...rest, vconcat: [sized(rows, title), sized(good, `${title}, the best`)] };
 }
 
 /** PAR over windows or steps, one line for each policy, that of `chosen` on top and thicker. */
 export function parOverTimePicture(
-  rows: readonly { policy: string; window: number; par: number }[],
+  rows: readonly { policy: string; step: number; par: number }[],
   order: readonly string[],
   unit: 'window' | 'step',
   chosen?: string,
@@ -178,9 +228,9 @@ export function parOverTimePicture(
     data: { values: values.map((row) => ({ ...row })) },
     mark: { type: 'line', ...(rows.length > 150 ? {} : { point: { size: 30 } }) },
     encoding: {
-      x: { ...counted, field: 'window', title: unit },
-      y: { field: 'par', type: 'quantitative', title, scale: { zero: false } },
-      color: { field: 'policy', type: 'nominal', title: null, scale: { domain: [...order] } },
+      x: { ...counted, field: 'step', title: unit },
+      y: { field: 'par', type: 'quantitative', title, scale: parScale(values) },
+      color: { field: 'policy', type: 'nominal', title: null, legend, scale: policyColours(order) },
       strokeWidth: {
         condition: { test: `datum.policy === ${JSON.stringify(chosen ?? '')}`, value: 2 * thick },
         value: thick,
@@ -189,7 +239,7 @@ export function parOverTimePicture(
   }));
 }
 
-/** PAR of each policy, for loads without steps; the bars start at 1, which is perfect. */
+/** PAR of each policy where there is no time to draw it over; the bars start at 1, which is perfect. */
 export function parByPolicyPicture(
   rows: readonly { policy: string; par: number }[],
   order: readonly string[],
@@ -206,7 +256,7 @@ export function parByPolicyPicture(
         mark: { type: 'bar' },
         encoding: {
           x2: { datum: 1 },
-          color: { field: 'policy', type: 'nominal', scale: { domain: [...order] }, legend: null },
+          color: { field: 'policy', type: 'nominal', scale: policyColours(order), legend: null },
         },
       },
       {
@@ -224,22 +274,36 @@ const ticks = (most: number): number[] => {
   return Array.from({ length: Math.floor(most / step) + 1 }, (_, index) => index * step);
 };
 
+/** For each point whether its name stands above it: neighbours are named on opposite sides. */
+function namedAbove(points: readonly { moves: number; par: number }[]): boolean[] {
+  const range = (values: number[]): number => Math.max(...values) - Math.min(...values) || 1;
+  const [width, height] = [range(points.map(({ moves }) => moves)), range(points.map(({ par }) => par))];
+  return points.map((point, index) => {
+    const distance = (other: number): number =>
+      Math.hypot((points[other]!.moves - point.moves) / width, (points[other]!.par - point.par) / height);
+    const others = [...points.keys()].filter((other) => other !== index);
+    const nearest = others.reduce(
+      (best, other) => (distance(other) < distance(best) ? other : best),
+      others[0] ?? index,
+    );
+    return point.par > points[nearest]!.par || (point.par === points[nearest]!.par && index < nearest);
+  });
+}
+
 /** Quality against cost: moves per plan and PAR of the next window's steps, one point per policy. */
 export function costPicture(
   rows: readonly { policy: string; moves: number; par: number }[],
   order: readonly string[],
 ): PictureSpec {
   const most = Math.max(1, ...rows.map(({ moves }) => moves));
-  const byMoves = [...rows].sort((one, two) => one.moves - two.moves);
-  return withNearBest(byMoves, 'PAR of next steps', base(760, 300), (values, title) => ({
-    data: { values: values.map((row, index) => ({ ...row, above: index % 2 === 0 })) },
+  return withNearBest(rows, 'PAR of next steps', base(760, 300), (values, title) => ({
+    data: { values: namedAbove(values).map((above, index) => ({ ...values[index], above })) },
     layer: [
       { mark: { type: 'point', size: 80, filled: true } },
       ...[true, false].map((above) => ({
-        // Neighbours are named on opposite sides
         transform: [{ filter: `datum.above === ${above}` }],
         mark: { type: 'text', dy: above ? -12 : 14, fontSize: 12 },
-        encoding: { text: { field: 'policy', type: 'nominal' } },
+        encoding: { text: { field: 'policy', type: 'nominal' }, color: { value: '#1b1f24' } },
       })),
     ],
     encoding: {
@@ -250,8 +314,8 @@ export function costPicture(
         scale: { domain: [-0.05 * most, 1.05 * most], nice: false },
         axis: { values: ticks(most) },
       },
-      y: { field: 'par', type: 'quantitative', title, scale: { zero: false, padding: 24 } },
-      color: { field: 'policy', type: 'nominal', scale: { domain: [...order] }, legend: null },
+      y: { field: 'par', type: 'quantitative', title, scale: { ...parScale(values), padding: 24 } },
+      color: { field: 'policy', type: 'nominal', scale: policyColours(order), legend: null },
     },
   }));
 }

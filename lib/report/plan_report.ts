@@ -2,7 +2,7 @@
 import { Arguments } from '../arguments.js';
 import { Loads } from '../eplb/loads.js';
 import { deviceLoads, parByStep } from '../eplb/metrics.js';
-import { type Plan, startPlacements } from '../eplb/plan.js';
+import type { Plan } from '../eplb/plan.js';
 import { transferSchedule } from '../eplb/transfer.js';
 import { Placement } from '../placement/placement.js';
 import {
@@ -20,12 +20,12 @@ import type { Report, ReportPicture } from './report.js';
 export interface PlanReportInput {
   loads: Loads;
   plan: Plan;
-  /** The placements before; default the layout the model starts with. */
-  current?: readonly Placement[] | undefined;
   /** What other policies plan for the same loads, to be drawn beside this plan over time. */
   others?: readonly Plan[];
   /** What was planned, for the title: usually the file of the loads. */
   title: string;
+  /** Label and value of what was asked for beside the shape, such as a budget of moves. */
+  given?: readonly (readonly [label: string, value: string])[];
 }
 
 /** `1 layer`, `2 layers`. */
@@ -39,15 +39,13 @@ const overMean = (values: ArrayLike<number>): number[] => {
 
 const mostPoints = 200;
 
-/** At most `mostPoints` values: means of groups of neighbours. */
-const grouped = (values: Float64Array): number[] => {
+/** At most `mostPoints` steps and their values: the first of a group of neighbours, and their mean. */
+const grouped = (values: Float64Array): { step: number; value: number }[] => {
   const points = Math.min(mostPoints, values.length);
   return Array.from({ length: points }, (_, point) => {
-    const part = values.subarray(
-      Math.floor((point * values.length) / points),
-      Math.floor(((point + 1) * values.length) / points),
-    );
-    return part.reduce((sum, value) => sum + value, 0) / part.length;
+    const step = Math.floor((point * values.length) / points);
+    const part = values.subarray(step, Math.floor(((point + 1) * values.length) / points));
+    return { step, value: part.reduce((sum, value) => sum + value, 0) / part.length };
   });
 };
 
@@ -60,8 +58,8 @@ function checkLayers(arg: string, placements: readonly Placement[], loads: Loads
 
 /** Builds the report. Throws ERR_MOE_INVALID_ARG where loads, plans and placements do not belong together. */
 export function planReport(input: PlanReportInput): Report {
-  const known = ['loads', 'plan', 'current', 'others', 'title'];
-  const { loads, plan, current, others = [], title } = check.object('input', input, known);
+  const known = ['loads', 'plan', 'others', 'title', 'given'];
+  const { loads, plan, others = [], title, given = [] } = check.object('input', input, known);
   check.instance('loads', loads, Loads);
   check.text('title', title);
   for (const [name, one] of [
@@ -69,9 +67,10 @@ export function planReport(input: PlanReportInput): Report {
     ...check.list('others', others).map((other) => ['others', other] as const),
   ])
     checkLayers(name, check.object(name, one).placements, loads);
-  if (current !== undefined) checkLayers('current', current, loads);
+  checkLayers('plan.from', plan.from, loads);
+  check.list('given', given);
+  const { from } = plan;
   const { devices, slots, experts } = plan.placements[0]!;
-  const from = current ?? startPlacements(loads.layers, experts, devices, slots);
   const heat: HeatCell[] = [];
   const devicesBefore: DeviceLoad[] = [];
   const parRows: { layer: number; when: 'before' | 'after'; par: number }[] = [];
@@ -99,13 +98,6 @@ export function planReport(input: PlanReportInput): Report {
     { name: 'before', placements: from },
     ...[plan, ...others].map(({ policy, placements }) => ({ name: policy, placements })),
   ];
-  const limit = Math.max(
-    2,
-    Math.min(
-      8,
-      heat.reduce((most, { load }) => Math.max(most, load), 0),
-    ),
-  );
   const change = (figures: { before: { mean: number }; after: { mean: number } }): string =>
     `${figures.before.mean.toFixed(4)} → ${figures.after.mean.toFixed(4)}`;
   return {
@@ -118,6 +110,7 @@ export function planReport(input: PlanReportInput): Report {
         `${counted(loads.layers, 'layer')}, ${experts} experts on ${counted(devices, 'device')} × ` +
           `${counted(slots, 'slot')}; ${counted(loads.steps, 'step')} of load`,
       ],
+      ...given.map(([label, value]) => [label, value] as [string, string]),
       ['PAR of the window, mean over layers', change(plan.par)],
       [
         'PAR of the window, worst layer',
@@ -128,7 +121,12 @@ export function planReport(input: PlanReportInput): Report {
         'experts moved',
         `${plan.moves} in ${counted(plan.layersTouched, 'layer')}, of ${loads.layers * devices * slots} slots`,
       ],
-      ['transfers', `at most ${busiest} sent by a device and ${counted(rounds, 'round')} in a layer`],
+      [
+        'transfers',
+        rounds === 0
+          ? 'none'
+          : `at most ${busiest} sent by a device and ${counted(rounds, 'round')} in a layer`,
+      ],
       ['planning time', `${plan.ms.toFixed(1)} ms`],
     ],
     pictures: [
@@ -136,7 +134,7 @@ export function planReport(input: PlanReportInput): Report {
         heading: 'Heat of experts by layer',
         caption:
           'Load of every expert over the mean of its layer. Red experts are hot; a red column means the same id is hot in many layers.',
-        spec: heatPicture(heat, 'expert', loads.layers, loads.experts, limit),
+        spec: heatPicture(heat, 'expert', loads.layers, loads.experts),
       },
       {
         heading: 'Device load, before and after',
@@ -182,7 +180,7 @@ function policiesPicture(
 ): ReportPicture {
   const names = series.map(({ name }) => name);
   const rows = series.flatMap(({ name, placements }) =>
-    grouped(parByStep(loads, placements)).map((par, window) => ({ policy: name, window, par })),
+    grouped(parByStep(loads, placements)).map(({ step, value }) => ({ policy: name, step, par: value })),
   );
   if (loads.steps === 1)
     return {
@@ -193,7 +191,7 @@ function policiesPicture(
   const groups = loads.steps > mostPoints ? ', averaged in groups' : '';
   return {
     heading: 'PAR over time',
-    caption: `Mean PAR over layers of every step${groups}: as it was, and under what each policy plans for these loads (${chosen} is the plan). Where one line dwarfs the rest, the best follow below on a scale of their own.`,
+    caption: `Mean PAR over layers of every step${groups}: as it was, and under what each policy plans for these very steps (${chosen} is the plan); how plans serve the steps after them is for simulate to show. Where one line dwarfs the rest, the best follow below on a scale of their own.`,
     spec: parOverTimePicture(rows, names, 'step', chosen),
   };
 }

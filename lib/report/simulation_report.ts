@@ -1,19 +1,21 @@
 // The report of a simulation: PAR over time and quality against moves of every policy.
 import { Arguments } from '../arguments.js';
 import type { PolicyFigures } from '../eplb/simulate.js';
-import { costPicture, parOverTimePicture } from './pictures.js';
-import type { Report } from './report.js';
+import { costPicture, parByPolicyPicture, parOverTimePicture } from './pictures.js';
+import type { Report, ReportPicture } from './report.js';
 
 export interface SimulationReportInput {
   figures: readonly PolicyFigures[];
   title: string;
+  /** Label and value of what was asked for, such as the window and a budget of moves. */
+  given?: readonly (readonly [label: string, value: string])[];
 }
 
 const check = new Arguments('simulation_report');
 
 /** Builds the report. Throws ERR_MOE_INVALID_ARG where there are no figures. */
 export function simulationReport(input: SimulationReportInput): Report {
-  const { figures, title } = check.object('input', input, ['figures', 'title']);
+  const { figures, title, given = [] } = check.object('input', input, ['figures', 'title', 'given']);
   check.text('title', title);
   if (check.list('figures', figures).length === 0)
     check.refuse('figures', 'those of at least one policy', figures);
@@ -24,22 +26,12 @@ export function simulationReport(input: SimulationReportInput): Report {
     lead: 'PAR is peak over average device load: 1 is perfect balance, and a step waits for its fullest device.',
     summary: [
       ['policies', names.join(', ')],
+      ...given.map(([label, value]) => [label, value] as [string, string]),
       ['plans of each', String(figures[0]!.plans)],
       ['lowest PAR of next steps', `${best.name}, ${best.parStepNext.toFixed(4)}`],
     ],
     pictures: [
-      {
-        heading: 'PAR over time',
-        caption:
-          'Mean PAR of the steps of each window under the placement planned from the windows before it. Where one line dwarfs the rest, the best follow below on a scale of their own.',
-        spec: parOverTimePicture(
-          figures.flatMap(({ name, parStepNextByWindow }) =>
-            parStepNextByWindow.map((par, index) => ({ policy: name, window: index + 2, par })),
-          ),
-          names,
-          'window',
-        ),
-      },
+      servedPicture(figures, names),
       {
         heading: 'Quality against moves',
         caption:
@@ -78,5 +70,24 @@ export function simulationReport(input: SimulationReportInput): Report {
         ]),
       ],
     },
+  };
+}
+
+/** What each policy gave the windows after those it saw: over time, or after a single plan as one figure. */
+function servedPicture(figures: readonly PolicyFigures[], names: readonly string[]): ReportPicture {
+  const rows = figures.flatMap(({ name, parStepNextByWindow }) =>
+    parStepNextByWindow.map((par, index) => ({ policy: name, step: index + 2, par })),
+  );
+  if (rows.length === figures.length)
+    return {
+      heading: 'PAR by policy',
+      caption: 'Mean PAR of the steps of the second window under the placement planned from the first.',
+      spec: parByPolicyPicture(rows, names),
+    };
+  return {
+    heading: 'PAR over time',
+    caption:
+      'Mean PAR of the steps of each window under the placement planned from the windows before it. Where one line dwarfs the rest, the best follow below on a scale of their own.',
+    spec: parOverTimePicture(rows, names, 'window'),
   };
 }

@@ -347,7 +347,7 @@ describe('load files', () => {
       'a.json: expected nested lists of counts or an object with logical_count',
     ],
     ['a.json', text('[[1,2],[3,-4]]'), 'a.json: layer 1: expected a finite count >= 0 for expert 1'],
-    ['a.csv', text('1,2\n\n3,x'), "a.csv: line 3: expected a number in column 2 but received 'x'"],
+    ['a.csv', text('1,2\n\n3,x'), "a.csv: line 3: layer 1: expected a number in column 2 but received 'x'"],
     [
       'a.csv',
       text('layer,expert,count\n0,0,1\n0,0,2'),

@@ -1,7 +1,8 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { dispatchFigures } from '../../lib/eplb/dispatch_figures.js';
-import { dispatchRounds, dispatchShares, sharedDeviceLoads } from '../../lib/eplb/dispatch_shares.js';
+import { dispatchRounds } from '../../lib/eplb/dispatch_rounds.js';
+import { dispatchShares, sharedDeviceLoads } from '../../lib/eplb/dispatch_shares.js';
 import { Loads } from '../../lib/eplb/loads.js';
 import { deviceLoads, peakToAverage, stepPar, windowPar } from '../../lib/eplb/metrics.js';
 import { planSync } from '../../lib/eplb/plan.js';
@@ -157,6 +158,31 @@ describe('weighted dispatch', () => {
         expect(result.peak).toBeLessThanOrEqual(result.bound * 1.001 + 1e-9);
       }),
     );
+  });
+
+  it('counts a device that holds an expert twice as one holder of all its tokens', () => {
+    const rows = [
+      [0, 0, 3],
+      [1, 2, 3],
+      [4, 0, 2],
+    ];
+    const placement = Placement.fromRows(rows, { duplicates: 'allow' });
+    for (const counts of [
+      [10, 1, 1, 1, 1],
+      [100, 3, 4, 50, 6],
+      [5, 50, 3, 2, 1],
+    ]) {
+      const { shares, deviceLoads: loads, peak, bound } = dispatchShares(placement, counts);
+      for (let expert = 0; expert < 5; expert++) {
+        const parts = Array.from(placement.replicasOf(expert), (physical) => shares[physical]!);
+        expect(parts.reduce((sum, part) => sum + part, 0)).toBeCloseTo(1, 12);
+      }
+      expect(shares[0]).toBe(shares[1]);
+      const total = counts.reduce((sum, count) => sum + count, 0);
+      expect(loads.reduce((sum, load) => sum + load, 0)).toBeCloseTo(total, 9);
+      expect(peak).toBeLessThanOrEqual(bound * (1 + 1e-4));
+      expect(dispatchShares(placement, counts).shares).toEqual(shares);
+    }
   });
 
   it('makes the worked example perfectly even', () => {

@@ -46,6 +46,9 @@ describe('Planner', () => {
     const plan = await worker.plan(asked, { onProgress: (done, layers) => void seen.push(done / layers) });
     const here = plans.planSync(asked);
     expect(plan.moves).toBe(here.moves);
+    expect(plan.from.map((placement) => placement.toRows())).toEqual(
+      here.from.map((placement) => placement.toRows()),
+    );
     expect(plan.placements.every((placement, layer) => placement.equals(here.placements[layer]!))).toBe(true);
     expect(seen.length).toBeGreaterThan(0);
     expect(seen.at(-1)).toBe(1);

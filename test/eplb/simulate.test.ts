@@ -74,6 +74,17 @@ describe('serveTrace', () => {
     expect(served.mean).toBeCloseTo(served.par.reduce((sum, value) => sum + value, 0) / 40, 12);
   });
 
+  it('starts with shared experts where a plan that keeps them on every device expects them', async () => {
+    const pinned = { ...shape, policy: 'linear', shared: 1, sharedPlacement: 'everyDevice' as const };
+    const served = await serveTrace(trace, { ...pinned, collect: 8, plan: 1, layersPerStep: 3 });
+    const [start] = startPlacements(1, 32, 4, 9, 1);
+    expect(start!.toRows().map((row) => row.at(-1))).toEqual([31, 31, 31, 31]);
+    expect(served.par[0]).toBe(stepPar(trace.window(0, 1), [start!, start!, start!]).mean);
+    const plan = planSync({ loads: trace.window(0, 8), ...pinned });
+    expect(plan.moves).toBe(0);
+    expect(plan.from.every((placement) => placement.equals(start!))).toBe(true);
+  });
+
   it('refuses intervals that would never come round', async () => {
     await expect(serveTrace(trace, { ...shape, collect: 0, plan: 1, layersPerStep: 1 })).rejects.toThrow(
       'collect to be an integer >= 1 but received 0',

@@ -105,6 +105,11 @@ describe('expert-map files', () => {
         map.layer_list[0].device_list[1].device_id = 9;
       }),
     ).toThrow('device_id to be 1 but received 9');
+    expect(
+      broken((map) => {
+        map.physical_to_logical_map = [];
+      }),
+    ).toThrow('map.json: expected one map but received layer_list and physical_to_logical_map');
     expect(() => parseExpertMap('{"a": 1}', { file: 'map.json' })).toThrow('expected layer_list');
     expect(() => parseExpertMap('PK\u0003', { file: 'map.json' })).toThrow('map.json: expected JSON');
     expect(() => parseExpertMap('[[0,1]]')).toThrow('the option devices');

@@ -3,7 +3,7 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
-import { type Browser, chromium } from 'playwright-core';
+import { type Browser, chromium, type Locator } from 'playwright-core';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { planSync } from '../../lib/eplb/plan.js';
 import { simulate } from '../../lib/eplb/simulate.js';
@@ -32,13 +32,23 @@ beforeAll(async () => {
     join(folder, 'step.html'),
     planReport({ loads: oneStep, plan: step, others, title: 'one' }),
   );
-  const figures = await simulate(loads, {
-    devices: 8,
-    slots: 9,
-    window: 6,
-    policies: ['adaptive', 'greedy', 'linear'],
-  });
-  await writeReport(join(folder, 'simulation.html'), simulationReport({ figures, title: 'trace' }));
+  const asked = { devices: 8, slots: 9, policies: ['adaptive', 'greedy', 'linear'] };
+  const figures = await simulate(loads, { ...asked, window: 6 });
+  const given = [['most moves', '7']] as const;
+  await writeReport(join(folder, 'simulation.html'), simulationReport({ figures, title: 'trace', given }));
+  const once = await simulate(loads, { ...asked, window: 12 });
+  await writeReport(join(folder, 'once.html'), simulationReport({ figures: once, title: 'one plan' }));
+  const [alone, far] = await simulate(loads, { ...asked, policies: ['adaptive', 'linear'], window: 6 });
+  await writeReport(
+    join(folder, 'alone.html'),
+    simulationReport({ figures: [alone!, far!], title: 'one good policy' }),
+  );
+  const long = generateTrace({ kind: 'steady', steps: 500, layers: 2, experts: 16, seed: 2 });
+  const still = planSync({ loads: long, devices: 4, slots: 5, maxMoves: 0 });
+  await writeReport(
+    join(folder, 'still.html'),
+    planReport({ loads: long, plan: still, title: 'nothing moves', given: [['most moves', '0']] }),
+  );
 });
 afterAll(() => rm(folder, { recursive: true }));
 
@@ -167,6 +177,40 @@ describe.skipIf(!installed)('in a browser', () => {
     await page.close();
   });
 
+  const labels = (picture: Locator) => picture.locator('g.role-axis-label text').allTextContents();
+
+  it('a plan that moves nothing over many steps has whole axes', async () => {
+    const { page, problems } = await show('still.html');
+    const summary = await page.locator('#summary').textContent();
+    expect(summary).toMatch(/most moves\s*0[\s\S]*transfers\s*none/);
+    // Steps are numbered as in the loads though neighbours are averaged
+    const steps = await labels(page.locator('figure > svg').nth(3));
+    expect(Math.max(...steps.map(Number))).toBeGreaterThan(400);
+    const moves = await labels(page.locator('figure > svg').nth(4));
+    expect(moves).toEqual(['0', '1', '0', '1']);
+    expect(problems).toEqual([]);
+    await page.close();
+  });
+
+  it('a simulation of one plan has bars, and one good policy is drawn once', async () => {
+    const { page } = await show('once.html');
+    expect(await page.locator('h2').nth(0).textContent()).toBe('PAR by policy');
+    expect(await page.locator('figure > svg').nth(0).locator('g.mark-rect.role-mark path').count()).toBe(3);
+    await page.close();
+    const other = (await show('alone.html')).page;
+    expect(await other.locator('figure > svg').nth(0).locator('g.mark-line path').count()).toBe(2);
+    await other.close();
+  });
+
+  it('pictures keep the size of their labels in a narrow window', async () => {
+    const { page } = await show('plan.html');
+    await page.setViewportSize({ width: 480, height: 800 });
+    const { width } = (await page.locator('figure > svg').nth(0).boundingBox())!;
+    expect(width).toBeGreaterThan(900);
+    expect(await page.evaluate(() => document.documentElement.scrollWidth)).toBeLessThanOrEqual(480);
+    await page.close();
+  });
+
   it('the SVG opens on its own', async () => {
     const { page, problems } = await show('plan.svg');
     const box = await page.evaluate(() => {
@@ -180,6 +224,10 @@ describe.skipIf(!installed)('in a browser', () => {
     });
     expect(box).toMatchObject({ name: 'svg', nested: 5 });
     expect(box.width).toBeGreaterThan(700);
+    const words = await page.evaluate(() => document.documentElement.textContent);
+    expect(words).toContain('Expert placement plan: a <trace> & "more"');
+    expect(words).toContain(`${plan.moves} in 6 layers`);
+    expect(words).toContain('tokens split evenly over replicas. White is balanced.');
     expect(problems).toEqual([]);
     await page.close();
   });

@@ -1,7 +1,7 @@
 // The changes that pay most per move, one layer's after another's: what a plan with a budget chooses from.
-import { likelyByChance } from './chance.js';
 import { propose } from './improve.js';
 import type { Change, LayerState } from './layer_state.js';
+import type { Searched } from './route.js';
 
 /** PAR that one expert moved must gain in its layer. */
 const worthwhile = 3e-5;
@@ -11,26 +11,23 @@ const stride = 4;
 /** Moves per layer that courses are drawn beyond the budget, so that there is something to choose from. */
 const ample = 6;
 
-/** What has been moved and gained after each step, in the order the steps would be taken. */
-export interface Steps {
-  moves: number[];
-  gains: number[];
-}
-
-/** The changes of one layer in the order they would be taken. Its state is left after the last of them. */
-export class Course implements Steps {
-  readonly changes: Change[] = [];
+/** The changes of one layer in the order they would be taken. */
+export class Course implements Searched {
   readonly moves: number[] = [];
   readonly gains: number[] = [];
   readonly #state: LayerState;
-  readonly #start: number;
+  readonly #start: Int32Array;
+  readonly #before: number;
   readonly #least: number;
+  readonly #changes: Change[] = [];
   #done = false;
 
-  constructor(state: LayerState, noise: Float64Array) {
+  /** The state is at `start`; what gains less than `least` may be chance. */
+  constructor(state: LayerState, start: Int32Array, least: number) {
     this.#state = state;
-    this.#start = state.value;
-    this.#least = likelyByChance(state, noise);
+    this.#start = start;
+    this.#before = state.value;
+    this.#least = least;
   }
 
   /** True where no further change pays. */
@@ -38,7 +35,6 @@ export class Course implements Steps {
     return this.#done;
   }
 
-  /** True once chance does not explain what it gains. */
   get certain(): boolean {
     return (this.gains.at(-1) ?? 0) >= this.#least;
   }
@@ -53,71 +49,46 @@ export class Course implements Steps {
     return gained / Math.max(0.5, this.moved - (this.moves.at(-1 - stride) ?? 0));
   }
 
+  take(steps: number): void {
+    this.#state.set(this.#start);
+    for (const change of this.#changes.slice(0, steps)) this.#state.apply(change);
+  }
+
   /** Goes on by some changes. */
   extend(): void {
     for (let step = 0; step < stride && !this.#done; step++) {
       const proposal = propose(this.#state, worthwhile);
-      this.#done = proposal === undefined || this.changes.length + 1 === mostChanges;
+      this.#done = proposal === undefined || this.#changes.length + 1 === mostChanges;
       if (proposal === undefined) return;
       this.#state.apply(proposal.change);
-      this.changes.push(proposal.change);
+      this.#changes.push(proposal.change);
       this.moves.push(this.#state.moves);
-      this.gains.push(this.#start - this.#state.value);
+      this.gains.push(this.#before - this.#state.value);
     }
   }
 }
 
-/** Draws courses of all layers until they use up the budget with something to spare, or no change pays any more. */
+/**
+ * Draws courses on until each is certain, and then those that gain most until they use up the budget with something to
+ * spare, or no change pays any more.
+ */
 export function drawCourses(
-  layers: readonly { state: LayerState; noise: Float64Array }[],
+  courses: readonly Course[],
   maxMoves: number,
   maxMovesPerLayer: number,
   layerDone: () => void,
-): Course[] {
-  const courses = layers.map(({ state, noise }) => {
-    const course = new Course(state, noise);
+): void {
+  for (const course of courses) {
     while (!course.done && !course.certain) course.extend();
     layerDone();
-    return course;
-  });
+  }
   const certain = courses.filter((course) => course.certain);
   for (;;) {
-    if (certain.reduce((sum, { moved }) => sum + moved, 0) >= maxMoves + ample * layers.length) break;
+    if (certain.reduce((sum, { moved }) => sum + moved, 0) >= maxMoves + ample * courses.length) return;
     let next: Course | undefined;
     for (const course of certain)
       if (!course.done && course.moved <= maxMovesPerLayer && course.rate > (next?.rate ?? 0)) next = course;
-    if (next === undefined) break;
+    if (next === undefined) return;
     next.extend();
-  }
-  return courses;
-}
-
-/** How many steps of every layer to take: over all layers the best gain per move first, within the budget. */
-export function choose(layers: readonly Steps[], maxMoves: number, maxMovesPerLayer: number): Int32Array {
-  const taken = new Int32Array(layers.length);
-  let left = maxMoves;
-  for (;;) {
-    let best = -1;
-    let upTo = 0;
-    let bestRate = 0;
-    for (const [layer, { moves, gains }] of layers.entries()) {
-      const from = taken[layer]!;
-      const movesBefore = from > 0 ? moves[from - 1]! : 0;
-      const gainsBefore = from > 0 ? gains[from - 1]! : 0;
-      for (let end = from; end < moves.length; end++) {
-        const added = moves[end]! - movesBefore;
-        if (added > left || moves[end]! > maxMovesPerLayer) continue;
-        const rate = (gains[end]! - gainsBefore) / Math.max(0.5, added);
-        if (rate > bestRate) {
-          bestRate = rate;
-          best = layer;
-          upTo = end + 1;
-        }
-      }
-    }
-    if (best < 0) return taken;
-    const { moves } = layers[best]!;
-    left -= moves[upTo - 1]! - (taken[best]! > 0 ? moves[taken[best]! - 1]! : 0);
-    taken[best] = upTo;
   }
 }

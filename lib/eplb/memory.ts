@@ -28,7 +28,7 @@ export interface Past extends Pick<Forecast, 'keep' | 'error'> {
 
 const windowsKept = 6;
 /** Windows are taken as runs, newest first, up to so many in all; what is older is taken as a total. */
-const mostRuns = 32;
+const mostRuns = 64;
 const leastWeight = 0.02;
 
 /** The memory after a window; `runs` is the most that it is cut into. */

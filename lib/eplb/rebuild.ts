@@ -3,6 +3,7 @@
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
 import { exactRows, isSmall } from './exact.js';
+import { propose } from './improve.js';
 import { LayerState } from './layer_state.js';
 import { packReplicas } from './pack.js';
 import type { Policy } from './policy.js';
@@ -13,6 +14,11 @@ import { type Scenarios, scenariosOf } from './scenario.js';
 /** Deviates of a step's noise and of the swing between scenarios that replica counts allow for. */
 const noiseDeviates = 1.5;
 const swingDeviates = 0.5;
+/** p of the norm of an expert's load over single steps. */
+const power = 8;
+/** Changes of a search, and what one must gain. */
+const mostChanges = 32;
+const leastGain = 1e-4;
 /** Further above its target than this, a window is packed again for itself alone. */
 const acceptable = 0.001;
 
@@ -60,23 +66,44 @@ function pack(scenarios: Scenarios, devices: number, slots: number, target: numb
   const replicas = minMaxReplicas(riskOf(scenarios), devices * slots, devices);
   const state = new LayerState(scenarios, devices, slots);
   state.start(packReplicas(scenarios, replicas, devices, slots));
-  polish(state, target);
+  if (target < Number.POSITIVE_INFINITY) polish(state, target);
+  else search(state);
   return state;
 }
 
+/** Changes that lower the value, best first. */
+function search(state: LayerState): void {
+  for (let change = 0; change < mostChanges; change++) {
+    const proposal = propose(state, leastGain);
+    if (proposal === undefined) return;
+    state.apply(proposal.change);
+  }
+}
+
 /**
- * Load of every expert plus what it may exceed it by: replicas are worth most where they take variance out of the
- * devices, be it noise of single steps (all that counts where the scenarios show no structure) or swings between
- * scenarios.
+ * What replicas are handed out by. Where single steps are scenarios, an expert counts by its peaks, as a device does
+ * (layer_state.ts): the p-norm of its load over the scenarios. Otherwise by its load plus what it may exceed it by:
+ * replicas are worth most where they take variance out of the devices, be it noise of single steps (all that counts
+ * where the scenarios show no structure) or swings between scenarios.
  */
-function riskOf({ experts, blocks, loads, weights, mean, noise, fine, structure }: Scenarios): Float64Array {
-  const deviates = fine ? noiseDeviates : noiseDeviates * (1 - structure);
+function riskOf(scenarios: Scenarios): Float64Array {
+  const { experts, blocks, loads, weights, mean, noise, fine, structure } = scenarios;
   const risk = new Float64Array(experts);
   for (let expert = 0; expert < experts; expert++) {
+    if (fine) {
+      let powers = 0;
+      for (let block = 0; block < blocks; block++)
+        powers += weights[block]! * loads[expert * blocks + block]! ** power;
+      risk[expert] = powers ** (1 / power);
+      continue;
+    }
     let swing = 0;
     for (let block = 0; block < blocks; block++)
       swing += weights[block]! * (loads[expert * blocks + block]! - mean[expert]!) ** 2;
-    risk[expert] = mean[expert]! + deviates * Math.sqrt(noise[expert]!) + swingDeviates * Math.sqrt(swing);
+    risk[expert] =
+      mean[expert]! +
+      noiseDeviates * (1 - structure) * Math.sqrt(noise[expert]!) +
+      swingDeviates * Math.sqrt(swing);
   }
   return risk;
 }

@@ -28,6 +28,8 @@ export interface Scenarios {
   fresh: number;
   /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
   fine: boolean;
+  /** True where, besides, a step has so few tokens that balancing the window's own sum would fit its sampling error. */
+  rough: boolean;
   /** The part of the blocks' spread that sampling noise does not explain, 0..1. */
   structure: number;
   /** Variance of this window's weighted mean in units of `noise`: about 1 / steps. */
@@ -40,7 +42,11 @@ export interface Scenarios {
 
 const mostBlocks = 8;
 /** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
-export const fineBlocks = 24;
+const fineBlocks = 24;
+/** The same where steps have so few tokens that the window's own sum says little: every step on its own, if it can be. */
+export const roughBlocks = 64;
+/** Variance of a device's load in a step, by sampling alone, from which on a window is not worth balancing exactly. */
+const rough = 0.02;
 const structured = 1.2;
 /**
  * Variance of a device's load from step to step, in units of the mean load squared, above which that matters, and the
@@ -48,6 +54,8 @@ const structured = 1.2;
  */
 const uneven = 0.1;
 const sampled = 0.01;
+/** Scenarios of single steps from which on they show part of their own noise. */
+const shownBy = 8;
 const nothing: Past = { windows: [], runs: [], keep: 1, error: 0 };
 
 /** How the steps of a window are cut at first: enough blocks to see bursts, at least two steps each to see noise. */
@@ -55,12 +63,13 @@ const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mo
 
 /** The scenarios of one layer. A layer without load gives equal loads. */
 export function scenariosOf(loads: Loads, layer: number, devices: number, past: Past = nothing): Scenarios {
-  const coarse = coarseBlocks(loads.steps);
-  const scenarios = cut(loads, layer, devices, coarse, past.windows.length, false);
-  if (isUneven(loads, layer, devices, scenarios.noise)) {
-    const fine = Math.min(fineBlocks, loads.steps);
-    const finer = cut(loads, layer, devices, fine, past.runs.length, true);
+  const scenarios = cut(loads, layer, devices, coarseBlocks(loads.steps), past.windows.length, false);
+  const most = scenarios.sampling >= rough ? roughBlocks : fineBlocks;
+  if (isUneven(loads, layer, devices, scenarios, most)) {
+    const finer = cut(loads, layer, devices, Math.min(most, loads.steps), past.runs.length, true);
     joinEarlier(finer, past.runs, layer, devices);
+    finer.rough = finer.sampling >= rough;
+    thinNoise(finer);
     return finer;
   }
   joinEarlier(scenarios, past.windows, layer, devices);
@@ -98,17 +107,26 @@ function foresee(scenarios: Scenarios, { keep, error }: Past, devices: number): 
  * Whether single steps are scenarios of their own: they differ by more than sampling, and by enough to matter. Few
  * steps are told apart over the whole window; of many, only what differs inside a block is lost in the block.
  */
-function isUneven(loads: Loads, layer: number, devices: number, noise: Float64Array): boolean {
+function isUneven(
+  loads: Loads,
+  layer: number,
+  devices: number,
+  { noise, sampling }: Scenarios,
+  most: number,
+): boolean {
   if (loads.steps < 2) return false;
-  if (loads.steps <= fineBlocks)
-    return devices / tokensOf(loads, layer) >= sampled && dispersionOf(loads, layer, 1) >= structured;
+  if (loads.steps <= most) return sampling >= sampled && dispersionOf(loads, layer, 1) >= structured;
   const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
   return variance >= uneven && dispersionOf(loads, layer, coarseBlocks(loads.steps)) >= structured;
 }
 
-/** Mean counts of a step. */
-const tokensOf = (loads: Loads, layer: number): number =>
-  loads.total(layer).reduce((sum, value) => sum + value, 0) / loads.steps;
+/**
+ * Steps that are scenarios of their own bring their noise along, the better the more there are; what is added on top
+ * stands for what they have not shown yet.
+ */
+function thinNoise({ blocks, noise, variance }: Scenarios): void {
+  for (const [expert, value] of noise.entries()) variance[expert] = value * Math.min(1, shownBy / blocks);
+}
 
 /** Variance of the steps' shares around their block's, over that of Poisson counts. */
 function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, blocks: number): number {
@@ -210,6 +228,7 @@ function cut(
       sampling: 0,
       fresh: 1,
       fine: false,
+      rough: false,
       structure: 0,
       uncertainty: 1,
       pooledUncertainty: 1,
@@ -284,6 +303,7 @@ function cut(
     sampling: poissonRate,
     fresh,
     fine,
+    rough: false,
     structure: explained,
     uncertainty,
     pooledUncertainty: uncertainty,

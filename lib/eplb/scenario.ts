@@ -275,7 +275,10 @@ function cut(
     blocksUsed > 1 ? (poissonSum * poissonRate * dispersion * (blocksUsed - 1)) / stepsUsed : 0;
   const explained = blocksUsed > 1 && between > 0 ? Math.max(0, 1 - expected / between) : 0;
   const kept = fine ? 1 : explained;
-  if (explained > 0 && blocksUsed === recent) recencyWeights(x, experts, blocks, recent, weights);
+  if (explained > 0 && blocksUsed === recent) {
+    const decays = fine ? decaysOfSteps : decaysOfBlocks;
+    recencyWeights(x, experts, blocks, recent, decays, weights);
+  }
   const mean = new Float64Array(experts);
   for (let expert = 0; expert < experts; expert++) {
     const row = expert * blocks;
@@ -364,8 +367,9 @@ function joinEarlier(
 /** A decay is taken only if its error is this part of the next slower one's: bursts that end look like drift. */
 const recencyMargin = 0.85;
 
-/** Decays per block that are tried: from 'all blocks alike' to 'mostly the last few'. */
-const decays = [1, 0.8, 0.6];
+/** Decays that are tried, per block and per step: from 'all alike' to 'mostly the last few'. */
+const decaysOfBlocks = [1, 0.8, 0.6];
+const decaysOfSteps = [1, 0.9];
 
 /**
  * Weights of the recent blocks: the exponential decay whose weighted mean of the blocks so far best predicts the mean
@@ -376,6 +380,7 @@ function recencyWeights(
   experts: number,
   blocks: number,
   recent: number,
+  decays: readonly number[],
   weights: Float64Array,
 ): void {
   let best = 1;

@@ -39,10 +39,14 @@ export function planWithin(
       : route;
   });
   const taken = choose(offers, fit ? maxMoves - all : maxMoves, maxMovesPerLayer);
-  for (const [index, { state }] of layers.entries()) {
+  for (const [index, { state, start }] of layers.entries()) {
     const plan = full[index];
+    state.set(start);
+    const { windowPeak, meanPeak } = state;
     if (fit && plan !== undefined) state.set(plan.rows);
     else offers[index]!.take(taken[index]!);
+    // What the value makes of noise can outweigh what was seen; where nothing seen got better, it did
+    if (state.windowPeak > windowPeak && state.meanPeak > meanPeak) state.set(start);
   }
 }
 

@@ -141,6 +141,18 @@ export class LayerState {
     return this.window[this.hottestOfWindow()]!;
   }
 
+  /** Mean over the scenarios of the highest load over the mean device load: what the value is a smooth form of. */
+  get meanPeak(): number {
+    const { weights } = this.scenarios;
+    let sum = 0;
+    for (let block = 0; block < this.blocks; block++) {
+      let peak = 0;
+      for (let at = block; at < this.#load.length; at += this.blocks) peak = Math.max(peak, this.#load[at]!);
+      sum += weights[block]! * peak;
+    }
+    return sum;
+  }
+
   /** The device with the highest window load. */
   hottestOfWindow(): number {
     let hot = 0;

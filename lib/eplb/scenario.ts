@@ -45,8 +45,12 @@ const mostBlocks = 8;
 const fineBlocks = 24;
 /** The same where steps have so few tokens that the window's own sum says little: every step on its own, if it can be. */
 export const roughBlocks = 64;
-/** Variance of a device's load in a step, by sampling alone, from which on a window is not worth balancing exactly. */
-const rough = 0.02;
+/**
+ * Variance of a device's load by sampling alone, in a step or in the whole window, from which on the window's own sum is
+ * not worth balancing exactly.
+ */
+const roughStep = 0.02;
+const roughWindow = 5e-4;
 const structured = 1.2;
 /**
  * Variance of a device's load from step to step, in units of the mean load squared, above which that matters, and the
@@ -64,12 +68,14 @@ const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mo
 /** The scenarios of one layer. A layer without load gives equal loads. */
 export function scenariosOf(loads: Loads, layer: number, devices: number, past: Past = nothing): Scenarios {
   const scenarios = cut(loads, layer, devices, coarseBlocks(loads.steps), past.windows.length, false);
-  const most = scenarios.sampling >= rough ? roughBlocks : fineBlocks;
-  if (isUneven(loads, layer, devices, scenarios, most)) {
+  const { sampling, steps } = scenarios;
+  const rough = sampling >= roughStep || sampling / steps >= roughWindow;
+  const most = rough ? roughBlocks : fineBlocks;
+  if (isUneven(loads, layer, devices, scenarios, rough)) {
     const finer = cut(loads, layer, devices, Math.min(most, loads.steps), past.runs.length, true);
     joinEarlier(finer, past.runs, layer, devices);
-    finer.rough = finer.sampling >= rough;
     thinNoise(finer);
+    finer.rough = rough;
     return finer;
   }
   joinEarlier(scenarios, past.windows, layer, devices);
@@ -112,10 +118,11 @@ function isUneven(
   layer: number,
   devices: number,
   { noise, sampling }: Scenarios,
-  most: number,
+  rough: boolean,
 ): boolean {
   if (loads.steps < 2) return false;
-  if (loads.steps <= most) return sampling >= sampled && dispersionOf(loads, layer, 1) >= structured;
+  if (loads.steps <= (rough ? roughBlocks : fineBlocks))
+    return (rough || sampling >= sampled) && dispersionOf(loads, layer, 1) >= structured;
   const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
   return variance >= uneven && dispersionOf(loads, layer, coarseBlocks(loads.steps)) >= structured;
 }

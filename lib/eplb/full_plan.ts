@@ -1,15 +1,18 @@
 // A full plan of one layer beside the placement in use: what it would move and gain, and how surely it is needed.
 import { matchRows } from './assignment.js';
-import { byChance, evidenceNeeded, surplusEvidence } from './chance.js';
+import { evidenceNeeded, likelyByChance, surplusEvidence } from './chance.js';
 import type { LayerState } from './layer_state.js';
 import { type Aim, buildLayer, rowsOf, windowTarget } from './rebuild.js';
 import type { Scenarios } from './scenario.js';
 
-/** A full plan finds this much more in noise than a search from the placement in use does; among single steps more. */
+/** A full plan finds this much more in noise than a search from the placement in use does. */
 const fullSearch = 1.25;
-const fineSearch = 4;
-/** Surplus of steps that differ by more than sampling reaches this many times what chance alone makes. */
-const fineSurplus = 1.5;
+/**
+ * Part of the peaks that a full plan must be expected to save in the next steps, where every step is a scenario: by the
+ * mean over such layers, or by a layer alone so many times as surely.
+ */
+const worthwhile = 0.05;
+const alone = 3;
 /** A difference of window peaks that is none. */
 const barely = 1e-4;
 /** How far above the optimum of the window a small layer may stay for the sake of earlier windows. */
@@ -47,6 +50,8 @@ export interface FullPlan {
   evidence: number;
   /** True where the placement in use leaves the window less balanced than the plan. */
   uneven: boolean;
+  /** The part of the next steps' peaks that it is expected to save; where nothing can be said, no bound. */
+  expected: number;
 }
 
 /** The state must be at the start, and is left at the rows planned. */
@@ -56,15 +61,42 @@ export function fullPlan(layer: Layer, aim: Aim): FullPlan {
   const built = buildLayer(scenarios, devices, slots, aim);
   const rows = Int32Array.from(matchRows(rowsOf(built.rows, slots), rowsOf(start, slots)).flat());
   const before = state.value;
-  const chance = byChance(state, layer.noise);
+  const chance = likelyByChance(state, layer.noise);
   const surplus = surplusEvidence(state, layer.noise, built.windowPeak);
   const uneven = state.windowPeak > Math.max(built.windowPeak, windowTarget(slots)) + barely;
+  const inUse = state.peaks;
   state.set(rows);
+  const expected =
+    scenarios.earlier > 0 ? expectedSaving(scenarios, inUse, state.meanPeak) : Number.POSITIVE_INFINITY;
   const gain = before - state.value;
-  const evidence = scenarios.fine
-    ? Math.max(surplus / fineSurplus, gain / (chance * fineSearch))
-    : Math.max(surplus, gain / (chance * fullSearch));
-  return { rows, moves: state.moves, gain, evidence, uneven };
+  const evidence = scenarios.fine ? gain / chance : Math.max(surplus, gain / (chance * fullSearch));
+  return { rows, moves: state.moves, gain, evidence, uneven, expected };
+}
+
+/**
+ * What a plan saves in the next steps. The steps of this window are new to the rows in use, those of earlier windows are
+ * not: by what they do worse in the new ones, rows do worse in any new steps, the less the more steps they were made
+ * for. The plan was made for both.
+ */
+function expectedSaving(
+  { blocks, earlier, weights }: Scenarios,
+  inUse: Float64Array,
+  plannedPeak: number,
+): number {
+  const recent = blocks - earlier;
+  const meanOf = (from: number, to: number): number => {
+    let sum = 0;
+    let weight = 0;
+    for (let block = from; block < to; block++) {
+      sum += weights[block]! * inUse[block]!;
+      weight += weights[block]!;
+    }
+    return sum / weight;
+  };
+  const known = meanOf(recent, blocks);
+  const unknown = meanOf(0, recent);
+  const planned = plannedPeak + Math.max(0, unknown - known) * (earlier / blocks);
+  return 1 - planned / unknown;
 }
 
 /** Which layers need their full plans. */
@@ -75,5 +107,10 @@ export function needed(
 ): boolean[] {
   if (movesAreFree) return plans.map(({ evidence, uneven }) => evidence >= 1 || uneven);
   const bar = evidenceNeeded(layers.map(({ change }) => change));
-  return plans.map(({ evidence, gain }) => evidence >= 1 || (evidence >= bar && gain > 0));
+  const bySteps = plans.filter((_, index) => layers[index]!.state.scenarios.fine);
+  const saving = bySteps.reduce((sum, { expected }) => sum + expected, 0) / bySteps.length;
+  return plans.map(({ evidence, gain, expected }, index) => {
+    if (layers[index]!.state.scenarios.fine && Math.max(saving, expected / alone) < worthwhile) return false;
+    return evidence >= 1 || (evidence >= bar && gain > 0);
+  });
 }

@@ -141,16 +141,20 @@ export class LayerState {
     return this.window[this.hottestOfWindow()]!;
   }
 
-  /** Mean over the scenarios of the highest load over the mean device load: what the value is a smooth form of. */
+  /** f64[blocks]: highest load over the mean device load in every scenario. */
+  get peaks(): Float64Array {
+    const peaks = new Float64Array(this.blocks);
+    const load = this.#load;
+    for (let row = 0; row < load.length; row += this.blocks)
+      for (let block = 0; block < this.blocks; block++)
+        if (load[row + block]! > peaks[block]!) peaks[block] = load[row + block]!;
+    return peaks;
+  }
+
+  /** Their mean: what the value is a smooth form of. */
   get meanPeak(): number {
     const { weights } = this.scenarios;
-    let sum = 0;
-    for (let block = 0; block < this.blocks; block++) {
-      let peak = 0;
-      for (let at = block; at < this.#load.length; at += this.blocks) peak = Math.max(peak, this.#load[at]!);
-      sum += weights[block]! * peak;
-    }
-    return sum;
+    return this.peaks.reduce((sum, peak, block) => sum + weights[block]! * peak, 0);
   }
 
   /** The device with the highest window load. */

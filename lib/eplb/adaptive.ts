@@ -15,7 +15,7 @@ import { LayerState } from './layer_state.js';
 import { type Memory, pastOf, remember, totalsOf } from './memory.js';
 import type { Policy } from './policy.js';
 import { buildLayer, rowsOf } from './rebuild.js';
-import { roughBlocks, scenariosOf } from './scenario.js';
+import { fineBlocks, isRough, roughBlocks, scenariosOf } from './scenario.js';
 
 /**
  * Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. From
@@ -23,6 +23,9 @@ import { roughBlocks, scenariosOf } from './scenario.js';
  */
 const leastDecay = 0.3;
 const fewWindows = 3;
+/** Runs of steps that earlier windows are taken as, at most; more where steps of few tokens are all there is. */
+const fineRuns = 32;
+const roughRuns = 64;
 
 /** Devices by what they hold. The search sees them in this order, so that their names cannot change a plan. */
 function canonicalOrder(placement: Placement): number[] {
@@ -58,9 +61,18 @@ export const adaptive: Policy = {
     const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer, movesAreFree } = problem;
     const history = (problem.memory as Memory | undefined)?.windows ?? [];
     const least = leastDecay * Math.min(1, fewWindows / (history.length + 1));
-    const past = pastOf(history, forecastOf(loads, history.map(totalsOf), least));
+    const rough = current.some((_, layer) => isRough(loads, layer, devices));
+    const past = pastOf(
+      history,
+      forecastOf(loads, history.map(totalsOf), least),
+      rough ? roughRuns : fineRuns,
+    );
     const scenarios = current.map((_, layer) => scenariosOf(loads, layer, devices, past));
-    const memory = remember(history, loads, scenarios.some(({ fine }) => fine) ? roughBlocks : 1);
+    const memory = remember(
+      history,
+      loads,
+      scenarios.some(({ fine }) => fine) ? (rough ? roughBlocks : fineBlocks) : 1,
+    );
     const unlimited = maxMoves === Number.POSITIVE_INFINITY && maxMovesPerLayer === Number.POSITIVE_INFINITY;
     if (first && unlimited) {
       const placements = scenarios.map((ofLayer, layer) => {

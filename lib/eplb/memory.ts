@@ -27,8 +27,6 @@ export interface Past extends Pick<Forecast, 'keep' | 'error'> {
 }
 
 const windowsKept = 6;
-/** Windows are taken as runs, newest first, up to so many in all; what is older is taken as a total. */
-const mostRuns = 64;
 const leastWeight = 0.02;
 
 /** The memory after a window; `runs` is the most that it is cut into. */
@@ -54,8 +52,12 @@ export function totalsOf({ runs, counts }: SeenWindow): Float64Array {
   return sum;
 }
 
-/** Earlier windows weighted by age. */
-export function pastOf(history: readonly SeenWindow[], { decay, keep, error }: Forecast): Past {
+/** Earlier windows weighted by age: as runs, newest first, up to `mostRuns` in all; what is older, as totals. */
+export function pastOf(
+  history: readonly SeenWindow[],
+  { decay, keep, error }: Forecast,
+  mostRuns: number,
+): Past {
   const past: Past = { windows: [], runs: [], keep, error };
   for (const [index, window] of [...history].reverse().entries()) {
     const weight = decay ** (index + 1);

@@ -14,8 +14,8 @@ import { type Scenarios, scenariosOf } from './scenario.js';
 /** Deviates of a step's noise and of the swing between scenarios that replica counts allow for. */
 const noiseDeviates = 1.5;
 const swingDeviates = 0.5;
-/** p of the norm of an expert's load over single steps. */
-const power = 8;
+/** p = 2^squarings of the norm of an expert's load over single steps. */
+const squarings = 3;
 /** Changes of a search, and what one must gain. */
 const mostChanges = 32;
 const leastGain = 1e-4;
@@ -92,9 +92,12 @@ function riskOf(scenarios: Scenarios): Float64Array {
   for (let expert = 0; expert < experts; expert++) {
     if (fine) {
       let powers = 0;
-      for (let block = 0; block < blocks; block++)
-        powers += weights[block]! * loads[expert * blocks + block]! ** power;
-      risk[expert] = powers ** (1 / power);
+      for (let block = 0; block < blocks; block++) {
+        let value = loads[expert * blocks + block]!;
+        for (let step = 0; step < squarings; step++) value *= value;
+        powers += weights[block]! * value;
+      }
+      risk[expert] = powers ** (1 / (1 << squarings));
       continue;
     }
     let swing = 0;

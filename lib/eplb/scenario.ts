@@ -42,7 +42,7 @@ export interface Scenarios {
 
 const mostBlocks = 8;
 /** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
-const fineBlocks = 24;
+export const fineBlocks = 16;
 /** The same where steps have so few tokens that the window's own sum says little: every step on its own, if it can be. */
 export const roughBlocks = 64;
 /**
@@ -52,12 +52,8 @@ export const roughBlocks = 64;
 const roughStep = 0.02;
 const roughWindow = 5e-4;
 const structured = 1.2;
-/**
- * Variance of a device's load from step to step, in units of the mean load squared, above which that matters, and the
- * part of it that sampling alone makes, above which it matters in a window of few steps.
- */
-const uneven = 0.1;
-const sampled = 0.01;
+/** Variance of a device's load from step to step, in units of the mean load squared, above which steps are told apart. */
+const uneven = 0.02;
 /** Scenarios of single steps from which on they show part of their own noise. */
 const shownBy = 8;
 const nothing: Past = { windows: [], runs: [], keep: 1, error: 0 };
@@ -68,10 +64,9 @@ const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mo
 /** The scenarios of one layer. A layer without load gives equal loads. */
 export function scenariosOf(loads: Loads, layer: number, devices: number, past: Past = nothing): Scenarios {
   const scenarios = cut(loads, layer, devices, coarseBlocks(loads.steps), past.windows.length, false);
-  const { sampling, steps } = scenarios;
-  const rough = sampling >= roughStep || sampling / steps >= roughWindow;
+  const rough = isRough(loads, layer, devices);
   const most = rough ? roughBlocks : fineBlocks;
-  if (isUneven(loads, layer, devices, scenarios, rough)) {
+  if (isUneven(loads, layer, scenarios, rough)) {
     const finer = cut(loads, layer, devices, Math.min(most, loads.steps), past.runs.length, true);
     joinEarlier(finer, past.runs, layer, devices);
     thinNoise(finer);
@@ -81,6 +76,12 @@ export function scenariosOf(loads: Loads, layer: number, devices: number, past: 
   joinEarlier(scenarios, past.windows, layer, devices);
   foresee(scenarios, past, devices);
   return scenarios;
+}
+
+/** Whether a step or the window has too few tokens for the window's own sum to be worth balancing exactly. */
+export function isRough(loads: Loads, layer: number, devices: number): boolean {
+  const tokens = loads.total(layer).reduce((sum, value) => sum + value, 0);
+  return tokens > 0 && (devices * loads.steps >= roughStep * tokens || devices >= roughWindow * tokens);
 }
 
 /**
@@ -113,18 +114,11 @@ function foresee(scenarios: Scenarios, { keep, error }: Past, devices: number): 
  * Whether single steps are scenarios of their own: they differ by more than sampling, and by enough to matter. Few
  * steps are told apart over the whole window; of many, only what differs inside a block is lost in the block.
  */
-function isUneven(
-  loads: Loads,
-  layer: number,
-  devices: number,
-  { noise, sampling }: Scenarios,
-  rough: boolean,
-): boolean {
+function isUneven(loads: Loads, layer: number, { sampling }: Scenarios, rough: boolean): boolean {
   if (loads.steps < 2) return false;
-  if (loads.steps <= (rough ? roughBlocks : fineBlocks))
-    return (rough || sampling >= sampled) && dispersionOf(loads, layer, 1) >= structured;
-  const variance = noise.reduce((sum, value) => sum + value, 0) / devices;
-  return variance >= uneven && dispersionOf(loads, layer, coarseBlocks(loads.steps)) >= structured;
+  const few = loads.steps <= (rough ? roughBlocks : fineBlocks);
+  const dispersion = dispersionOf(loads, layer, few ? 1 : coarseBlocks(loads.steps));
+  return dispersion >= structured && (rough || sampling * dispersion >= uneven);
 }
 
 /**

@@ -118,7 +118,7 @@ describe('moe-kernels plan', () => {
     expect(par.after).toBeLessThan(1.01);
     expect(JSON.parse((await run(...start, '--max-moves', '5')).out).moves).toBeLessThanOrEqual(5);
     expect((await run(...start, '--max-moves', 'many')).message).toContain(
-      '--max-moves to be an integer >= 0 or unlimited but received many',
+      "--max-moves to be an integer >= 0 or unlimited but received 'many'",
     );
   });
 
@@ -362,7 +362,7 @@ describe('moe-kernels plan', () => {
     ],
     [
       ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--shared-placement', 'twice'],
-      'expected --shared-placement to be free or everyDevice but received twice',
+      'expected --shared-placement to be free or everyDevice but received 'twice'',
     ],
     [
       [

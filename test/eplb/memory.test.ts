@@ -30,7 +30,7 @@ describe('what the default policy remembers', () => {
   it('weights windows by age, newest first, and shares a weight among the runs of a window', () => {
     let { windows } = remember([], window(4, 0), 4);
     for (let index = 1; index < 4; index++) ({ windows } = remember(windows, window(4, index), 4));
-    const past = pastOf(windows, { decay: 0.5, keep: 1, error: 0 });
+    const past = pastOf(windows, { decay: 0.5, keep: 1, error: 0 }, 32);
     expect(past.windows.map(({ weight }) => weight)).toEqual([0.5, 0.25, 0.125, 0.0625]);
     expect(past.windows[0]!.counts).toEqual(totalsOf(windows[3]!));
     expect(past.runs.map(({ weight }) => weight)).toEqual(
@@ -41,7 +41,7 @@ describe('what the default policy remembers', () => {
 
   it('takes windows of many runs as totals beyond the first ones', () => {
     const { windows } = remember(remember([], window(24, 0), 24).windows, window(24, 9), 24);
-    const past = pastOf(windows, { decay: 0.5, keep: 1, error: 0 });
+    const past = pastOf(windows, { decay: 0.5, keep: 1, error: 0 }, 32);
     expect(past.runs.length).toBe(25);
     expect(past.runs.at(-1)).toEqual(past.windows[1]);
   });

@@ -362,7 +362,7 @@ describe('moe-kernels plan', () => {
     ],
     [
       ['--loads', '@window.json', '--devices', '4', '--slots', '9', '--shared-placement', 'twice'],
-      'expected --shared-placement to be free or everyDevice but received 'twice'',
+      "expected --shared-placement to be free or everyDevice but received 'twice'",
     ],
     [
       [

@@ -108,14 +108,19 @@ describe.each(backends)('the process and the context on %s do not grow with', (b
   it.each(loops)(
     '%s',
     (_, before, call) => {
-      const end = child(script(backend, calls, before, call), { flags, timeout: 170_000 });
-      expect(end, end.stderr).toMatchObject(good);
-      const { rss, used, reserved } = JSON.parse(end.stdout);
+      const grown = (count: number): { rss: number; used: number; reserved: number } => {
+        const end = child(script(backend, count, before, call), { flags, timeout: 170_000 });
+        expect(end, end.stderr).toMatchObject(good);
+        return JSON.parse(end.stdout);
+      };
+      let { rss, used, reserved } = grown(calls);
+      // A page fault or two beside a busy machine look like growth; what leaks does so in more calls as well
+      if (rss >= mostPerCall) ({ rss, used, reserved } = grown(4 * calls));
       expect(rss, `${rss} bytes of RSS a call`).toBeLessThan(mostPerCall);
       expect(used).toBe(0);
       expect(reserved, `${reserved} bytes reserved a call`).toBeLessThan(mostPerCall);
     },
-    180_000,
+    350_000,
   );
 
   it('contexts opened and closed, used or not', () => {

@@ -22,8 +22,6 @@ export interface Scenarios {
   noise: Float64Array;
   /** f64[experts]: that, and what the next window differs by from all scenarios. */
   variance: Float64Array;
-  /** Variance of a device's load in a step if tokens were drawn one by one: what its number of tokens alone makes. */
-  sampling: number;
   /** The part of `noise` that is fresh in every step, 0..1: the rest lasts for some steps, as bursts do. */
   fresh: number;
   /** True where single steps are so uneven that the scenarios had to be cut finer than sampling noise would allow. */
@@ -63,25 +61,40 @@ const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mo
 
 /** The scenarios of one layer. A layer without load gives equal loads. */
 export function scenariosOf(loads: Loads, layer: number, devices: number, past: Past = nothing): Scenarios {
-  const scenarios = cut(loads, layer, devices, coarseBlocks(loads.steps), past.windows.length, false);
   const rough = isRough(loads, layer, devices);
-  const most = rough ? roughBlocks : fineBlocks;
-  if (isUneven(loads, layer, scenarios, rough)) {
-    const finer = cut(loads, layer, devices, Math.min(most, loads.steps), past.runs.length, true);
-    joinEarlier(finer, past.runs, layer, devices);
-    thinNoise(finer);
-    finer.rough = rough;
-    return finer;
+  if (isUneven(loads, layer, devices, rough)) {
+    const recent = Math.min(rough ? roughBlocks : fineBlocks, loads.steps);
+    const scenarios = cut(loads, layer, devices, recent, past.runs.length, true);
+    joinEarlier(scenarios, past.runs, layer, devices);
+    thinNoise(scenarios);
+    scenarios.rough = rough;
+    return scenarios;
   }
+  const scenarios = cut(loads, layer, devices, coarseBlocks(loads.steps), past.windows.length, false);
   joinEarlier(scenarios, past.windows, layer, devices);
   foresee(scenarios, past, devices);
   return scenarios;
 }
 
+/** Variance of a device's load in a step if tokens were drawn one by one, mean over the steps; 0 without load. */
+function samplingOf({ experts, steps, layers, counts }: Loads, layer: number, devices: number): number {
+  let sum = 0;
+  let used = 0;
+  for (let step = 0; step < steps; step++) {
+    const row = (step * layers + layer) * experts;
+    let tokens = 0;
+    for (let expert = 0; expert < experts; expert++) tokens += counts[row + expert]!;
+    if (tokens === 0) continue;
+    sum += devices / tokens;
+    used++;
+  }
+  return used > 0 ? sum / used : 0;
+}
+
 /** Whether a step or the window has too few tokens for the window's own sum to be worth balancing exactly. */
 export function isRough(loads: Loads, layer: number, devices: number): boolean {
-  const tokens = loads.total(layer).reduce((sum, value) => sum + value, 0);
-  return tokens > 0 && (devices * loads.steps >= roughStep * tokens || devices >= roughWindow * tokens);
+  const sampling = samplingOf(loads, layer, devices);
+  return sampling >= roughStep || sampling / loads.steps >= roughWindow;
 }
 
 /**
@@ -114,11 +127,11 @@ function foresee(scenarios: Scenarios, { keep, error }: Past, devices: number): 
  * Whether single steps are scenarios of their own: they differ by more than sampling, and by enough to matter. Few
  * steps are told apart over the whole window; of many, only what differs inside a block is lost in the block.
  */
-function isUneven(loads: Loads, layer: number, { sampling }: Scenarios, rough: boolean): boolean {
+function isUneven(loads: Loads, layer: number, devices: number, rough: boolean): boolean {
   if (loads.steps < 2) return false;
   const few = loads.steps <= (rough ? roughBlocks : fineBlocks);
   const dispersion = dispersionOf(loads, layer, few ? 1 : coarseBlocks(loads.steps));
-  return dispersion >= structured && (rough || sampling * dispersion >= uneven);
+  return dispersion >= structured && (rough || samplingOf(loads, layer, devices) * dispersion >= uneven);
 }
 
 /**
@@ -226,7 +239,6 @@ function cut(
       window,
       noise,
       variance: noise.slice(),
-      sampling: 0,
       fresh: 1,
       fine: false,
       rough: false,
@@ -304,7 +316,6 @@ function cut(
     window,
     noise,
     variance: noise.slice(),
-    sampling: poissonRate,
     fresh,
     fine,
     rough: false,

@@ -1,10 +1,13 @@
 // The project's own planner, the default.
-// 1. Earlier windows are scenarios beside this one, weighted by how well the past predicted so far.
-// 2. A layer whose devices are balanced but for sampling noise stays as it is, unless moves were said to be free.
-// 3. Without a budget every other layer gets a full plan: this window balanced, the scenarios as far as that allows.
-// 4. With a budget every layer is searched from the placement in use, largest PAR gain per expert moved first
-//    (course.ts); the budget is spent over all layers where it gains most per move, and on full plans where it
-//    reaches so far.
+// 1. Earlier windows are scenarios beside this one, weighted by how well the past predicted so far. Where single steps
+//    are uneven, they are the scenarios (scenario.ts).
+// 2. A layer whose devices are balanced but for noise stays as it is, unless moves were said to be free (chance.ts,
+//    full_plan.ts).
+// 3. Without a budget every other layer gets a full plan: this window balanced, the scenarios as far as that allows, or,
+//    in windows of few tokens, the scenarios alone (rebuild.ts).
+// 4. With a budget every layer has a route of steps: changes from the placement in use, largest PAR gain per expert
+//    moved first (course.ts), or the way back from a full plan (retreat.ts). The budget is spent over all layers where
+//    it gains most per move, and on full plans where it reaches so far (budget.ts).
 import { Placement } from '../placement/placement.js';
 import { matchRows } from './assignment.js';
 import { planWithin } from './budget.js';
@@ -15,7 +18,7 @@ import { LayerState } from './layer_state.js';
 import { type Memory, pastOf, remember, totalsOf } from './memory.js';
 import type { Policy } from './policy.js';
 import { buildLayer, rowsOf } from './rebuild.js';
-import { fineBlocks, isRough, roughBlocks, scenariosOf } from './scenario.js';
+import { fineBlocks, isRough, roughBlocks, samplingOf, scenariosOf } from './scenario.js';
 
 /**
  * Least weight of an earlier window relative to the one after it: what was may come back, whatever came since. From
@@ -61,7 +64,7 @@ export const adaptive: Policy = {
     const { loads, devices, slots, current, first, maxMoves, maxMovesPerLayer, movesAreFree } = problem;
     const history = (problem.memory as Memory | undefined)?.windows ?? [];
     const least = leastDecay * Math.min(1, fewWindows / (history.length + 1));
-    const rough = current.some((_, layer) => isRough(loads, layer, devices));
+    const rough = current.some((_, layer) => isRough(samplingOf(loads, layer, devices), loads.steps));
     const past = pastOf(
       history,
       forecastOf(loads, history.map(totalsOf), least),

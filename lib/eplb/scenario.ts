@@ -61,8 +61,9 @@ const coarseBlocks = (steps: number): number => (steps < 4 ? steps : Math.min(mo
 
 /** The scenarios of one layer. A layer without load gives equal loads. */
 export function scenariosOf(loads: Loads, layer: number, devices: number, past: Past = nothing): Scenarios {
-  const rough = isRough(loads, layer, devices);
-  if (isUneven(loads, layer, devices, rough)) {
+  const sampling = samplingOf(loads, layer, devices);
+  const rough = isRough(sampling, loads.steps);
+  if (isUneven(loads, layer, sampling)) {
     const recent = Math.min(rough ? roughBlocks : fineBlocks, loads.steps);
     const scenarios = cut(loads, layer, devices, recent, past.runs.length, true);
     joinEarlier(scenarios, past.runs, layer, devices);
@@ -77,7 +78,11 @@ export function scenariosOf(loads: Loads, layer: number, devices: number, past: 
 }
 
 /** Variance of a device's load in a step if tokens were drawn one by one, mean over the steps; 0 without load. */
-function samplingOf({ experts, steps, layers, counts }: Loads, layer: number, devices: number): number {
+export function samplingOf(
+  { experts, steps, layers, counts }: Loads,
+  layer: number,
+  devices: number,
+): number {
   let sum = 0;
   let used = 0;
   for (let step = 0; step < steps; step++) {
@@ -92,10 +97,8 @@ function samplingOf({ experts, steps, layers, counts }: Loads, layer: number, de
 }
 
 /** Whether a step or the window has too few tokens for the window's own sum to be worth balancing exactly. */
-export function isRough(loads: Loads, layer: number, devices: number): boolean {
-  const sampling = samplingOf(loads, layer, devices);
-  return sampling >= roughStep || sampling / loads.steps >= roughWindow;
-}
+export const isRough = (sampling: number, steps: number): boolean =>
+  sampling >= roughStep || sampling / steps >= roughWindow;
 
 /**
  * The scenarios as a forecast: experts return towards the mean load as windows did before, and where the next window
@@ -127,11 +130,12 @@ function foresee(scenarios: Scenarios, { keep, error }: Past, devices: number): 
  * Whether single steps are scenarios of their own: they differ by more than sampling, and by enough to matter. Few
  * steps are told apart over the whole window; of many, only what differs inside a block is lost in the block.
  */
-function isUneven(loads: Loads, layer: number, devices: number, rough: boolean): boolean {
+function isUneven(loads: Loads, layer: number, sampling: number): boolean {
   if (loads.steps < 2) return false;
+  const rough = isRough(sampling, loads.steps);
   const few = loads.steps <= (rough ? roughBlocks : fineBlocks);
   const dispersion = dispersionOf(loads, layer, few ? 1 : coarseBlocks(loads.steps));
-  return dispersion >= structured && (rough || samplingOf(loads, layer, devices) * dispersion >= uneven);
+  return dispersion >= structured && (rough || sampling * dispersion >= uneven);
 }
 
 /**

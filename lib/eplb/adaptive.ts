@@ -3,8 +3,8 @@
 //    are uneven, they are the scenarios (scenario.ts).
 // 2. A layer whose devices are balanced but for noise stays as it is, unless moves were said to be free (chance.ts,
 //    full_plan.ts).
-// 3. Without a budget every other layer gets a full plan: this window balanced, the scenarios as far as that allows, or,
-//    in windows of few tokens, the scenarios alone (rebuild.ts).
+// 3. Without a budget every other layer gets a full plan: this window balanced, the scenarios as far as that allows,
+//    or, in windows of few tokens, the scenarios alone (rebuild.ts).
 // 4. With a budget every layer has a route of steps: changes from the placement in use, largest PAR gain per expert
 //    moved first (course.ts), or the way back from a full plan (retreat.ts). The budget is spent over all layers where
 //    it gains most per move, and on full plans where it reaches so far (budget.ts).

@@ -74,9 +74,9 @@ export function fullPlan(layer: Layer, aim: Aim): FullPlan {
 }
 
 /**
- * What a plan saves in the next steps. The steps of this window are new to the rows in use, those of earlier windows are
- * not: by what they do worse in the new ones, rows do worse in any new steps, the less the more steps they were made
- * for. The plan was made for both.
+ * What a plan saves in the next steps. The steps of this window are new to the rows in use, those of earlier windows
+ * are not: by what they do worse in the new ones, rows do worse in any new steps, the less the more steps they were
+ * made for. The plan was made for both.
  */
 function expectedSaving(
   { blocks, earlier, weights }: Scenarios,

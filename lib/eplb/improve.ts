@@ -31,7 +31,7 @@ interface Hot {
   relief: Float64Array;
   /** f64[slots]: that of the experts in its slots. */
   leaves: Float64Array;
-  /** f64[slots]: what costs fall by, on all that hold the expert in a slot, when it gets a further replica elsewhere. */
+  /** f64[slots]: what costs fall by, on all that hold the expert in a slot, when it gets one more replica elsewhere. */
   shared: Float64Array;
 }
 
@@ -40,8 +40,8 @@ interface Scratch {
   /** f64[blocks]: slopes of the partner's cost. */
   slope: Float64Array;
   /**
-   * f64[slots]: what the partner's cost rises by, to first order, when the expert in a slot of the hot device comes, and
-   * the transfers that its coming and leaving add. Infinite where the partner holds it.
+   * f64[slots]: what the partner's cost rises by, to first order, when the expert in a slot of the hot device comes,
+   * and the transfers that its coming and leaving add. Infinite where the partner holds it.
    */
   arrives: Float64Array;
   transfers: Float64Array;
@@ -74,7 +74,7 @@ export function propose(state: LayerState, least: number): Proposal | undefined 
     for (let index = 0; index < slots; index++) {
       const expert = rows[device * slots + index]!;
       leaves[index] = relief[expert]!;
-      shared[index] = replicas[expert]! < devices ? -rippleOf(state, expert, 1) : 0;
+      shared[index] = replicas[expert]! < devices ? -state.ripple(expert, 1) : 0;
     }
     const hot = { device, relief, leaves, shared };
     for (const other of partnersOf(state, hot, coldestFirst)) tryPartner(state, hot, other, best, scratch);
@@ -178,22 +178,10 @@ function tryPartner(
 
 /** What costs rise by on the other devices that hold `expert` when `device` gives up its replica. */
 function lostBy(state: LayerState, expert: number, device: number, ripples: Float64Array): number {
-  if (Number.isNaN(ripples[expert])) ripples[expert] = rippleOf(state, expert, -1);
+  if (Number.isNaN(ripples[expert])) ripples[expert] = state.ripple(expert, -1);
   const count = state.replicas[expert]!;
   const part = 1 / (count - 1) - 1 / count;
   const noisePart = 1 / (count - 1) ** 2 - 1 / count ** 2;
   const here = state.costWith(device, expert, part, noisePart, expert, 0, 0);
   return ripples[expert]! - (here - state.cost[device]!);
-}
-
-/** Change of cost on the devices that hold `expert` if it had `more` replicas more. */
-function rippleOf(state: LayerState, expert: number, more: number): number {
-  const { holds, experts, devices, cost } = state;
-  const count = state.replicas[expert]!;
-  const part = 1 / (count + more) - 1 / count;
-  const noisePart = 1 / (count + more) ** 2 - 1 / count ** 2;
-  let delta = 0;
-  for (let device = 0, at = expert; device < devices; device++, at += experts)
-    if (holds[at]) delta += state.costWith(device, expert, part, noisePart, expert, 0, 0) - cost[device]!;
-  return delta;
 }

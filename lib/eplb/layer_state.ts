@@ -285,6 +285,19 @@ export class LayerState {
     return cost;
   }
 
+  /** Change of cost on the devices that hold `expert`, but for one, if it had `more` replicas more. */
+  ripple(expert: number, more: number, except = -1): number {
+    const { devices, experts, holds, cost } = this;
+    const count = this.replicas[expert]!;
+    const part = 1 / (count + more) - 1 / count;
+    const noisePart = 1 / (count + more) ** 2 - 1 / count ** 2;
+    let delta = 0;
+    for (let device = 0, at = expert; device < devices; device++, at += experts)
+      if (holds[at] && device !== except)
+        delta += this.costWith(device, expert, part, noisePart, expert, 0, 0) - cost[device]!;
+    return delta;
+  }
+
   /** The slope of a device's cost in the load of every scenario; returns that in its noise. */
   slopeOf(device: number, into: Float64Array): number {
     const { power } = this;

@@ -86,7 +86,7 @@ export class Retreat implements Searched {
       const found = this.#returnOf(slot);
       rates[slot] = found?.rate ?? Number.POSITIVE_INFINITY;
       if (found === undefined) continue;
-      if (found.rate <= before || rates.every((rate) => rate >= found.rate)) return found.change;
+      if (!(found.rate > before) || rates.every((rate) => rate >= found.rate)) return found.change;
     }
   }
 
@@ -124,32 +124,12 @@ export class Retreat implements Searched {
 
   /** What costs rise by when `device` holds `former` instead of `came`, on all devices that hold either. */
   #replaceCost(device: number, came: number, former: number): number {
-    const { replicas, cost } = this.#state;
+    const state = this.#state;
+    const { replicas, cost } = state;
     const less = replicas[came]!;
     const more = replicas[former]! + 1;
-    const here = this.#state.costWith(
-      device,
-      came,
-      -1 / less,
-      -1 / less ** 2,
-      former,
-      1 / more,
-      1 / more ** 2,
-    );
-    return here - cost[device]! + this.#ripple(came, -1, device) + this.#ripple(former, 1, device);
-  }
-
-  /** Change of cost on the devices that hold `expert`, but for one, if it had `more` replicas more. */
-  #ripple(expert: number, more: number, except: number): number {
-    const { devices, experts, holds, replicas, cost } = this.#state;
-    const count = replicas[expert]!;
-    const part = 1 / (count + more) - 1 / count;
-    const noisePart = 1 / (count + more) ** 2 - 1 / count ** 2;
-    let delta = 0;
-    for (let device = 0; device < devices; device++)
-      if (device !== except && holds[device * experts + expert])
-        delta += this.#state.costWith(device, expert, part, noisePart, expert, 0, 0) - cost[device]!;
-    return delta;
+    const here = state.costWith(device, came, -1 / less, -1 / less ** 2, former, 1 / more, 1 / more ** 2);
+    return here - cost[device]! + state.ripple(came, -1, device) + state.ripple(former, 1, device);
   }
 }
 

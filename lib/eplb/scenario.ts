@@ -41,16 +41,16 @@ export interface Scenarios {
 const mostBlocks = 8;
 /** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
 export const fineBlocks = 16;
-/** The same where steps have so few tokens that the window's own sum says little: every step on its own, if it can be. */
+/** The same where steps have so few tokens that the window's own sum says little: every step on its own, if possible. */
 export const roughBlocks = 64;
 /**
- * Variance of a device's load by sampling alone, in a step or in the whole window, from which on the window's own sum is
- * not worth balancing exactly.
+ * Variance of a device's load by sampling alone, in a step or in the whole window, from which on the window's own sum
+ * is not worth balancing exactly.
  */
 const roughStep = 0.02;
 const roughWindow = 5e-4;
 const structured = 1.2;
-/** Variance of a device's load from step to step, in units of the mean load squared, above which steps are told apart. */
+/** Variance of a device's load from step to step, in units of the mean load squared, that tells steps apart. */
 const uneven = 0.02;
 /** Scenarios of single steps from which on they show part of their own noise. */
 const shownBy = 8;
@@ -330,7 +330,7 @@ function cut(
   };
 }
 
-/** Earlier windows as scenarios after the recent ones; all windows are shrunk towards their mean by what noise explains. */
+/** Earlier windows as scenarios after the recent ones; all are shrunk towards their mean by what noise explains. */
 function joinEarlier(
   scenarios: Scenarios,
   past: readonly EarlierLoads[],

@@ -41,7 +41,7 @@ export interface Scenarios {
 const mostBlocks = 8;
 /** Blocks where the steps of a block differ by more than sampling: there is structure to see inside them. */
 export const fineBlocks = 16;
-/** The same where steps have so few tokens that the window's own sum says little: every step on its own, if possible. */
+/** The same where steps have so few tokens that the window's own sum says little: every step alone, if possible. */
 export const roughBlocks = 64;
 /**
  * Variance of a device's load by sampling alone, in a step or in the whole window, from which on the window's own sum

@@ -49,19 +49,15 @@ const priorSteps = 8;
  * f64[devices]: variance of a device's load from step to step, under the rows of the state. Experts that are chosen
  * together make it larger than the sum of their own noise, so it is measured, and evened out where steps are few.
  */
-export function deviceNoise(
-  state: LayerState,
-  { steps, layers, experts, counts }: Loads,
-  layer: number,
-): Float64Array {
+export function deviceNoise(state: LayerState, loads: Loads, layer: number): Float64Array {
+  const { steps, layers, experts, counts } = loads;
   const { devices, slots, rows, replicas } = state;
   const last = new Float64Array(devices);
   const changes = new Float64Array(devices);
   let used = 0;
   for (let step = 0; step < steps; step++) {
     const row = (step * layers + layer) * experts;
-    let tokens = 0;
-    for (let expert = 0; expert < experts; expert++) tokens += counts[row + expert]!;
+    const tokens = loads.tokens(step, layer);
     if (tokens === 0) continue;
     for (let device = 0; device < devices; device++) {
       let load = 0;

@@ -214,10 +214,22 @@ export class Loads {
 
   /** f64[experts] of one step and layer. A view. */
   at(step: number, layer: number): Float64Array {
+    const start = this.#rowOf(step, layer);
+    return this.counts.subarray(start, start + this.experts);
+  }
+
+  #rowOf(step: number, layer: number): number {
     check.integer('step', step, 0, this.steps - 1);
     check.integer('layer', layer, 0, this.layers - 1);
-    const start = (step * this.layers + layer) * this.experts;
-    return this.counts.subarray(start, start + this.experts);
+    return (step * this.layers + layer) * this.experts;
+  }
+
+  /** Tokens of one step and layer, each counted for every expert it went to. Throws as `at` does. */
+  tokens(step: number, layer: number): number {
+    const start = this.#rowOf(step, layer);
+    let sum = 0;
+    for (let index = start; index < start + this.experts; index++) sum += this.counts[index]!;
+    return sum;
   }
 
   /** f64[experts]: all steps of a layer summed. */

@@ -78,17 +78,11 @@ export function scenariosOf(loads: Loads, layer: number, devices: number, past: 
 }
 
 /** Variance of a device's load in a step if tokens were drawn one by one, mean over the steps; 0 without load. */
-export function samplingOf(
-  { experts, steps, layers, counts }: Loads,
-  layer: number,
-  devices: number,
-): number {
+export function samplingOf(loads: Loads, layer: number, devices: number): number {
   let sum = 0;
   let used = 0;
-  for (let step = 0; step < steps; step++) {
-    const row = (step * layers + layer) * experts;
-    let tokens = 0;
-    for (let expert = 0; expert < experts; expert++) tokens += counts[row + expert]!;
+  for (let step = 0; step < loads.steps; step++) {
+    const tokens = loads.tokens(step, layer);
     if (tokens === 0) continue;
     sum += devices / tokens;
     used++;
@@ -147,7 +141,8 @@ function thinNoise({ blocks, noise, variance }: Scenarios): void {
 }
 
 /** Variance of the steps' shares around their block's, over that of Poisson counts. */
-function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, blocks: number): number {
+function dispersionOf(loads: Loads, layer: number, blocks: number): number {
+  const { experts, steps, layers, counts } = loads;
   let observed = 0;
   let poisson = 0;
   const sum = new Float64Array(experts);
@@ -160,8 +155,7 @@ function dispersionOf({ experts, steps, layers, counts }: Loads, layer: number, 
     const end = Math.ceil(((block + 1) * steps) / blocks);
     for (let step = Math.ceil((block * steps) / blocks); step < end; step++) {
       const row = (step * layers + layer) * experts;
-      let tokens = 0;
-      for (let expert = 0; expert < experts; expert++) tokens += counts[row + expert]!;
+      const tokens = loads.tokens(step, layer);
       if (tokens === 0) continue;
       used++;
       inverse += 1 / tokens;
@@ -207,8 +201,7 @@ function cut(
   let total = 0;
   for (let step = 0; step < steps; step++) {
     const start = (step * layers + layer) * experts;
-    let sum = 0;
-    for (let expert = 0; expert < experts; expert++) sum += counts[start + expert]!;
+    const sum = loads.tokens(step, layer);
     if (sum === 0) continue;
     const block = Math.floor((step * recent) / steps);
     const scale = devices / sum;

@@ -21,6 +21,8 @@ describe('Loads', () => {
     const trace = Loads.fromArrays([[[1, 2]], [[3, 4]], [[5, 6]]]);
     expect(trace).toMatchObject({ steps: 3, layers: 1, experts: 2 });
     expect([...trace.total(0)]).toEqual([9, 12]);
+    expect(trace.tokens(0, 0) + trace.tokens(1, 0) + trace.tokens(2, 0)).toBe(21);
+    expect(() => trace.tokens(3, 0)).toThrow('expected step to be an integer in 0..2');
     expect([...trace.window(1, 2).total(0)]).toEqual([8, 10]);
     expect(trace.windows(2).length).toBe(1);
     expect(trace.episodes(0, 2)).toEqual({ blocks: 1, counts: Float64Array.of(8, 10) });

@@ -58,6 +58,7 @@ describe('the planning API', () => {
     ],
     ['a layer beyond the last', () => loads.total(1), 'layer to be an integer in 0..0 but received 1'],
     ['a step beyond the last', () => loads.at(2, 0), 'step to be an integer in 0..1'],
+    ['the tokens of a layer beyond the last', () => loads.tokens(0, 9), 'layer to be an integer in 0..'],
     ['windows of nothing', () => loads.windows(0), 'received 0'],
     ['shared experts of no router', () => loads.withShared(1, 0), 'topK to be an integer >= 1'],
     ['fewer than no shared experts', () => loads.withShared(-1, 8), 'shared to be an integer >= 1'],

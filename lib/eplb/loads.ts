@@ -226,9 +226,10 @@ export class Loads {
 
   /** Tokens of one step and layer, each counted for every expert it went to. Throws as `at` does. */
   tokens(step: number, layer: number): number {
-    const start = this.#rowOf(step, layer);
+    const { experts, counts } = this;
+    const row = this.#rowOf(step, layer);
     let sum = 0;
-    for (let index = start; index < start + this.experts; index++) sum += this.counts[index]!;
+    for (let expert = 0; expert < experts; expert++) sum += counts[row + expert]!;
     return sum;
   }
 

@@ -13,6 +13,10 @@ export function planWithin(
   maxMovesPerLayer: number,
   layerDone: () => void,
 ): void {
+  if (maxMoves === 0 || maxMovesPerLayer === 0) {
+    for (let layer = 0; layer < layers.length; layer++) layerDone();
+    return;
+  }
   const planned = new Map<Layer, FullPlan>();
   const routes = layers.map((layer) => {
     const { state, start, noise } = layer;

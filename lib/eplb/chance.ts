@@ -30,7 +30,7 @@ function noiseGain(state: LayerState, noise: Float64Array, errors: number, uncer
 }
 
 /** What a layer must gain to be no chance. `noise` is f64[devices], as of deviceNoise. */
-export const byChance = (state: LayerState, noise: Float64Array): number =>
+const byChance = (state: LayerState, noise: Float64Array): number =>
   Math.max(leastGain, noiseGain(state, noise, surely, state.scenarios.uncertainty));
 
 /**
